@@ -1,0 +1,129 @@
+"""The one channel: checked, flattened tensors in, a backend chosen once per problem, the same thing out of every backend."""
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+from mindspore.ops import constexpr
+
+from . import checks
+from .backends import blocked, dense
+from .spec import WindowSpec
+
+BACKENDS = {"blocked": blocked, "dense": dense}  # in order of preference
+NOT_YET = {"native": "is not part of this release", "ascend": "is not part of this release"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything about a call that is known before its values are: what a backend is chosen and planned by."""
+    spec: WindowSpec
+    groups: int  # batch entries times heads, heads fastest
+    n_q: int
+    n_k: int
+    head_dim: int
+    scale: float
+    dtype: str = "Float32"
+    batch: int = 0  # rows of the key mask, 0 where there is none
+    bias_shape: Optional[tuple] = None  # (heads, period, columns)
+    bias_backward: int = 0  # how many positions before its period a bias's first column stands
+    hide_self: bool = False
+    dropout: float = 0.
+    offset: int = 0  # the position of the first query among the keys
+
+    @property
+    def heads(self):
+        """How many heads differ in more than their tensors."""
+        return self.bias_shape[0] if self.bias_shape else 1
+
+    @property
+    def bias_period(self):
+        """After how many positions the bias repeats."""
+        return self.bias_shape[1] if self.bias_shape else 1
+
+    def bias_index(self, queries, keys):
+        """Where in a head's flattened bias the score of a query and a key, given by position, finds its entry."""
+        _, period, columns = self.bias_shape
+        column = keys - (queries // period * period - self.bias_backward)
+        return queries % period * columns + np.clip(column, 0, columns - 1)
+
+
+def refusals(problem):
+    """Why each backend cannot run a problem, None for one that can."""
+    return {**{name: module.why_not(problem) for name, module in BACKENDS.items()}, **NOT_YET}
+
+
+def choose(problem, backend=None):
+    """The name of the backend that runs a problem: the one asked for, else the first that can."""
+    reasons = refusals(problem)
+    if backend is None:
+        return next(name for name in BACKENDS if reasons[name] is None)
+    check_backend("attend", backend)
+    if reasons[backend] is not None:
+        raise ValueError(f"For 'attend', the backend '{backend}' cannot run this call: it {reasons[backend]}.")
+    return backend
+
+
+def check_backend(owner, backend):
+    names = (*BACKENDS, *NOT_YET)
+    if backend is not None and backend not in names:
+        raise checks.value_error(owner, "backend", f"None or one of {', '.join(names)}", repr(backend))
+    return backend
+
+
+@lru_cache(maxsize=64)
+def _prepared(problem, backend):
+    module = BACKENDS[choose(problem, backend)]
+    return module.run, module.prepare(problem)
+
+
+@constexpr
+def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, hide_self, dropout, offset, backend):
+    groups, n_q, head_dim = q_shape
+    return _prepared(Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
+                             bias_shape, bias_backward, hide_self, dropout, offset), backend)
+
+
+def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, hide_self=False, dropout=0., seed=None,
+           offset=0, backend=None):
+    """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
+
+    Args:
+        q, k, v (Tensor): float32, float16 or bfloat16. The softmax is in float32.
+        spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
+        scale (float): Multiplies the products of queries and keys.
+        key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides `g`.
+        bias (Tensor): `(heads, period, columns)`, added to the scaled products: the query at position `i` takes row
+            `i % period`, the key at position `j` column `j - (i - i % period - bias_backward)`.
+        hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
+        dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
+        backend (str): By name, or None for the fastest that can.
+
+    Returns:
+        Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
+    """
+    run, constants = _chosen(spec, scale, q.shape, k.shape[1], q.dtype, None if key_mask is None else key_mask.shape,
+                             None if bias is None else bias.shape, bias_backward, hide_self, dropout, offset, backend)
+    if dropout > 0 and seed is None:
+        seed = draw_seed()
+    return run(constants, q, k, v, key_mask, bias, seed)
+
+
+def draw_seed():
+    """A seed for one call, from MindSpore's global one."""
+    return ops.cast(ops.randint(1 - 2**31, 2**31 - 1, (1,)), ms.int32)
+
+
+def explain(problem, backend=None):
+    """In words: which backend runs a problem, why each other one does not, and what it works on."""
+    chosen = choose(problem, backend)
+    computed, at_once = BACKENDS[chosen].scores(problem)
+    lines = [f"{chosen}: runs this"]
+    for name, reason in refusals(problem).items():
+        if name != chosen:
+            lines.append(f"{name}: {reason or f'could run it, but {chosen} ' + ('was asked for' if backend else 'comes first')}")
+    lines += [f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
+              f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once"]
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""Blocks of queries against the keys they can see, in MindSpore's own operators: CPU, GPU and Ascend.
+
+Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes each
+block's weights again. On CPU, broadcasts are slow and matrix products are not, so two things travel inside the products:
+the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient of softmax
+subtracts are one more entry of `dout`, met by a 1 in every value.
+"""
+from typing import NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from ..plan import make_plan
+from .dense import HIDDEN, SELF_SCORE
+from .dropout import column_hash, keep_factors, row_hash, seeded_rows
+
+SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
+CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
+
+_bmm = ops.BatchMatMul()
+_bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
+_bmm_transpose_b = ops.BatchMatMul(transpose_b=True)
+_bias_add = ops.BiasAdd()
+_softmax = ops.Softmax(-1)
+_gather = ops.Gather()
+_segment_sum = ops.UnsortedSegmentSum()
+_slice = ops.Slice()
+
+
+def why_not(problem):
+    """None: it runs everything."""
+    return None
+
+
+def schedule(problem):
+    """The plan's runs, how many groups are worked on together, and the steps of that: (run, queries, keys)."""
+    runs = make_plan(problem.spec, problem.n_q, problem.n_k, problem.offset, problem.bias_period)
+    per_group = sum(run.scores for run in runs)
+    budget = max(SCORES_AT_ONCE, per_group * problem.groups // CHUNKS)
+    alike = problem.groups // problem.heads  # groups that share a bias
+    together = max(size for size in range(1, alike + 1)
+                   if alike % size == 0 and (size == 1 or size * per_group <= budget))
+    steps = []
+    for number, run in enumerate(runs):
+        blocks = max(1, budget // (together * run.visible.size))
+        steps += [(number, run.queries[start:start + blocks], run.keys[start:start + blocks])
+                  for start in range(0, len(run.queries), blocks)]
+    return runs, together, steps
+
+
+def scores(problem):
+    """How many scores are computed, and how many at once."""
+    runs, together, steps = schedule(problem)
+    return (problem.groups * sum(run.scores for run in runs),
+            together * max(queries.size * keys.shape[1] for _, queries, keys in steps))
+
+
+def prepare(problem):
+    """The problem's constants, and the Cell that works with them."""
+    return Blocks(problem)
+
+
+def run(blocks, q, k, v, key_mask, bias, seed):
+    """Around the blocks, what is cheap enough to be left to automatic differentiation."""
+    problem = blocks.problem
+    dtype = q.dtype
+    q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+    q = ops.mul(q, problem.scale)
+    if key_mask is not None:
+        q, k, v = _hide_keys(q, k, v, _per_group(ops.cast(key_mask, ms.float32), problem.groups))
+    tiles = blocks.masks
+    if bias is not None:
+        heads = bias.shape[0]
+        bias = _gather(ops.cast(bias, ms.float32).reshape(heads, -1), blocks.bias_index, 1)
+        tiles = _bias_add(bias, tiles.reshape(-1))
+        q, k, v = _swap(q, heads), _swap(k, heads), _swap(v, heads)
+    out = blocks(q, k, v, tiles, ops.zeros((1,), ms.int32) if seed is None else seed)
+    if bias is not None:
+        out = _swap(out, problem.groups // tiles.shape[0])
+    if key_mask is not None:
+        out = ops.mul(out, _per_group(_sees_something(blocks, key_mask), problem.groups))
+    elif not blocks.all_see_something:
+        out = ops.mul(out, ops.cast(blocks.first < blocks.after, ms.float32)[:, None])
+    return ops.cast(out, dtype)
+
+
+def _swap(x, inner):
+    """From groups in the order (outer, inner) to groups in the order (inner, outer)."""
+    return x.reshape(-1, inner, x.shape[1], x.shape[2]).swapaxes(0, 1).reshape(x.shape)
+
+
+def _per_group(x, groups):
+    """From `(batch, n)` to `(groups, n, 1)`."""
+    return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
+
+
+def _hide_keys(q, k, v, real):
+    """Masked keys read as zeros, whatever they hold, and carry a score that hides them."""
+    k, v = ops.masked_fill(k, real == 0, 0.), ops.masked_fill(v, real == 0, 0.)
+    return (ops.cat((q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1),
+            ops.cat((k, ops.mul(ops.sub(1., real), HIDDEN)), -1), v)
+
+
+def _sees_something(blocks, key_mask):
+    """1. for a query whose span holds a real key, else 0.: float32 `(batch, n_q)`."""
+    count = ops.cumsum(ops.cast(key_mask, ms.float32), 1)
+    count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
+    seen = ops.sub(_gather(count, blocks.after, 1), _gather(count, blocks.first, 1))
+    return ops.cast(seen > 0, ms.float32)
+
+
+class Step(NamedTuple):
+    """Some blocks of a run, as one batched computation. An index of None takes the sequence as it stands."""
+    run: int
+    rows: int
+    width: int
+    queries: Optional[Tensor]
+    keys: Optional[Tensor]
+    columns: Optional[Tensor]  # hashes of the keys, where dropout needs them
+
+
+class Blocks(nn.Cell):
+    """Attention of scaled queries, `together` groups and one `Step` at a time, and the constants that takes."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.problem = problem
+        self.runs, self.together, steps = schedule(problem)
+        self.steps = tuple(self._step(*step) for step in steps)
+        self.parts = problem.groups // self.together
+        self.split = ops.Split(0, self.parts)
+        sizes = [run.visible.size for run in self.runs]
+        self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
+        self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
+
+        order = np.concatenate([run.queries.reshape(-1) for run in self.runs])
+        self.order = None if (np.diff(order) == 1).all() else _int32(np.argsort(order))
+        keys = np.concatenate([run.keys.reshape(-1) for run in self.runs])
+        self.scatter = None
+        if len(keys) != problem.n_k or (keys != np.arange(problem.n_k)).any():
+            self.scatter = _int32(np.arange(self.together)[:, None] * problem.n_k + keys)
+        first, last = problem.spec.span(np.arange(problem.n_q) + problem.offset)
+        first, after = np.clip(first, 0, problem.n_k), np.clip(last + 1, 0, problem.n_k)
+        self.first, self.after, self.all_see_something = _int32(first), _int32(after), bool((first < after).all())
+        if problem.bias_shape:
+            self.bias_index = _int32(np.concatenate([
+                problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
+                for run in self.runs]))
+        if problem.dropout > 0:
+            groups = np.arange(problem.groups).reshape(-1, problem.heads).T.reshape(-1)  # in the order a bias has them
+            self.row_hash = Tensor(row_hash(groups, np.arange(problem.n_q) + problem.offset)[..., None])
+
+    def _mask(self, run):
+        mask = np.where(run.visible, 0, HIDDEN).astype(np.float32)
+        if self.problem.hide_self:
+            mask[run.queries[0][:, None] + self.problem.offset == run.keys[0]] += SELF_SCORE
+        return mask
+
+    def _step(self, number, queries, keys):
+        problem = self.problem
+        columns = None
+        if problem.dropout > 0:
+            columns = Tensor(np.tile(column_hash(keys), (self.together, 1))[:, None])
+        return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
+                    None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns)
+
+    def construct(self, q, k, v, tiles, seed):
+        qs, ks, vs = self.split(q), self.split(k), self.split(v)
+        outs = []
+        for part in range(self.parts):
+            part_tiles, rows = self._tiles(tiles, part), self._rows(seed, part)
+            parts = []
+            for step in self.steps:
+                query, key = _take(qs[part], step.queries, step.rows), _take(ks[part], step.keys, step.width)
+                weights = self._weights(query, key, part_tiles[step.run])
+                if self.problem.dropout > 0:
+                    weights = ops.mul(weights, self._keep(step, rows))
+                out = _bmm(weights, _take(vs[part], step.keys, step.width))
+                parts.append(self._flat(out))
+            outs.append(self._in_order(parts))
+        return _cat(outs, 0)
+
+    def bprop(self, q, k, v, tiles, seed, out, dout):
+        problem = self.problem
+        row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
+        dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
+        qs, ks, vs, douts = self.split(q), self.split(k), self.split(v), self.split(dout)
+        dqs, dks, dvs, dtiles = [], [], [], []
+        for part in range(self.parts):
+            part_tiles, rows = self._tiles(tiles, part), self._rows(seed, part)
+            dq, dk, dv, dtile = [], [], [], []
+            for step in self.steps:
+                query, key = _take(qs[part], step.queries, step.rows), _take(ks[part], step.keys, step.width)
+                grad, value = _take(douts[part], step.queries, step.rows), _take(vs[part], step.keys, step.width)
+                weights = self._weights(query, key, part_tiles[step.run])
+                dweights = _bmm_transpose_b(grad, value)
+                if problem.dropout > 0:
+                    keep = self._keep(step, rows)
+                    only_sums = ops.cat((ops.zeros(value.shape[:-1] + (out.shape[-1],), ms.float32),
+                                         ops.ones(value.shape[:-1] + (1,), ms.float32)), -1)
+                    sums = _bmm_transpose_b(grad, only_sums)
+                    dscores = ops.mul(weights, ops.add(ops.mul(keep, ops.sub(dweights, sums)), sums))
+                    weights = ops.mul(weights, keep)
+                else:
+                    dscores = ops.mul(weights, dweights)
+                dq.append(self._flat(_bmm(dscores, key)))
+                dk.append(self._flat(_bmm_transpose_a(dscores, query)))
+                dv.append(self._flat(_bmm_transpose_a(weights, grad)))
+                if problem.bias_shape is not None:
+                    dscores = dscores.reshape(-1, step.rows * step.width)
+                    dtile.append(ops.matmul(ops.ones((1, dscores.shape[0]), ms.float32), dscores))
+            dqs.append(self._in_order(dq))
+            dks.append(self._scattered(dk))
+            dvs.append(self._scattered(dv))
+            dtiles.append(dtile)
+        return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), seed
+
+    def _weights(self, query, key, tile):
+        scores = _bmm_transpose_b(query, key)
+        return _softmax(_bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape))
+
+    def _flat(self, x):
+        """Blocks back to positions, a row for each group."""
+        return x.reshape(self.together, -1, x.shape[-1])
+
+    def _in_order(self, parts):
+        x = _cat(parts, 1)
+        return x if self.order is None else _gather(x, self.order, 1)
+
+    def _scattered(self, parts):
+        """The sum, for each key, over all the blocks that gathered it."""
+        x = _cat(parts, 1)
+        if self.scatter is None:
+            return x
+        x = _segment_sum(x.reshape(-1, x.shape[-1]), self.scatter, self.together * self.problem.n_k)
+        return self._flat(x)
+
+    def _tiles(self, tiles, part):
+        """What to add to a block's scores, for each run, by the head that a part belongs to."""
+        head = part * self.problem.heads // self.parts
+        return [_slice(tiles, (head, start), (1, size)).reshape(-1) for start, size in self.tile_ranges]
+
+    def _tiles_grad(self, tiles, dtiles):
+        """The sum over every step of a head's parts, run by run."""
+        if self.problem.bias_shape is None:
+            return ops.zeros(tiles.shape, ms.float32)
+        heads = []
+        for head in range(self.problem.heads):
+            runs = []
+            for number in range(len(self.runs)):
+                total = ops.zeros((1, self.tile_ranges[number][1]), ms.float32)
+                for part in range(self.parts):
+                    for index in range(len(self.steps)):
+                        if part * self.problem.heads // self.parts == head and self.steps[index].run == number:
+                            total = ops.add(total, dtiles[part][index])
+                runs.append(total)
+            heads.append(_cat(runs, 1))
+        return _cat(heads, 0)
+
+    def _rows(self, seed, part):
+        if self.problem.dropout == 0:
+            return seed
+        return seeded_rows(self.split(self.row_hash)[part], seed)
+
+    def _keep(self, step, rows):
+        rows = _take(rows, step.queries, step.rows)
+        return keep_factors(rows, step.columns, self.problem.dropout)
+
+
+def _int32(index):
+    return Tensor(np.asarray(index).reshape(-1).astype(np.int32))
+
+
+def _take(x, index, length):
+    """Positions of each group by index, as blocks of `length`."""
+    if index is not None:
+        x = _gather(x, index, 1)
+    return x.reshape(-1, length, x.shape[-1])
+
+
+def _cat(parts, axis):
+    return parts[0] if len(parts) == 1 else ops.cat(parts, axis)

@@ -1,0 +1,62 @@
+"""Attention by its definition: every score computed, the invisible ones hidden. O(n²); the truth the others are held to."""
+from typing import NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from .dropout import column_hash, keep_factors, row_hash, seeded_rows
+
+HIDDEN = -1e30  # a score that no softmax row with a visible key can see
+SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
+
+
+def why_not(problem):
+    """None: it runs everything."""
+    return None
+
+
+def scores(problem):
+    """How many scores are computed, and how many at once."""
+    return (problem.groups * problem.n_q * problem.n_k,) * 2
+
+
+class Constants(NamedTuple):
+    """What is known of a problem before its tensors."""
+    problem: object
+    seen: Tensor  # float32 (1, n_q, n_k): 1 where the query sees the key
+    is_self: Tensor
+    bias_index: Optional[Tensor]
+    rows: Tensor  # hashes, for dropout
+    columns: Tensor
+
+
+def prepare(problem):
+    """The problem's constants."""
+    queries, keys = np.arange(problem.n_q)[:, None] + problem.offset, np.arange(problem.n_k)
+    return Constants(problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
+                     Tensor((queries == keys)[None]),
+                     Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
+                     Tensor(row_hash(np.arange(problem.groups), queries[:, 0])[..., None]), Tensor(column_hash(keys)))
+
+
+def run(constants, q, k, v, key_mask, bias, seed):
+    """`out[i] = sum_j softmax_j(scale * q[i]·k[j] + bias[i, j]) * v[j]` over the keys `j` that query `i` sees."""
+    problem, seen = constants.problem, constants.seen
+    dtype = q.dtype
+    q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+    if key_mask is not None:
+        real = ops.tile(ops.cast(key_mask, ms.float32)[:, None], (1, problem.groups // problem.batch, 1))
+        real = real.reshape(problem.groups, 1, problem.n_k)
+        k, v = ops.masked_fill(k, real.swapaxes(1, 2) == 0, 0.), ops.masked_fill(v, real.swapaxes(1, 2) == 0, 0.)
+        seen = seen * real
+    scores = ops.bmm(q * problem.scale, k.swapaxes(1, 2))
+    if bias is not None:
+        bias = ops.gather(ops.cast(bias, ms.float32).reshape(bias.shape[0], -1), constants.bias_index, 1)
+        scores = scores + ops.tile(bias, (problem.groups // bias.shape[0], 1, 1))
+    if problem.hide_self:
+        scores = ops.masked_fill(scores, constants.is_self, SELF_SCORE)
+    weights = ops.softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1) * seen
+    if problem.dropout > 0:
+        weights = weights * keep_factors(seeded_rows(constants.rows, seed), constants.columns, problem.dropout)
+    return ops.cast(ops.bmm(weights, v), dtype)

@@ -1,0 +1,44 @@
+"""Dropout of attention weights as a function of (seed, head, query, key) alone.
+
+Nothing is drawn and nothing stored: forward, backward, every backend and both modes get the same mask from the same seed,
+whatever blocks they work in. A 32-bit counter hash; `x * (2x + 1)` is the mixing step of the RC6 cipher (Rivest et al.,
+1998), a permutation whose high bits depend on every bit of `x`.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+
+def row_hash(groups, queries):
+    """int32 `(len(groups), len(queries))`: a constant for each head's query."""
+    groups = _mix(np.asarray(groups).astype(np.uint32) + np.uint32(0x9E3779B9))
+    return _mix(groups[:, None] + np.asarray(queries).astype(np.uint32)).view(np.int32)
+
+
+def column_hash(keys):
+    """int32 of the shape of `keys`: a constant for each key."""
+    return _mix(np.asarray(keys).astype(np.uint32) ^ np.uint32(0x5BD1E995)).view(np.int32)
+
+
+def _mix(x):
+    """A bijective 32-bit finaliser by multiplications and shifts, on NumPy's wrapping uint32."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(15))
+
+
+def seeded_rows(rows, seed):
+    """Row hashes of one call, from the constant ones and its seed, int32 `(1,)`."""
+    return _scramble(ops.bitwise_xor(rows, seed))
+
+
+def keep_factors(rows, columns, rate):
+    """0 where a weight is dropped, `1 / (1 - rate)` where it is kept, for hashes that broadcast to the weights' shape."""
+    kept = ops.greater_equal(_scramble(ops.bitwise_xor(rows, columns)), int(rate * 2**32) - 2**31)
+    return ops.mul(ops.cast(kept, ms.float32), 1 / (1 - rate))
+
+
+def _scramble(x):
+    x = ops.mul(x, ops.add(ops.add(x, x), 1))
+    x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, 16))
+    return ops.mul(x, ops.add(ops.add(x, x), 1))

@@ -1,0 +1,89 @@
+"""Argument rules and their messages, one place for all of them.
+
+Every rule raises before anything is computed, in one form: whose argument it is, its name, the rule, what arrived.
+"""
+import numbers
+
+from mindspore import Tensor
+
+FLOATS = ("Float32", "Float16", "BFloat16")
+
+
+def value_error(owner, name, rule, got):
+    return ValueError(f"For '{owner}', '{name}' must be {rule}, but got {got}.")
+
+
+def type_error(owner, name, rule, got):
+    return TypeError(f"For '{owner}', '{name}' must be {rule}, but got {got!r} of type {type(got).__name__}.")
+
+
+def integer(owner, name, value, minimum):
+    """An int of at least `minimum`, 0 and 1 being spoken of as non-negative and positive."""
+    rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise type_error(owner, name, rule, value)
+    if value < minimum:
+        raise value_error(owner, name, rule, value)
+    return int(value)
+
+
+def positive_int(owner, name, value):
+    return integer(owner, name, value, 1)
+
+
+def non_negative_int(owner, name, value):
+    return integer(owner, name, value, 0)
+
+
+def boolean(owner, name, value):
+    if not isinstance(value, bool):
+        raise type_error(owner, name, "a bool", value)
+    return value
+
+
+def number(owner, name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise type_error(owner, name, "a number", value)
+    if value != value or value in (float("inf"), float("-inf")):
+        raise value_error(owner, name, "finite", value)
+    return float(value)
+
+
+def positive_number(owner, name, value):
+    if number(owner, name, value) <= 0:
+        raise value_error(owner, name, "a positive number", value)
+    return float(value)
+
+
+def non_negative_number(owner, name, value):
+    if number(owner, name, value) < 0:
+        raise value_error(owner, name, "a non-negative number", value)
+    return float(value)
+
+
+def rate(owner, name, value):
+    """A dropout rate: what would drop everything is not one."""
+    if not 0 <= number(owner, name, value) < 1:
+        raise value_error(owner, name, "a rate in [0, 1)", value)
+    return float(value)
+
+
+def described(x):
+    """What can be checked of a tensor without its values, as a constant of a graph: (shape, dtype), or None as it is."""
+    if x is None:
+        return None
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    return x
+
+
+def tensor(owner, name, got, dtypes, shape=None, rule=None):
+    """A tensor, as `described`, of one of some dtypes and, where given, of a shape; returns the shape."""
+    if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], tuple)):
+        raise type_error(owner, name, "a Tensor", got)
+    if str(got[1]) not in dtypes:
+        raise TypeError(f"For '{owner}', '{name}' must be a Tensor of {' or '.join(d.lower() for d in dtypes)}, "
+                        f"but got {str(got[1]).lower()}.")
+    if shape is not None and got[0] != shape:
+        raise value_error(owner, name, rule or f"of shape {shape}", got[0])
+    return got[0]

@@ -1,0 +1,287 @@
+"""Windowed attention over given queries, keys and values."""
+import math
+from dataclasses import dataclass, replace
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
+from .attend import Problem, attend, check_backend, explain
+from .rotary import SinusoidalEmbeddings
+from .spec import WindowSpec
+
+
+def pad_to_multiple(tensor, multiple, dim=-1, value=0):
+    """Pad an axis (counted from the end) at its end to a multiple: `(whether it was needed, the tensor)`."""
+    missing = -tensor.shape[dim] % multiple
+    if missing == 0:
+        return False, tensor
+    axis = dim % tensor.ndim
+    padding = ops.full(tensor.shape[:axis] + (missing,) + tensor.shape[axis + 1:], value, dtype=tensor.dtype)
+    return True, ops.cat((tensor, padding), axis)
+
+
+def look_around(x, backward=1, forward=0, pad_value=-1, dim=2):
+    """Beside each window of `x (b, windows, n, ...)` its neighbours: `(b, windows, (backward + 1 + forward) * n, ...)`.
+
+    Windows that do not exist are filled with `pad_value`; `dim` is the axis that grows.
+    """
+    windows = x.shape[1]
+    before, after = (ops.full(x.shape[:1] + (count,) + x.shape[2:], pad_value, dtype=x.dtype)
+                     for count in (backward, forward))
+    padded = ops.cat([part for part in (before, x, after) if part.shape[1]], 1)
+    return ops.cat([padded[:, start:start + windows] for start in range(backward + 1 + forward)], dim)
+
+
+def l2norm(x):
+    """x over its Euclidean norm along the last axis, in float32; a zero vector stays one."""
+    squares = ops.matmul(ops.square(ops.cast(x, ms.float32)), ops.ones((x.shape[-1], 1), ms.float32))
+    return ops.cast(ops.mul(x, ops.rsqrt(ops.maximum(squares, 1e-24))), x.dtype)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Who sees whom in upstream's words."""
+    size: int
+    look_backward: int
+    look_forward: int
+    causal: bool
+    exact: bool
+
+    @property
+    def backward(self):
+        return self.size * self.look_backward
+
+    @property
+    def forward(self):
+        return self.size * self.look_forward
+
+    @property
+    def span(self):
+        """Positions in the windows that a window sees."""
+        return self.backward + self.size + self.forward
+
+    @property
+    def spec(self):
+        return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal)
+
+    def folded(self, n):
+        """The sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
+        `(windows, span)`, and which of the keys exist."""
+        starts = np.arange(0, n, self.size)[:, None]
+        keys = starts - self.backward + np.arange(self.span)
+        return np.minimum(starts + np.arange(self.size), n - 1), np.clip(keys, 0, n - 1), (0 <= keys) & (keys < n)
+
+
+@constexpr
+def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_bias, window_size):
+    """The rules of a call: how many groups it has, and its windows."""
+    if window_size is not None:
+        if not use_xpos:
+            raise checks.value_error(owner, "window_size", "None in a call without 'use_xpos'", window_size)
+        windows = replace(windows, size=checks.positive_int(owner, "window_size", window_size))
+    shape = checks.tensor(owner, "q", q, checks.FLOATS)
+    if len(shape) < 2 or 0 in shape[-2:]:
+        raise checks.value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
+    for name, x in (("k", k), ("v", v)):
+        checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    *leading, n, head_dim = shape
+    groups = math.prod(leading)
+    if rotary_dim not in (None, head_dim):
+        raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
+    if not autopad and n % windows.size:
+        raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) without "
+                                 "'autopad'", n)
+    if mask is not None:
+        batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
+        if rest != [n] or batch == 0 or groups % batch:
+            raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
+    if attn_bias is not None:
+        heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        if rest != [windows.size, windows.span] or heads == 0 or groups % heads:
+            raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span}), heads a "
+                                     f"divisor of {groups}", attn_bias[0])
+    return groups, windows
+
+
+@constexpr
+def _fold_indices(windows, n):
+    queries, keys, real = windows.folded(n)
+    return (len(queries), Tensor(queries.reshape(-1).astype(np.int32)), Tensor(keys.reshape(-1).astype(np.int32)),
+            Tensor(real.reshape(1, -1)))
+
+
+def fold(q, k, v, mask, windows):
+    """Windows side by side as groups, for positions that are counted anew in each: q `(g * windows, size, d)`, k and v
+    `(g * windows, span, d)` and a mask of the keys that are real."""
+    groups, n, head_dim = q.shape
+    count, queries, keys, real = _fold_indices(windows, n)
+    q = ops.gather(q, queries, 1).reshape(groups * count, windows.size, head_dim)
+    k, v = (ops.gather(x, keys, 1).reshape(groups * count, windows.span, head_dim) for x in (k, v))
+    if mask is not None:
+        real = ops.logical_and(ops.gather(mask, keys, 1), real)
+    real = ops.tile(real[:, None], (1, groups // real.shape[0], 1)).reshape(groups * count, windows.span)
+    return q, k, v, real
+
+
+class LocalAttention(nn.Cell):
+    r"""
+    Attention in which each query sees the keys of its own window of the sequence and of the windows beside it.
+
+    Query :math:`i` of window :math:`w = \lfloor i / W \rfloor` sees the keys from the start of window
+    :math:`w - look\_backward` to the end of window :math:`w + look\_forward`; with `exact_windowsize`, the keys
+    :math:`i - W \cdot look\_backward` to :math:`i + W \cdot look\_forward`, both included. When `causal`, none after
+    :math:`i`. ``print(attn.spec.show(16))`` draws it. Cost and memory are linear in the sequence.
+
+    The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
+
+    Args:
+        window_size (int): Positions in a window, W.
+        causal (bool): Whether a query sees no key after itself. Default: ``False`` .
+        look_backward (int): Windows seen before the query's own. Default: ``1`` .
+        look_forward (int): Windows seen after it; ``None`` is 0 when causal and 1 otherwise. Default: ``None`` .
+        dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
+        shared_qk (bool): Whether queries and keys are the same vectors: keys are L2-normalised, and a query attends
+            to itself only where it has nothing else. Default: ``False`` .
+        rel_pos_emb_config (tuple): Earlier form of `dim`: its first entry. Default: ``None`` .
+        dim (int): Head dimension, which turns rotary position embedding on. Default: ``None`` .
+        autopad (bool): Whether any sequence length is accepted, not only multiples of the window. Default: ``False`` .
+        exact_windowsize (bool): Whether every query sees the same number of keys. Default: ``False`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
+        use_rotary_pos_emb (bool): Whether `dim` turns rotary embedding on. Default: ``True`` .
+        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        xpos_scale_base (float): In positions; ``None`` is :math:`\lfloor W/2 \rfloor`. Default: ``None`` .
+        backend (str): What computes it, by name: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None``
+            is the fastest that can. Default: ``None`` .
+        sequence_parallel (bool): Not part of this release. Default: ``False`` .
+
+    Inputs:
+        - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
+          dtype: float32, float16 or bfloat16. The softmax is computed in float32.
+        - **mask** (Tensor) - bool :math:`(batch, n)`, True = a real key; `batch` divides the product of the leading
+          axes. Default: ``None`` .
+        - **input_mask** (Tensor) - Another name of `mask`, which goes before it. Default: ``None`` .
+        - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores:
+          row = place of the query in its window, column = place of the key in the window's span. Default: ``None`` .
+        - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
+
+    Outputs:
+        Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
+
+    Raises:
+        TypeError: If an argument or input is of another type or dtype.
+        ValueError: If an argument is out of its range, shapes do not agree, or the sequence is no multiple of the
+            window without `autopad`.
+        NotImplementedError: If `sequence_parallel` is asked for.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import LocalAttention
+        >>> q, k, v = (ops.randn((2, 8, 1000, 64)) for _ in range(3))
+        >>> attn = LocalAttention(dim=64, window_size=128, causal=True, autopad=True)
+        >>> print(attn(q, k, v, mask=ops.ones((2, 1000)).bool()).shape)
+        (2, 8, 1000, 64)
+    """
+
+    def __init__(self, window_size, causal=False, look_backward=1, look_forward=None, dropout=0., shared_qk=False,
+                 rel_pos_emb_config=None, dim=None, autopad=False, exact_windowsize=False, scale=None,
+                 use_rotary_pos_emb=True, use_xpos=False, xpos_scale_base=None, *, backend=None,
+                 sequence_parallel=False):
+        super().__init__()
+        owner = type(self).__name__
+        self.window_size = checks.positive_int(owner, "window_size", window_size)
+        self.causal = checks.boolean(owner, "causal", causal)
+        self.look_backward = checks.non_negative_int(owner, "look_backward", look_backward)
+        if look_forward is None:
+            look_forward = 0 if causal else 1
+        self.look_forward = checks.non_negative_int(owner, "look_forward", look_forward)
+        if causal and look_forward:
+            raise checks.value_error(owner, "look_forward", "0 when causal", look_forward)
+        self.exact_windowsize = checks.boolean(owner, "exact_windowsize", exact_windowsize)
+        self.windows = Windows(self.window_size, self.look_backward, self.look_forward, causal, exact_windowsize)
+        self.spec = self.windows.spec
+        self.dropout = checks.rate(owner, "dropout", dropout)
+        self.shared_qk = checks.boolean(owner, "shared_qk", shared_qk)
+        self.autopad = checks.boolean(owner, "autopad", autopad)
+        self.scale = None if scale is None else checks.number(owner, "scale", scale)
+        self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
+        self.backend = check_backend(owner, backend)
+        if checks.boolean(owner, "sequence_parallel", sequence_parallel):
+            raise NotImplementedError(f"For '{owner}', 'sequence_parallel' is not part of this release.")
+
+        if rel_pos_emb_config is not None:
+            if not isinstance(rel_pos_emb_config, (tuple, list)) or not rel_pos_emb_config:
+                raise checks.type_error(owner, "rel_pos_emb_config", "a tuple of at least the head dimension",
+                                        rel_pos_emb_config)
+            dim = rel_pos_emb_config[0]
+        if dim is not None:
+            checks.positive_int(owner, "dim", dim)
+        self.rel_pos, self.rotary_dim = None, None
+        if checks.boolean(owner, "use_rotary_pos_emb", use_rotary_pos_emb) and dim is not None:
+            if dim % 2:
+                raise checks.value_error(owner, "dim", "even for rotary embeddings", dim)
+            if use_xpos:
+                xpos_scale_base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
+                checks.positive_number(owner, "xpos_scale_base", xpos_scale_base)
+            self.rotary_dim = dim
+            self.rel_pos = SinusoidalEmbeddings(dim, scale_base=xpos_scale_base, use_xpos=use_xpos)
+        elif use_xpos:
+            raise checks.value_error(owner, "use_xpos", "False without rotary embeddings ('use_rotary_pos_emb' and 'dim')",
+                                     use_xpos)
+
+    def explain(self, n, dtype=None, mask=False, attn_bias=False):
+        """In words: the backend that would run a sequence of n, why no other would, and what one head of it costs.
+
+        Args:
+            n (int): Sequence length.
+            dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
+            mask (bool): Whether the call has a mask. Default: ``False`` .
+            attn_bias (bool): Whether the call has a bias. Default: ``False`` .
+
+        Returns:
+            str, a line for each backend, the multiply-adds and the bytes of scores.
+        """
+        checks.positive_int("LocalAttention.explain", "n", n)
+        windows, head_dim = self.windows, self.rotary_dim or 64
+        groups, n_q, n_k, offset = 1, n, n, 0
+        if self.use_xpos:
+            groups, n_q, n_k, offset = len(windows.folded(n)[0]), windows.size, windows.span, windows.backward
+        return explain(Problem(
+            self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
+            batch=groups if mask or self.use_xpos else 0, bias_shape=(1, windows.size, windows.span) if attn_bias else None,
+            bias_backward=windows.backward, hide_self=self.shared_qk, offset=offset), self.backend)
+
+    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
+        if mask is None:
+            mask = input_mask
+        groups, windows = _checked(
+            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, checks.described(q),
+            checks.described(k), checks.described(v), checks.described(mask), checks.described(attn_bias), window_size)
+        if groups == 0:
+            return q
+        shape, dtype = q.shape, q.dtype
+        n, head_dim = shape[-2:]
+        q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
+        if self.shared_qk:
+            k = l2norm(k)
+        offset = 0
+        if self.use_xpos:
+            q, k, v, mask = fold(q, k, v, mask, windows)
+            offset, middle = windows.backward, windows.span // 2
+            start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
+            q = self.rel_pos.rotate(q, start, (start - middle, 1))
+            k = self.rel_pos.rotate(k, 0, (middle, -1))
+        elif self.rel_pos is not None:
+            q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # that same place, relative to k
+        out = attend(q, k, ops.cast(v, q.dtype), windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
+                     key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
+                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
+        out = out.reshape(groups, -1, head_dim)
+        if out.shape[1] > n:
+            out = out[:, :n]
+        return ops.cast(out, dtype).reshape(shape)

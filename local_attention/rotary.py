@@ -1,0 +1,162 @@
+"""Rotary position embedding (RoFormer, Su et al., 2021) and its length-extrapolating form, xpos (Sun et al., 2022).
+
+The functions under upstream's names give upstream's results. `SinusoidalEmbeddings.rotate` is what LocalAttention runs: a
+rotation is relative, so each token is rotated once, by its own position, before any windowing.
+"""
+from functools import lru_cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
+
+ELEMENTS_AT_ONCE = 2**22  # of a table: the same-shape product is fast, a table as large as a long sequence is not needed
+
+
+def rotate_half(x):
+    """`(-second, first)` of the two halves of the last axis."""
+    first, second = ops.split(x, x.shape[-1] // 2, -1)
+    return ops.cat((ops.neg(second), first), -1)
+
+
+def apply_rotary_pos_emb(q, k, freqs, scale=1):
+    """Rotate q and k by the angles `freqs (n, d)`, in units of radians, the queries by the last `q.shape[-2]` of them.
+
+    Args:
+        q (Tensor): `(..., n_q, d)`.
+        k (Tensor): `(..., n, d)`, `n >= n_q`.
+        freqs (Tensor): `(n, d)`, as `SinusoidalEmbeddings` gives them.
+        scale (Union[Tensor, float]): xpos's `(n, d)` factors of the queries, inverse for the keys; a scalar or a
+            tensor of one element for none. Default: ``1``.
+
+    Returns:
+        Tuple of the rotated q and k.
+    """
+    n_q = q.shape[-2]
+    scale = scale if isinstance(scale, Tensor) else ops.full((1,), scale, dtype=ms.float32)
+    q_freqs, q_scale = freqs[freqs.shape[-2] - n_q:], scale[scale.shape[0] - n_q:] if scale.ndim == 2 else scale
+    q = q * ops.cos(q_freqs) * q_scale + rotate_half(q) * ops.sin(q_freqs) * q_scale
+    k = k * ops.cos(freqs) / scale + rotate_half(k) * ops.sin(freqs) / scale
+    return q, k
+
+
+class SinusoidalEmbeddings(nn.Cell):
+    r"""
+    Angles and xpos scales of rotary position embedding.
+
+    Dimensions :math:`i` and :math:`i + dim/2` of a token at position :math:`t` turn together by
+    :math:`t \cdot theta^{-2i/dim}` radians.
+
+    Args:
+        dim (int): Head dimension, even.
+        scale_base (float): How many positions it takes an xpos scale to fall by its base; needed with `use_xpos`.
+            Default: ``None`` .
+        use_xpos (bool): Whether scales are given. Default: ``False`` .
+        theta (float): Base of the wavelengths. Default: ``10000`` .
+
+    Inputs:
+        - **x** (Tensor) - Any tensor of shape :math:`(..., n, d)`; only its `n` is used.
+
+    Outputs:
+        Tuple of the angles, float32 :math:`(n, dim)`, and the scales, float32 :math:`(n, dim)` with xpos and ones of
+        shape :math:`(1,)` without.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If `dim` is odd or not positive, or `use_xpos` is given without a positive `scale_base`.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention.rotary import SinusoidalEmbeddings
+        >>> freqs, scale = SinusoidalEmbeddings(8)(ops.zeros((2, 5, 8)))
+        >>> print(freqs.shape, scale.shape)
+        (5, 8) (1,)
+    """
+
+    def __init__(self, dim, scale_base=None, use_xpos=False, theta=10000):
+        super().__init__()
+        owner = "SinusoidalEmbeddings"
+        if checks.positive_int(owner, "dim", dim) % 2:
+            raise checks.value_error(owner, "dim", "even for rotary embeddings", dim)
+        self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
+        if use_xpos and scale_base is None:
+            raise checks.value_error(owner, "scale_base", "given with 'use_xpos'", None)
+        self.scale_base = None if scale_base is None else checks.positive_number(owner, "scale_base", scale_base)
+        self.inv_freq = checks.positive_number(owner, "theta", theta) ** -(np.arange(0, dim, 2) / dim)
+
+    @property
+    def inv_freq(self):
+        """Radians a position, float64 `(dim / 2,)`."""
+        return np.array(self.frequencies)
+
+    @inv_freq.setter
+    def inv_freq(self, value):
+        self.frequencies = tuple(np.asarray(value, np.float64).tolist())  # hashable: a constant of a graph
+
+    def construct(self, x):
+        return _embeddings(self.frequencies, x.shape[-2], self.scale_base if self.use_xpos else None)
+
+    def rotate(self, x, start=0, xpos_power=None):
+        """
+        Rotate `x (g, n, dim)`, whose tokens stand at `start, start + 1, …`; the result is float32.
+
+        `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
+        `(first + step * r) / scale_base`.
+        """
+        power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
+        return _rotation(self.frequencies, x.shape, start, power)(ops.cast(x, ms.float32))
+
+
+def _xpos_base(dim):
+    """What xpos raises to a power of the position, float64 `(dim / 2,)`, in (0, 1)."""
+    return (np.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
+
+
+@constexpr
+def _embeddings(frequencies, n, scale_base):
+    angles, scale = np.outer(np.arange(n), frequencies), np.ones(1)
+    if scale_base is not None:
+        scale = np.tile(_xpos_base(2 * len(frequencies)) ** ((np.arange(n) - n // 2)[:, None] / scale_base), 2)
+    return Tensor(np.tile(angles, 2).astype(np.float32)), Tensor(scale.astype(np.float32))
+
+
+class _Rotation(nn.Cell):
+    """`x * cos + rotate_half(x) * sin` with tables of the shape of x, and its inverse as its gradient."""
+
+    def __init__(self, frequencies, shape, start, power):
+        super().__init__()
+        groups, n, dim = shape
+        angles = np.tile(np.outer(np.arange(start, start + n), frequencies), 2)
+        scale = 1.
+        if power is not None:
+            scale = np.tile(_xpos_base(dim) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
+        together = max(size for size in range(1, groups + 1)
+                       if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
+        self.cos, self.sin = (Tensor(np.tile(scale * table, (together, 1)).astype(np.float32))
+                              for table in (np.cos(angles), np.sin(angles)))
+        half = np.eye(dim // 2)
+        self.half = Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
+        self.split = ops.Split(0, groups // together)
+        self.concat = ops.Concat(0)
+        self.matmul, self.matmul_transposed = ops.MatMul(), ops.MatMul(transpose_b=True)
+
+    def construct(self, x):
+        parts = []
+        for part in self.split(x.reshape(-1, x.shape[-1])):
+            parts.append(ops.add(ops.mul(part, self.cos), ops.mul(self.matmul(part, self.half), self.sin)))
+        return self.concat(parts).reshape(x.shape)
+
+    def bprop(self, x, out, dout):
+        parts = []
+        for part in self.split(dout.reshape(-1, x.shape[-1])):
+            parts.append(ops.add(ops.mul(part, self.cos),
+                                 self.matmul_transposed(ops.mul(part, self.sin), self.half)))
+        return (self.concat(parts).reshape(x.shape),)
+
+
+_rotation = constexpr(lru_cache(maxsize=64)(_Rotation))

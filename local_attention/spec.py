@@ -1,0 +1,86 @@
+"""Which keys a query sees: four integers and one formula, from which every mask, plan and picture is derived."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import checks
+
+NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    r"""
+    The span of keys that each query of a sequence sees.
+
+    With :math:`start = \lfloor i / bucket \rfloor \cdot bucket`, query :math:`i` sees the keys from
+    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and none after :math:`i` when
+    `causal`. Keys outside the sequence do not exist.
+
+    Args:
+        bucket (int): How many consecutive queries share a span, in positions. 1 is a span that moves with the query.
+        backward (int): Keys before the start of the bucket, in positions.
+        forward (int): Keys after the end of the bucket, in positions. -1 with a bucket of 1 hides the query's own key.
+        causal (bool): Whether the span is cut at the query.
+
+    Raises:
+        TypeError: If a count is not an int or `causal` is not a bool.
+        ValueError: If `bucket` is less than 1, `backward` less than 0 or `forward` less than -1.
+
+    Supported Platforms:
+        Plain Python, the same everywhere.
+
+    Examples:
+        >>> from local_attention import WindowSpec
+        >>> spec = WindowSpec(bucket=4, backward=4, forward=0, causal=True)
+        >>> tuple(map(int, spec.span(6)))
+        (0, 6)
+        >>> print(WindowSpec.from_sliding_window(2).show(4))
+        ■ · · ·
+        ■ ■ · ·
+        · ■ ■ ·
+        · · ■ ■
+    """
+    bucket: int
+    backward: int
+    forward: int
+    causal: bool
+
+    def __post_init__(self):
+        checks.positive_int("WindowSpec", "bucket", self.bucket)
+        checks.non_negative_int("WindowSpec", "backward", self.backward)
+        checks.integer("WindowSpec", "forward", self.forward, -1)
+        checks.boolean("WindowSpec", "causal", self.causal)
+
+    def span(self, i):
+        """The first and the last key that query `i` sees, both included; `i` is an int or an array of them."""
+        start = i // self.bucket * self.bucket
+        first, last = start - self.backward, start + self.bucket - 1 + self.forward
+        return first, np.minimum(last, i) if self.causal else last
+
+    def visible(self, queries, keys):
+        """Bool array `(len(queries), len(keys))`: whether the query at one position sees the key at another."""
+        first, last = self.span(np.asarray(queries)[:, None])
+        keys = np.asarray(keys)[None, :]
+        return (first <= keys) & (keys <= last)
+
+    def show(self, n):
+        """The mask of an `n`-token sequence, drawn: a row for each query, a column for each key."""
+        positions = np.arange(checks.positive_int("WindowSpec.show", "n", n))
+        return "\n".join(" ".join("■" if seen else "·" for seen in row) for row in self.visible(positions, positions))
+
+    @classmethod
+    def from_sliding_window(cls, sliding_window):
+        """Hugging Face's `sliding_window`: causal, that many keys in all, the query's own among them."""
+        window = checks.positive_int("WindowSpec.from_sliding_window", "sliding_window", sliding_window)
+        return cls(bucket=1, backward=window - 1, forward=0, causal=True)
+
+    @classmethod
+    def from_flash(cls, window_size, causal=False):
+        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, both included, -1 for no limit."""
+        owner = "WindowSpec.from_flash"
+        if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+            raise checks.type_error(owner, "window_size", "a pair (left, right)", window_size)
+        left, right = (NO_LIMIT if checks.integer(owner, "window_size", size, -1) == -1 else int(size)
+                       for size in window_size)
+        return cls(bucket=1, backward=left, forward=0 if causal else right, causal=checks.boolean(owner, "causal", causal))
