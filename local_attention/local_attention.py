@@ -269,6 +269,8 @@ class LocalAttention(nn.Cell):
         q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
         if self.shared_qk:
             k = l2norm(k)
+        if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
+            q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         offset = 0
         if self.use_xpos:
             q, k, v, mask = fold(q, k, v, mask, windows)
@@ -278,7 +280,7 @@ class LocalAttention(nn.Cell):
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         elif self.rel_pos is not None:
             q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # that same place, relative to k
-        out = attend(q, k, ops.cast(v, q.dtype), windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
+        out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
                      dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
         out = out.reshape(groups, -1, head_dim)

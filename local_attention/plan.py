@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 128  # queries worked on together: small enough that few keys are gathered in vain, large enough for a matmul
+SMALLEST, BLOCK = 32, 128  # queries worked on together: few keys gathered in vain, yet enough to do for a matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +25,11 @@ class Run:
 
 def block_size(span, unit):
     """Queries in a block, given how many keys a query sees: a multiple or a divisor of `unit`, that patterns repeat."""
-    target = max(BLOCK, span // 8 // BLOCK * BLOCK)
+    target = min(max(span // 2, SMALLEST), BLOCK) if span < 16 * BLOCK else span // 8
     if unit <= target:
         return target // unit * unit
-    return next((unit // parts for parts in range(2, 2 * unit // target) if unit % parts == 0
-                 and unit // parts <= target), unit)
+    return next((unit // parts for parts in range(2, 2 * unit // target + 1)
+                 if unit % parts == 0 and unit // parts <= target), unit)
 
 
 def make_plan(spec, n_q, n_k, offset=0, period=1):

@@ -103,13 +103,13 @@ class SinusoidalEmbeddings(nn.Cell):
 
     def rotate(self, x, start=0, xpos_power=None):
         """
-        Rotate `x (g, n, dim)`, whose tokens stand at `start, start + 1, …`; the result is float32.
+        Rotate `x (g, n, dim)`, float32, whose tokens stand at `start, start + 1, …`.
 
         `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
         `(first + step * r) / scale_base`.
         """
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
-        return _rotation(self.frequencies, x.shape, start, power)(ops.cast(x, ms.float32))
+        return _rotation(self.frequencies, x.shape, start, power)(x)
 
 
 def _xpos_base(dim):

@@ -1,0 +1,56 @@
+"""A named peer in a process and an environment of its own: one call for each line it is sent, its milliseconds sent back.
+
+Run by `python -m benchmarks`, never by hand; needs torch, and for `lucidrains` the package local-attention.
+"""
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+
+
+def attention(name, window):
+    if name == "lucidrains":
+        from local_attention import LocalAttention
+        return LocalAttention(window, causal=True, exact_windowsize=True)
+    if name == "sdpa":
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if name == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def seen(batch, head, i, j):
+            return (j <= i) & (i - j <= window)
+        compiled, masks = torch.compile(flex_attention), {}
+
+        def call(q, k, v):
+            n = q.shape[-2]
+            if n not in masks:
+                masks[n] = create_block_mask(seen, None, None, n, n, device="cpu")
+            return compiled(q, k, v, block_mask=masks[n])
+        return call
+    raise ValueError(f"the peer must be lucidrains, flex or sdpa, but got {name}")
+
+
+def main():
+    name, window, backward, inputs, outputs = json.loads(sys.argv[1])
+    torch.set_num_threads(torch.get_num_threads())
+    q, k, v, dout = (torch.from_numpy(x).requires_grad_(backward) for x in np.load(inputs))
+    call = attention(name, window)
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            out = call(q, k, v)
+            if not backward:
+                return [out]
+            return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    np.save(outputs, np.stack([x.detach().numpy() for x in run()]))
+    print("ready", torch.__version__, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print((time.perf_counter() - start) * 1e3, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which keys a query sees: the formula, its picture, and other libraries' words for it."""
+import numpy as np
+import pytest
+
+from local_attention import WindowSpec
+from local_attention.spec import NO_LIMIT
+
+
+@pytest.mark.parametrize("spec, query, span", [
+    (WindowSpec(7, 7, 0, True), 0, (-7, 0)),
+    (WindowSpec(7, 7, 0, True), 13, (0, 13)),
+    (WindowSpec(7, 7, 0, True), 14, (7, 14)),
+    (WindowSpec(7, 14, 7, False), 15, (0, 27)),
+    (WindowSpec(1, 7, 0, True), 15, (8, 15)),
+    (WindowSpec(1, 7, 3, False), 15, (8, 18)),
+    (WindowSpec(1, 3, 5, True), 15, (12, 15)),
+    (WindowSpec(1, 3, -1, False), 15, (12, 14)),
+])
+def test_span_is_inclusive_on_both_ends(spec, query, span):
+    assert tuple(spec.span(query)) == span
+
+
+def test_visible_is_span_for_every_pair():
+    spec = WindowSpec(5, 10, 5, False)
+    queries, keys = np.arange(3, 17), np.arange(23)
+    for row, query in zip(spec.visible(queries, keys), queries):
+        first, last = spec.span(int(query))
+        assert keys[row].tolist() == [key for key in keys if first <= key <= last]
+
+
+def test_show_draws_a_row_for_each_query():
+    assert WindowSpec(2, 2, 0, True).show(5) == "\n".join([
+        "■ · · · ·",
+        "■ ■ · · ·",
+        "■ ■ ■ · ·",
+        "■ ■ ■ ■ ·",
+        "· · ■ ■ ■"])
+
+
+def test_hugging_face_counts_the_query_among_its_keys():
+    first, last = WindowSpec.from_sliding_window(4096).span(10_000)
+    assert last == 10_000 and last - first + 1 == 4096
+
+
+@pytest.mark.parametrize("window_size, causal, span", [
+    ((4, 2), False, (96, 102)),
+    ((4, 2), True, (96, 100)),
+    ((-1, 0), False, (100 - NO_LIMIT, 100)),
+    ((0, -1), False, (100, 100 + NO_LIMIT)),
+    ((-1, -1), True, (100 - NO_LIMIT, 100)),
+])
+def test_flash_attention_counts_keys_beside_the_query(window_size, causal, span):
+    assert tuple(WindowSpec.from_flash(window_size, causal=causal).span(100)) == span
+
+
+def test_equal_specs_are_one_key():
+    assert len({WindowSpec(7, 7, 0, True), WindowSpec(7, 7, 0, True), WindowSpec(1, 7, 0, True)}) == 2
