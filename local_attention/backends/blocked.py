@@ -16,6 +16,7 @@ from .dense import HIDDEN, SELF_SCORE
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
+GATHERED_AT_ONCE = 2**24  # elements of gathered keys, whose gradients stand side by side before they are summed
 CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
 
 _bmm = ops.BatchMatMul()
@@ -36,11 +37,12 @@ def why_not(problem):
 def schedule(problem):
     """The plan's runs, how many groups are worked on together, and the steps of that: (run, queries, keys)."""
     runs = make_plan(problem.spec, problem.n_q, problem.n_k, problem.offset, problem.bias_period)
-    per_group = sum(run.scores for run in runs)
-    budget = max(SCORES_AT_ONCE, per_group * problem.groups // CHUNKS)
+    budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
+    largest = max(run.visible.size for run in runs)
+    gathered = sum(run.keys.size for run in runs) * problem.head_dim
     alike = problem.groups // problem.heads  # groups that share a bias
-    together = max(size for size in range(1, alike + 1)
-                   if alike % size == 0 and (size == 1 or size * per_group <= budget))
+    together = max(size for size in range(1, alike + 1) if alike % size == 0 and
+                   (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
     steps = []
     for number, run in enumerate(runs):
         blocks = max(1, budget // (together * run.visible.size))
@@ -129,7 +131,6 @@ class Blocks(nn.Cell):
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.together
-        self.split = ops.Split(0, self.parts)
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -166,34 +167,34 @@ class Blocks(nn.Cell):
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns)
 
     def construct(self, q, k, v, tiles, seed):
-        qs, ks, vs = self.split(q), self.split(k), self.split(v)
         outs = []
         for part in range(self.parts):
-            part_tiles, rows = self._tiles(tiles, part), self._rows(seed, part)
-            parts = []
+            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            part_q, part_k, part_v = self._part(q, part), self._part(k, part), self._part(v, part)
+            out = []
             for step in self.steps:
-                query, key = _take(qs[part], step.queries, step.rows), _take(ks[part], step.keys, step.width)
-                weights = self._weights(query, key, part_tiles[step.run])
+                query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
+                weights = self._weights(query, key, tile[step.run])
                 if self.problem.dropout > 0:
                     weights = ops.mul(weights, self._keep(step, rows))
-                out = _bmm(weights, _take(vs[part], step.keys, step.width))
-                parts.append(self._flat(out))
-            outs.append(self._in_order(parts))
+                out.append(self._flat(_bmm(weights, _take(part_v, step.keys, step.width))))
+            outs.append(self._in_order(out))
         return _cat(outs, 0)
 
     def bprop(self, q, k, v, tiles, seed, out, dout):
         problem = self.problem
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
         dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
-        qs, ks, vs, douts = self.split(q), self.split(k), self.split(v), self.split(dout)
         dqs, dks, dvs, dtiles = [], [], [], []
         for part in range(self.parts):
-            part_tiles, rows = self._tiles(tiles, part), self._rows(seed, part)
+            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            part_q, part_k, part_v = self._part(q, part), self._part(k, part), self._part(v, part)
+            part_dout = self._part(dout, part)
             dq, dk, dv, dtile = [], [], [], []
             for step in self.steps:
-                query, key = _take(qs[part], step.queries, step.rows), _take(ks[part], step.keys, step.width)
-                grad, value = _take(douts[part], step.queries, step.rows), _take(vs[part], step.keys, step.width)
-                weights = self._weights(query, key, part_tiles[step.run])
+                query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
+                grad, value = _take(part_dout, step.queries, step.rows), _take(part_v, step.keys, step.width)
+                weights = self._weights(query, key, tile[step.run])
                 dweights = _bmm_transpose_b(grad, value)
                 if problem.dropout > 0:
                     keep = self._keep(step, rows)
@@ -219,6 +220,12 @@ class Blocks(nn.Cell):
     def _weights(self, query, key, tile):
         scores = _bmm_transpose_b(query, key)
         return _softmax(_bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape))
+
+    def _part(self, x, part):
+        """The groups that are worked on together as part number `part`."""
+        if self.parts == 1:
+            return x
+        return _slice(x, (part * self.together, 0, 0), (self.together, x.shape[1], x.shape[2]))
 
     def _flat(self, x):
         """Blocks back to positions, a row for each group."""
@@ -261,7 +268,7 @@ class Blocks(nn.Cell):
     def _rows(self, seed, part):
         if self.problem.dropout == 0:
             return seed
-        return seeded_rows(self.split(self.row_hash)[part], seed)
+        return seeded_rows(self._part(self.row_hash, part), seed)
 
     def _keep(self, step, rows):
         rows = _take(rows, step.queries, step.rows)
