@@ -1,4 +1,4 @@
-"""A named peer in a process and an environment of its own: one call for each line it is sent, its milliseconds sent back.
+"""A named peer in a process and environment of its own: for each line it is sent, one call and its milliseconds.
 
 Run by `python -m benchmarks`, never by hand; needs torch, and for `lucidrains` the package local-attention.
 """

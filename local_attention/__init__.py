@@ -1,7 +1,12 @@
 """Local (windowed) attention for MindSpore."""
+import numpy
+
+if int(numpy.__version__.split(".")[0]) >= 2:
+    raise ImportError(f"local_attention runs on MindSpore, which fails with NumPy 2 and found {numpy.__version__}: "
+                      "install an earlier one with  pip install 'numpy>=1.25,<2'")
+
+from .local_attention import LocalAttention  # noqa: E402
+from .spec import WindowSpec  # noqa: E402
+
 __version__ = "0.1.0"
-
-from .local_attention import LocalAttention
-from .spec import WindowSpec
-
 __all__ = ["LocalAttention", "WindowSpec"]

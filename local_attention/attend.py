@@ -1,4 +1,4 @@
-"""The one channel: checked, flattened tensors in, a backend chosen once per problem, the same thing out of every backend."""
+"""The one channel: checked, flattened tensors in, a backend chosen once a problem, the same out of every backend."""
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
@@ -80,7 +80,8 @@ def _prepared(problem, backend):
 
 
 @constexpr
-def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, hide_self, dropout, offset, backend):
+def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, hide_self, dropout, offset,
+            backend):
     groups, n_q, head_dim = q_shape
     return _prepared(Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
                              bias_shape, bias_backward, hide_self, dropout, offset), backend)
@@ -120,10 +121,9 @@ def explain(problem, backend=None):
     """In words: which backend runs a problem, why each other one does not, and what it works on."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
+    instead = f"could run it, but {chosen} {'was asked for' if backend else 'comes first'}"
     lines = [f"{chosen}: runs this"]
-    for name, reason in refusals(problem).items():
-        if name != chosen:
-            lines.append(f"{name}: {reason or f'could run it, but {chosen} ' + ('was asked for' if backend else 'comes first')}")
+    lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
     lines += [f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
               f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once"]
     return "\n".join(lines)

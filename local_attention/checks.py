@@ -69,7 +69,7 @@ def rate(owner, name, value):
 
 
 def described(x):
-    """What can be checked of a tensor without its values, as a constant of a graph: (shape, dtype), or None as it is."""
+    """What can be checked of a tensor without its values, a constant in a graph: (shape, dtype); None as it is."""
     if x is None:
         return None
     if isinstance(x, Tensor):

@@ -231,8 +231,7 @@ class LocalAttention(nn.Cell):
             self.rotary_dim = dim
             self.rel_pos = SinusoidalEmbeddings(dim, scale_base=xpos_scale_base, use_xpos=use_xpos)
         elif use_xpos:
-            raise checks.value_error(owner, "use_xpos", "False without rotary embeddings ('use_rotary_pos_emb' and 'dim')",
-                                     use_xpos)
+            raise checks.value_error(owner, "use_xpos", "False without 'use_rotary_pos_emb' and 'dim'", use_xpos)
 
     def explain(self, n, dtype=None, mask=False, attn_bias=False):
         """In words: the backend that would run a sequence of n, why no other would, and what one head of it costs.
@@ -253,8 +252,8 @@ class LocalAttention(nn.Cell):
             groups, n_q, n_k, offset = len(windows.folded(n)[0]), windows.size, windows.span, windows.backward
         return explain(Problem(
             self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
-            batch=groups if mask or self.use_xpos else 0, bias_shape=(1, windows.size, windows.span) if attn_bias else None,
-            bias_backward=windows.backward, hide_self=self.shared_qk, offset=offset), self.backend)
+            batch=groups if mask or self.use_xpos else 0, bias_backward=windows.backward, hide_self=self.shared_qk,
+            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset), self.backend)
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         if mask is None:

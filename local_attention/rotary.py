@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, Su et al., 2021) and its length-extrapolating form, xpos (Sun et al., 2022).
 
-The functions under upstream's names give upstream's results. `SinusoidalEmbeddings.rotate` is what LocalAttention runs: a
-rotation is relative, so each token is rotated once, by its own position, before any windowing.
+The functions under upstream's names give upstream's results. `SinusoidalEmbeddings.rotate` is what LocalAttention
+runs: a rotation is relative, so each token is rotated once, by its own position, before any windowing.
 """
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 
-ELEMENTS_AT_ONCE = 2**22  # of a table: the same-shape product is fast, a table as large as a long sequence is not needed
+ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
 
 
 def rotate_half(x):

@@ -77,10 +77,11 @@ class WindowSpec:
 
     @classmethod
     def from_flash(cls, window_size, causal=False):
-        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, both included, -1 for no limit."""
+        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 is no limit."""
         owner = "WindowSpec.from_flash"
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
             raise checks.type_error(owner, "window_size", "a pair (left, right)", window_size)
+        checks.boolean(owner, "causal", causal)
         left, right = (NO_LIMIT if checks.integer(owner, "window_size", size, -1) == -1 else int(size)
                        for size in window_size)
-        return cls(bucket=1, backward=left, forward=0 if causal else right, causal=checks.boolean(owner, "causal", causal))
+        return cls(bucket=1, backward=left, forward=0 if causal else right, causal=causal)

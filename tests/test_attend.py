@@ -9,9 +9,9 @@ from local_attention.attend import BACKENDS, attend
 from local_attention.spec import NO_LIMIT, WindowSpec
 
 W = 7
-SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, W, W, False), WindowSpec(1, 2 * W, W, False),
-         WindowSpec(W, 0, 0, True), WindowSpec(W, 0, 2 * W, False), WindowSpec(1, 3, -1, False),
-         WindowSpec(1, NO_LIMIT, NO_LIMIT, False)]
+SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, W, W, False),
+         WindowSpec(1, 2 * W, W, False), WindowSpec(W, 0, 0, True), WindowSpec(W, 0, 2 * W, False),
+         WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, NO_LIMIT, False)]
 LENGTHS = [1, W - 1, W, W + 1, 3 * W - 1, 3 * W, 3 * W + 1]
 
 

@@ -174,7 +174,8 @@ def test_graph_mode_as_a_context():
     wanted = attn(*arrays).asnumpy()
     ms.set_context(mode=ms.GRAPH_MODE)
     try:
-        np.testing.assert_allclose(LocalAttention(W, dim=D, causal=True, autopad=True)(*arrays).asnumpy(), wanted, atol=1e-6)
+        again = LocalAttention(W, dim=D, causal=True, autopad=True)(*arrays)
+        np.testing.assert_allclose(again.asnumpy(), wanted, atol=1e-6)
     finally:
         ms.set_context(mode=ms.PYNATIVE_MODE)
 

@@ -1,9 +1,9 @@
 """Blocks of queries against the keys they can see, in MindSpore's own operators: CPU, GPU and Ascend.
 
-Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes each
-block's weights again. On CPU, broadcasts are slow and matrix products are not, so two things travel inside the products:
-the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient of softmax
-subtracts are one more entry of `dout`, met by a 1 in every value.
+Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes the
+weights of each block again. On CPU, broadcasts are slow and matrix products are not, so two things travel inside the
+products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient of
+softmax subtracts are one more entry of `dout`, met by a 1 in every value.
 """
 from typing import NamedTuple, Optional
 

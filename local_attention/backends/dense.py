@@ -1,4 +1,4 @@
-"""Attention by its definition: every score computed, the invisible ones hidden. O(n²); the truth the others are held to."""
+"""Attention by its definition: every score, the invisible ones hidden. O(n²); what the others are held to."""
 from typing import NamedTuple, Optional
 
 import mindspore as ms

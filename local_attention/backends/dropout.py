@@ -1,8 +1,8 @@
 """Dropout of attention weights as a function of (seed, head, query, key) alone.
 
-Nothing is drawn and nothing stored: forward, backward, every backend and both modes get the same mask from the same seed,
-whatever blocks they work in. A 32-bit counter hash; `x * (2x + 1)` is the mixing step of the RC6 cipher (Rivest et al.,
-1998), a permutation whose high bits depend on every bit of `x`.
+Nothing is drawn and nothing stored: forward, backward, every backend and both modes get the same mask from the same
+seed, whatever blocks they work in. A 32-bit hash of counters; `x * (2x + 1)` is the mixing step of the RC6 cipher
+(Rivest et al., 1998), a permutation whose high bits depend on every bit of `x`.
 """
 import mindspore as ms
 import numpy as np
@@ -33,7 +33,7 @@ def seeded_rows(rows, seed):
 
 
 def keep_factors(rows, columns, rate):
-    """0 where a weight is dropped, `1 / (1 - rate)` where it is kept, for hashes that broadcast to the weights' shape."""
+    """0 where a weight is dropped and `1 / (1 - rate)` where it is kept; the hashes broadcast to its shape."""
     kept = ops.greater_equal(_scramble(ops.bitwise_xor(rows, columns)), int(rate * 2**32) - 2**31)
     return ops.mul(ops.cast(kept, ms.float32), 1 / (1 - rate))
 
