@@ -29,6 +29,7 @@ class Problem:
     batch: int = 0  # rows of the key mask, 0 where there is none
     bias_shape: Optional[tuple] = None  # (heads, period, columns)
     bias_backward: int = 0  # how many positions before its period a bias's first column stands
+    by_offset: bool = False  # whether embeddings of the offsets from query to key are scored
     hide_self: bool = False
     dropout: float = 0.
     offset: int = 0  # the position of the first query among the keys
@@ -80,15 +81,15 @@ def _prepared(problem, backend):
 
 
 @constexpr
-def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, hide_self, dropout, offset,
-            backend):
+def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, by_offset, hide_self, dropout,
+            offset, backend):
     groups, n_q, head_dim = q_shape
     return _prepared(Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
-                             bias_shape, bias_backward, hide_self, dropout, offset), backend)
+                             bias_shape, bias_backward, by_offset, hide_self, dropout, offset), backend)
 
 
-def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, hide_self=False, dropout=0., seed=None,
-           offset=0, backend=None):
+def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
+           dropout=0., seed=None, offset=0, backend=None):
     """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
@@ -98,6 +99,8 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, hide
         key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides `g`.
         bias (Tensor): `(heads, period, columns)`, added to the scaled products: the query at position `i` takes row
             `i % period`, the key at position `j` column `j - (i - i % period - bias_backward)`.
+        rel_pos_emb (Tensor): `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q, unscaled,
+            and added for the key at position `i + r - backward`.
         hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
         dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
         backend (str): By name, or None for the fastest that can.
@@ -106,10 +109,11 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, hide
         Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
     """
     run, constants = _chosen(spec, scale, q.shape, k.shape[1], q.dtype, None if key_mask is None else key_mask.shape,
-                             None if bias is None else bias.shape, bias_backward, hide_self, dropout, offset, backend)
+                             None if bias is None else bias.shape, bias_backward, rel_pos_emb is not None, hide_self,
+                             dropout, offset, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
-    return run(constants, q, k, v, key_mask, bias, seed)
+    return run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
 
 
 def draw_seed():

@@ -87,3 +87,15 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
     if shape is not None and got[0] != shape:
         raise value_error(owner, name, rule or f"of shape {shape}", got[0])
     return got[0]
+
+
+def fraction(owner, name, value):
+    """A share of a whole, nothing and all of it included."""
+    if not 0 <= number(owner, name, value) <= 1:
+        raise value_error(owner, name, "a number in [0, 1]", value)
+    return float(value)
+
+
+def not_yet(owner, what):
+    """What the interface has a place for and this release does not do."""
+    return NotImplementedError(f"For '{owner}', {what} is not part of this release.")

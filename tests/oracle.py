@@ -2,13 +2,14 @@
 import numpy as np
 
 
-def attention(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, hide_self=False, offset=0, dout=None):
-    """Output `(g, n_q, d)` and, given the output's gradient, those of q, k, v and bias."""
+def attention(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
+              offset=0, dout=None):
+    """Output `(g, n_q, d)` and, given the output's gradient, those of q, k, v, bias and rel_pos_emb."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, n_q, _ = q.shape
     n_k = k.shape[1]
     out = np.zeros(q.shape[:2] + v.shape[2:])
-    grads = [np.zeros_like(x) for x in (q, k, v)] + [None if bias is None else np.zeros(bias.shape)]
+    grads = [np.zeros_like(x) for x in (q, k, v)] + [None if x is None else np.zeros(x.shape) for x in (bias, rel_pos_emb)]
     for g in range(groups):
         for row in range(n_q):
             i = row + offset
@@ -22,6 +23,9 @@ def attention(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, h
                 head, period = g % len(bias), bias.shape[1]
                 columns = np.array(seen) - (i // period * period - bias_backward)
                 scores = scores + bias[head, i % period, columns]
+            if rel_pos_emb is not None:
+                offsets = np.array(seen) - (i - spec.backward)
+                scores = scores + rel_pos_emb[offsets] @ q[g, row]
             free = np.array([not (hide_self and j == i) for j in seen])
             scores = np.where(free, scores, -5e4)
             weights = np.exp(scores - scores.max())
@@ -36,4 +40,7 @@ def attention(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, h
             grads[2][g, seen] += weights[:, None] * dout[g, row]
             if bias is not None:
                 np.add.at(grads[3], (head, i % period, columns), dscores)
+            if rel_pos_emb is not None:
+                grads[0][g, row] += dscores @ rel_pos_emb[offsets]
+                grads[4][offsets] += dscores[:, None] * q[g, row]
     return out if dout is None else (out, *grads)

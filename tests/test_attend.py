@@ -36,20 +36,24 @@ class Case:
         self.q, self.k, self.v, self.dout = draw(6, n_q, 10), draw(6, n_k, 10), draw(6, n_k, 10), draw(6, n_q, 10)
         bias, mask = draw(3, W, 5 * W), rng.random((2, n_k)) > .4
         self.bias = bias if pick("bias", [False, True]) and self.spec.backward <= 2 * W else None
+        emb = draw(max(self.spec.backward + 1 + self.spec.forward, 1), 10) if self.spec.backward <= 2 * W else None
+        self.emb = emb if pick("emb", [False, True]) and self.spec.bucket == 1 else None
         self.mask = mask if pick("mask", [False, True]) else None
 
     def wanted(self):
-        return oracle.attention(self.q, self.k, self.v, self.spec, key_mask=self.mask, bias=self.bias, dout=self.dout,
-                                **self.options)
+        return oracle.attention(self.q, self.k, self.v, self.spec, key_mask=self.mask, bias=self.bias,
+                                rel_pos_emb=self.emb, dout=self.dout, **self.options)
 
     def got(self, backend, mode, dtype=ms.float32, **more):
         inputs = [Tensor(x).astype(dtype) for x in (self.q, self.k, self.v)]
-        inputs += [] if self.bias is None else [Tensor(self.bias)]
+        inputs += [Tensor(x) for x in (self.bias, self.emb) if x is not None]
+        has_bias, has_emb = self.bias is not None, self.emb is not None
         mask, dout = None if self.mask is None else Tensor(self.mask), Tensor(self.dout)
         spec, options = self.spec, {**self.options, **more}
 
-        def forward(q, k, v, bias=None):
-            out = attend(q, k, v, spec, key_mask=mask, bias=bias, backend=backend, **options)
+        def forward(q, k, v, *extras):
+            bias, emb = extras[0] if has_bias else None, extras[-1] if has_emb else None
+            out = attend(q, k, v, spec, key_mask=mask, bias=bias, rel_pos_emb=emb, backend=backend, **options)
             return (out.astype(ms.float32) * dout).sum(), out
         step = ms.value_and_grad(forward, tuple(range(len(inputs))), has_aux=True)
         (_, out), grads = (ms.jit(step) if mode == "graph" else step)(*inputs)
@@ -57,9 +61,10 @@ class Case:
 
 
 def assert_close(got, wanted, tolerance):
-    """`got` ends before the gradients that a case does not have."""
+    wanted = [x for x in wanted if x is not None]
+    assert len(got) == len(wanted)
     for a, b in zip(got, wanted):
-        np.testing.assert_allclose(a, b, atol=tolerance, rtol=0)
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -77,7 +82,7 @@ def test_graph_sweep(backend, seed):
 
 
 def test_every_option_at_once_with_gradients_that_are_not_zero():
-    case = Case(0, spec=SPECS[3], n=23, bias=True, mask=True, hide_self=True, offset=5)
+    case = Case(0, spec=SPECS[3], n=23, bias=True, emb=True, mask=True, hide_self=True, offset=5)
     for backend in BACKENDS:
         got = case.got(backend, "graph")
         assert all(np.abs(grad).max() > 1e-2 for grad in got[1:])
@@ -105,7 +110,7 @@ def test_half_precision_is_no_further_from_the_truth_than_its_rounding(backend):
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(mode, backend):
     case = Case(2, spec=SPECS[0], n=23, offset=0, mask=True, hide_self=False, bias=True)
     case.mask[:, :12] = False
-    out, dq, dk, dv, _ = case.got(backend, mode)
+    out, dq, dk, dv, *_ = case.got(backend, mode)
     assert (out[:, :12] == 0).all() and (dq[:, :12] == 0).all()
     hidden = ~np.repeat(case.mask, 3, 0)
     assert (dk[hidden] == 0).all() and (dv[hidden] == 0).all()

@@ -9,7 +9,8 @@ from local_attention.spec import NO_LIMIT, WindowSpec
 
 SPECS = [WindowSpec(1, 7, 0, True), WindowSpec(7, 7, 0, True), WindowSpec(7, 14, 7, False),
          WindowSpec(1, 200, 100, False), WindowSpec(300, 300, 0, True), WindowSpec(257, 0, 257, False),
-         WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, 0, True), WindowSpec(1, NO_LIMIT, NO_LIMIT, False), WindowSpec(1, 0, -1, False)]
+         WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, 0, True), WindowSpec(1, NO_LIMIT, NO_LIMIT, False),
+         WindowSpec(1, 0, -1, False)]
 
 
 @pytest.mark.parametrize("spec, n, offset, period", [

@@ -22,11 +22,15 @@ CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
 _bmm_transpose_b = ops.BatchMatMul(transpose_b=True)
+_matmul = ops.MatMul()
+_matmul_transpose_a = ops.MatMul(transpose_a=True)
+_matmul_transpose_b = ops.MatMul(transpose_b=True)
 _bias_add = ops.BiasAdd()
 _softmax = ops.Softmax(-1)
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
 _slice = ops.Slice()
+_concat = ops.Concat(-1)
 
 
 def why_not(problem):
@@ -63,21 +67,24 @@ def prepare(problem):
     return Blocks(problem)
 
 
-def run(blocks, q, k, v, key_mask, bias, seed):
+def run(blocks, q, k, v, key_mask, bias, rel_pos_emb, seed):
     """Around the blocks, what is cheap enough to be left to automatic differentiation."""
     problem = blocks.problem
     dtype = q.dtype
     q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
     q = ops.mul(q, problem.scale)
+    tiles, emb = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32)
+    if rel_pos_emb is not None:
+        emb = ops.div(ops.cast(rel_pos_emb, ms.float32), problem.scale)
     if key_mask is not None:
         q, k, v = _hide_keys(q, k, v, _per_group(ops.cast(key_mask, ms.float32), problem.groups))
-    tiles = blocks.masks
+        emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
     if bias is not None:
         heads = bias.shape[0]
         bias = _gather(ops.cast(bias, ms.float32).reshape(heads, -1), blocks.bias_index, 1)
         tiles = _bias_add(bias, tiles.reshape(-1))
         q, k, v = _swap(q, heads), _swap(k, heads), _swap(v, heads)
-    out = blocks(q, k, v, tiles, ops.zeros((1,), ms.int32) if seed is None else seed)
+    out = blocks(q, k, v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
         out = _swap(out, problem.groups // tiles.shape[0])
     if key_mask is not None:
@@ -120,6 +127,7 @@ class Step(NamedTuple):
     queries: Optional[Tensor]
     keys: Optional[Tensor]
     columns: Optional[Tensor]  # hashes of the keys, where dropout needs them
+    shift: int  # a block's first key as an offset from its first query, counted from the first that it sees
 
 
 class Blocks(nn.Cell):
@@ -160,13 +168,16 @@ class Blocks(nn.Cell):
 
     def _step(self, number, queries, keys):
         problem = self.problem
+        shift = int(keys[0, 0] - queries[0, 0]) - problem.offset + problem.spec.backward
+        if not self.runs[number].visible.any():  # such a block gathers some key, whatever its offset
+            shift = 0
         columns = None
         if problem.dropout > 0:
             columns = Tensor(np.tile(column_hash(keys), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
-                    None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns)
+                    None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
-    def construct(self, q, k, v, tiles, seed):
+    def construct(self, q, k, v, tiles, emb, seed):
         outs = []
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
@@ -174,18 +185,19 @@ class Blocks(nn.Cell):
             out = []
             for step in self.steps:
                 query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
-                weights = self._weights(query, key, tile[step.run])
+                weights = self._weights(step, query, key, tile[step.run], emb)
                 if self.problem.dropout > 0:
                     weights = ops.mul(weights, self._keep(step, rows))
                 out.append(self._flat(_bmm(weights, _take(part_v, step.keys, step.width))))
             outs.append(self._in_order(out))
         return _cat(outs, 0)
 
-    def bprop(self, q, k, v, tiles, seed, out, dout):
+    def bprop(self, q, k, v, tiles, emb, seed, out, dout):
         problem = self.problem
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
         dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
         dqs, dks, dvs, dtiles = [], [], [], []
+        demb = ops.zeros(emb.shape, ms.float32)
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part), self._part(k, part), self._part(v, part)
@@ -194,7 +206,7 @@ class Blocks(nn.Cell):
             for step in self.steps:
                 query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
                 grad, value = _take(part_dout, step.queries, step.rows), _take(part_v, step.keys, step.width)
-                weights = self._weights(query, key, tile[step.run])
+                weights = self._weights(step, query, key, tile[step.run], emb)
                 dweights = _bmm_transpose_b(grad, value)
                 if problem.dropout > 0:
                     keep = self._keep(step, rows)
@@ -205,7 +217,12 @@ class Blocks(nn.Cell):
                     weights = ops.mul(weights, keep)
                 else:
                     dscores = ops.mul(weights, dweights)
-                dq.append(self._flat(_bmm(dscores, key)))
+                dquery = _bmm(dscores, key)
+                if problem.by_offset:
+                    by_offset = _keys_to_offsets(dscores, step, emb.shape[0]).reshape(-1, emb.shape[0])
+                    dquery = ops.add(dquery, _matmul(by_offset, emb).reshape(dquery.shape))
+                    demb = ops.add(demb, _matmul_transpose_a(by_offset, query.reshape(-1, query.shape[-1])))
+                dq.append(self._flat(dquery))
                 dk.append(self._flat(_bmm_transpose_a(dscores, query)))
                 dv.append(self._flat(_bmm_transpose_a(weights, grad)))
                 if problem.bias_shape is not None:
@@ -215,10 +232,13 @@ class Blocks(nn.Cell):
             dks.append(self._scattered(dk))
             dvs.append(self._scattered(dv))
             dtiles.append(dtile)
-        return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), seed
+        return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), demb, seed
 
-    def _weights(self, query, key, tile):
+    def _weights(self, step, query, key, tile, emb):
         scores = _bmm_transpose_b(query, key)
+        if self.problem.by_offset:
+            by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
+            scores = ops.add(scores, _offsets_to_keys(by_offset.reshape(scores.shape[0], step.rows, -1), step))
         return _softmax(_bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape))
 
     def _part(self, x, part):
@@ -273,6 +293,29 @@ class Blocks(nn.Cell):
     def _keep(self, step, rows):
         rows = _take(rows, step.queries, step.rows)
         return keep_factors(rows, step.columns, self.problem.dropout)
+
+
+def _offsets_to_keys(x, step):
+    """From scores `(blocks, rows, offsets)` to `(blocks, rows, width)`: each row moved one place further than the last.
+
+    Read with rows one shorter than they were written, a matrix moves by one more place with every row: no index needed.
+    """
+    blocks, rows, offsets = x.shape
+    x = _concat((x, ops.zeros((blocks, rows, rows), ms.float32))).reshape(blocks, -1)
+    x = _slice(x, (0, 0), (blocks, x.shape[1] - rows)).reshape(blocks, rows, offsets + rows - 1)
+    return _slice(x, (0, 0, step.shift), (blocks, rows, step.width))
+
+
+def _keys_to_offsets(x, step, offsets):
+    """The transpose of `_offsets_to_keys`."""
+    blocks, rows, width = x.shape
+    after = offsets + rows - 1 - step.shift - width
+    if step.shift > 0:
+        x = _concat((ops.zeros((blocks, rows, step.shift), ms.float32), x))
+    if after > 0:
+        x = _concat((x, ops.zeros((blocks, rows, after), ms.float32)))
+    x = _concat((x.reshape(blocks, -1), ops.zeros((blocks, rows), ms.float32))).reshape(blocks, rows, offsets + rows)
+    return _slice(x, (0, 0, 0), (blocks, rows, offsets))
 
 
 def _int32(index):

@@ -27,6 +27,7 @@ class Constants(NamedTuple):
     seen: Tensor  # float32 (1, n_q, n_k): 1 where the query sees the key
     is_self: Tensor
     bias_index: Optional[Tensor]
+    offset_index: Optional[Tensor]
     rows: Tensor  # hashes, for dropout
     columns: Tensor
 
@@ -37,10 +38,18 @@ def prepare(problem):
     return Constants(problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
                      Tensor((queries == keys)[None]),
                      Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
+                     _offset_index(problem, queries, keys) if problem.by_offset else None,
                      Tensor(row_hash(np.arange(problem.groups), queries[:, 0])[..., None]), Tensor(column_hash(keys)))
 
 
-def run(constants, q, k, v, key_mask, bias, seed):
+def _offset_index(problem, queries, keys):
+    """Where among a head's scores of every query with every offset a query and a key find theirs."""
+    offsets = problem.spec.backward + 1 + problem.spec.forward
+    row = np.clip(keys - queries + problem.spec.backward, 0, offsets - 1)
+    return Tensor((queries - problem.offset) * offsets + row)
+
+
+def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
     """`out[i] = sum_j softmax_j(scale * q[i]·k[j] + bias[i, j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, seen = constants.problem, constants.seen
     dtype = q.dtype
@@ -54,6 +63,9 @@ def run(constants, q, k, v, key_mask, bias, seed):
     if bias is not None:
         bias = ops.gather(ops.cast(bias, ms.float32).reshape(bias.shape[0], -1), constants.bias_index, 1)
         scores = scores + ops.tile(bias, (problem.groups // bias.shape[0], 1, 1))
+    if rel_pos_emb is not None:
+        by_offset = ops.matmul(q, ops.cast(rel_pos_emb, ms.float32).T).reshape(problem.groups, -1)
+        scores = scores + ops.gather(by_offset, constants.offset_index, 1)
     if problem.hide_self:
         scores = ops.masked_fill(scores, constants.is_self, SELF_SCORE)
     weights = ops.softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1) * seen

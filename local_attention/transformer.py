@@ -1,0 +1,563 @@
+"""Blocks of local attention, and a language model made of them."""
+import math
+from functools import lru_cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import Normal
+from mindspore.ops import constexpr
+
+from . import checks
+from .local_attention import LocalAttention
+
+EPSILON = 1e-5  # of LayerNorm, as in PyTorch
+INTEGERS = ("Int32", "Int64")
+
+
+def top_k(logits, thres=0.9):
+    """
+    Keep the largest logits, `max(1, int((1 - thres) * vocabulary))` of them, and set the others to -inf.
+
+    Args:
+        logits (Tensor): float :math:`(..., vocabulary)`.
+        thres (float): The share, in [0, 1], that is dropped. Default: ``0.9`` .
+
+    Returns:
+        Tensor of the shape and dtype of `logits`. Exactly that many are kept, where logits are equal too.
+    """
+    values, indices = ops.topk(logits, _kept("top_k", "thres", thres, checks.described(logits)))
+    return ops.tensor_scatter_elements(ops.full_like(logits, float("-inf")), indices, values, -1)
+
+
+@constexpr
+def _kept(owner, name, thres, logits):
+    checks.fraction(owner, name, thres)
+    shape = checks.tensor(owner, "logits", logits, checks.FLOATS)
+    if 0 in shape or not shape:
+        raise checks.value_error(owner, "logits", "of shape (..., vocabulary), not empty", shape)
+    return max(1, int((1 - thres) * shape[-1]))
+
+
+def _sample(logits, temperature, thres):
+    """A token for each row of float32 logits: the largest of logits with Gumbel noise, which is a draw by softmax."""
+    logits = top_k(logits, thres)
+    if temperature > 0:
+        largest = ops.amax(logits, -1, keepdims=True)  # so that no temperature, however small, makes two infinities
+        logits = (logits - largest) / temperature - ops.log(-ops.log(ops.rand(logits.shape)))
+    return ops.argmax(logits, -1)
+
+
+class _Deal(nn.Cell):
+    """The rows of a matrix dealt out to several matrices: what both a split and a transpose are to whole rows.
+
+    On CPU, outside a graph, MindSpore copies a strided view thirty times slower than it gathers rows.
+    """
+
+    def __init__(self, shape, axes):
+        super().__init__()
+        rows = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes)
+        self.hands = tuple(Tensor(hand.reshape(-1)) for hand in rows)
+        self.back = Tensor(np.argsort(rows, axis=None).astype(np.int32))
+        self.gather, self.concat = ops.Gather(), ops.Concat(0)
+
+    def construct(self, rows):
+        dealt = ()
+        for hand in self.hands:
+            dealt += (self.gather(rows, hand, 0),)
+        return dealt
+
+    def bprop(self, rows, out, dout):
+        return (self.gather(self.concat(dout), self.back, 0),)
+
+
+# The rows of a matrix are numbered along the axes of `shape`; a matrix for each entry of the first of the given `axes`
+# gets its rows in the order of the others.
+_deal = constexpr(lru_cache(maxsize=64)(_Deal))
+
+
+class _Float32(nn.Cell):
+    """A Cell that stays in float32 where `to_float` or `amp` casts the model around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_float(ms.float32)
+
+    def add_flags(self, **flags):
+        if "fp16" in flags:
+            flags.update(fp16=False, bf16=False, fp32=True)
+        return super().add_flags(**flags)
+
+
+class _UnitScale(_Float32):
+    """Rows over their Euclidean norm times a scale for each column; a row of zeros stays one."""
+
+    def construct(self, x, scale):
+        squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
+        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
+        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, products are faster than broadcasts
+
+
+class _CrossEntropy(_Float32):
+    """The mean of -log softmax over the labels that are not `ignore_index`, 0 where all are."""
+
+    def __init__(self, ignore_index):
+        super().__init__()
+        self.total = ops.NLLLoss(reduction="sum", ignore_index=ignore_index)
+
+    def construct(self, logits, labels):
+        weights = ops.ones((logits.shape[1],), ms.float32)
+        total, count = self.total(ops.log_softmax(ops.cast(logits, ms.float32), -1), labels, weights)
+        return total / ops.maximum(count, 1.)
+
+
+class GEGLU(nn.Cell):
+    r"""
+    The first half of the last axis, gated by GELU of the second: :math:`a \cdot GELU(g)` (Shazeer, 2020).
+
+    Inputs:
+        - **x** (Tensor) - :math:`(..., 2 d)`.
+
+    Outputs:
+        Tensor of shape :math:`(..., d)`.
+
+    Raises:
+        TypeError: If `x` is not a Tensor of floats.
+        ValueError: If its last axis is not even.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention.transformer import GEGLU
+        >>> print(GEGLU()(ops.ones((2, 5, 6))).shape)
+        (2, 5, 3)
+    """
+
+    def construct(self, x):
+        shape, count, half = _halves(self.cls_name, checks.described(x))
+        x, gate = _deal((count, 2), (1, 0))(x.reshape(-1, half))
+        return ops.mul(x, ops.gelu(gate)).reshape(shape)
+
+
+@constexpr
+def _halves(owner, x):
+    """Of a tensor with halves side by side: a half's shape, how many rows it has and how long they are."""
+    shape = checks.tensor(owner, "x", x, checks.FLOATS)
+    if not shape or shape[-1] % 2 or 0 in shape:
+        raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
+    return (*shape[:-1], shape[-1] // 2), math.prod(shape[:-1]), shape[-1] // 2
+
+
+class FeedForward(nn.SequentialCell):
+    r"""
+    The feed-forward half of a layer: LayerNorm, a projection to twice `int(dim * mult * 2 / 3)`, GEGLU, dropout, back.
+
+    Args:
+        dim (int): Size of the last axis.
+        mult (float): How many times wider than `dim` a plain feed-forward of as many weights would be.
+            Default: ``4`` .
+        dropout (float): Rate in [0, 1), in training alone. Default: ``0.`` .
+
+    Inputs:
+        - **x** (Tensor) - :math:`(..., dim)`.
+
+    Outputs:
+        Tensor of the shape of `x`.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of its range.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention.transformer import FeedForward
+        >>> print(FeedForward(8)(ops.ones((2, 5, 8))).shape)
+        (2, 5, 8)
+    """
+
+    def __init__(self, dim, mult=4, dropout=0.):
+        owner = type(self).__name__
+        inner = int(checks.positive_int(owner, "dim", dim) * checks.positive_number(owner, "mult", mult) * 2 / 3)
+        if inner < 1:
+            raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
+        super().__init__(nn.LayerNorm((dim,), epsilon=EPSILON), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
+                         nn.Dropout(p=checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
+
+
+class DynamicPositionBias(nn.Cell):
+    r"""
+    A learned bias of attention scores: a small network of the distance between query and key, an output for each head.
+
+    Args:
+        dim (int): Width of the network's two hidden layers.
+        heads (int): Number of heads.
+
+    Inputs:
+        - **i** (int) - Number of queries.
+        - **j** (int) - Number of keys, at least `i`: the queries are the last `i` of these positions.
+        - **after** (int) - Number of further keys after the last query. Default: ``0`` .
+
+    Outputs:
+        Tensor of shape :math:`(heads, i, j + after)`; it depends on the distance alone, not on its sign.
+
+    Raises:
+        TypeError: If an argument or input is not an int.
+        ValueError: If `dim`, `heads` or `i` is not positive, `j` less than `i`, or `after` negative.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from local_attention import DynamicPositionBias
+        >>> print(DynamicPositionBias(dim=16, heads=8)(5, 10).shape)
+        (8, 5, 10)
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        checks.positive_int(self.cls_name, "dim", dim)
+        checks.positive_int(self.cls_name, "heads", heads)
+        self.mlp = nn.SequentialCell(nn.Dense(1, dim), nn.SiLU(), nn.Dense(dim, dim), nn.SiLU(), nn.Dense(dim, heads))
+
+    def construct(self, i, j, after=0):
+        distances, index = _distances(self.cls_name, i, j, after)
+        return ops.gather(self.mlp(distances).swapaxes(0, 1), index, 1).reshape(-1, i, j + after)
+
+
+@constexpr
+def _distances(owner, i, j, after):
+    """Every distance there is, as a column, and which of them each query and key are apart, flattened."""
+    checks.positive_int(owner, "i", i)
+    if checks.positive_int(owner, "j", j) < i:
+        raise checks.value_error(owner, "j", f"at least i ({i})", j)
+    checks.non_negative_int(owner, "after", after)
+    apart = np.abs(np.arange(j - i, j)[:, None] - np.arange(j + after))
+    return Tensor(np.arange(apart.max() + 1, dtype=np.float32)[:, None]), Tensor(apart.reshape(-1).astype(np.int32))
+
+
+class LocalMHA(nn.Cell):
+    r"""
+    Multi-head self-attention over local windows: project to queries, keys and values, attend, project back.
+
+    Args:
+        dim (int): Size of the last axis of the input.
+        window_size (int): Positions in a window.
+        dim_head (int): Dimension of a head, even for rotary embeddings. Default: ``64`` .
+        heads (int): Number of heads. Default: ``8`` .
+        dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
+        causal (bool): Whether a query sees no key after itself. Default: ``False`` .
+        prenorm (bool): Whether LayerNorm comes first. Default: ``False`` .
+        qk_rmsnorm (bool): Whether queries and keys are scaled to a learned length, and their products by `qk_scale`.
+            Default: ``False`` .
+        qk_scale (float): Used with `qk_rmsnorm` alone. Default: ``8`` .
+        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
+        exact_windowsize (bool): Whether every query sees the same number of keys; ``None`` is ``True`` .
+            Default: ``None`` .
+        gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
+            Default: ``False`` .
+        kwargs (dict): Further arguments of :class:`LocalAttention`.
+
+    Inputs:
+        - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
+        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
+          :class:`LocalAttention` takes it. Default: ``None`` .
+        - **cache**, **return_cache** - Not part of this release.
+
+    Outputs:
+        Tensor of the shape of `x`.
+
+    Raises:
+        TypeError: If an argument or input is of another type or dtype.
+        ValueError: If an argument is out of its range or shapes do not agree.
+        NotImplementedError: If a cache is given or asked for.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import LocalMHA
+        >>> mha = LocalMHA(dim=512, window_size=128, causal=True, prenorm=True)
+        >>> print(mha(ops.randn((2, 1000, 512)), mask=ops.ones((2, 1000)).bool()).shape)
+        (2, 1000, 512)
+    """
+
+    def __init__(self, *, dim, window_size, dim_head=64, heads=8, dropout=0., causal=False, prenorm=False,
+                 qk_rmsnorm=False, qk_scale=8, use_xpos=False, xpos_scale_base=None, exact_windowsize=None,
+                 gate_values_per_head=False, **kwargs):
+        super().__init__()
+        owner = self.cls_name
+        self.dim = checks.positive_int(owner, "dim", dim)
+        self.dim_head = checks.positive_int(owner, "dim_head", dim_head)
+        self.heads = checks.positive_int(owner, "heads", heads)
+        if dim_head % 2 and kwargs.get("use_rotary_pos_emb", True):
+            raise checks.value_error(owner, "dim_head", "even for rotary embeddings", dim_head)
+        self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
+        checks.number(owner, "qk_scale", qk_scale)
+        self.attn_fn = LocalAttention(
+            dim=dim_head, window_size=window_size, causal=causal, autopad=True, scale=qk_scale if qk_rmsnorm else None,
+            exact_windowsize=True if exact_windowsize is None else exact_windowsize, use_xpos=use_xpos,
+            xpos_scale_base=xpos_scale_base, dropout=dropout, **kwargs)
+        self.causal, self.window_size = self.attn_fn.causal, self.attn_fn.window_size
+        self.exact_windowsize = self.attn_fn.exact_windowsize
+
+        self.norm = nn.LayerNorm((dim,), epsilon=EPSILON) if checks.boolean(owner, "prenorm", prenorm) else None
+        self.to_qkv = nn.Dense(dim, dim_head * heads * 3, has_bias=False)
+        if qk_rmsnorm:
+            self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
+            self.k_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="k_scale")
+            self.unit_scale = _UnitScale()
+        gated = checks.boolean(owner, "gate_values_per_head", gate_values_per_head)
+        self.to_v_gate = nn.SequentialCell(nn.Dense(dim, heads)) if gated else None
+        self.to_out = nn.Dense(dim_head * heads, dim, has_bias=False)
+
+    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
+        b, n = _checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask),
+                              cache is not None or return_cache)
+        if self.norm is not None:
+            x = self.norm(x)
+        q, k, v = _deal((b, n, 3, self.heads), (2, 0, 3, 1))(self.to_qkv(x).reshape(-1, self.dim_head))
+        if self.qk_rmsnorm:
+            q, k = self.unit_scale(q, self.q_scale), self.unit_scale(k, self.k_scale)
+        shape = (b, self.heads, n, self.dim_head)
+        out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
+        (out,) = _deal((1, b, self.heads, n), (0, 1, 3, 2))(out.reshape(-1, self.dim_head))
+        if self.to_v_gate is not None:
+            gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
+            out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
+        return self.to_out(out.reshape(b, n, -1))
+
+
+@constexpr
+def _checked_block(owner, dim, x, mask, cached):
+    """The rules of a call on vectors: its batch and length."""
+    if cached:
+        raise checks.not_yet(owner, "a cache")
+    shape = checks.tensor(owner, "x", x, checks.FLOATS)
+    if len(shape) != 3 or shape[2] != dim or 0 in shape:
+        raise checks.value_error(owner, "x", f"of shape (batch, n, {dim}), not empty", shape)
+    return _checked_mask(owner, mask, shape[:2])
+
+
+def _checked_tokens(owner, name, x, mask):
+    """The rules of token sequences: their batch and length."""
+    shape = checks.tensor(owner, name, x, INTEGERS)
+    if len(shape) != 2 or 0 in shape:
+        raise checks.value_error(owner, name, "of shape (batch, n), not empty", shape)
+    return _checked_mask(owner, mask, shape)
+
+
+def _checked_mask(owner, mask, shape):
+    if mask is not None:
+        checks.tensor(owner, "mask", mask, ("Bool",), shape)
+    return shape
+
+
+class LocalTransformer(nn.Cell):
+    r"""
+    A language model of local attention: embeddings, `depth` layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
+
+    The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
+
+    Args:
+        num_tokens (int): Size of the vocabulary; ``None`` is a model from vectors to vectors, without embeddings or
+            logits.
+        max_seq_len (int): The longest sequence, in tokens.
+        dim (int): Size of a token's vector.
+        depth (int): Number of layers.
+        causal (bool): Whether a token sees none after itself. Default: ``True`` .
+        local_attn_window_size (int): Positions in a window. Default: ``512`` .
+        dim_head (int): Dimension of a head. Default: ``64`` .
+        heads (int): Number of heads. Default: ``8`` .
+        ff_mult (float): Width of the feed-forward, see :class:`FeedForward`. Default: ``4`` .
+        attn_dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
+        ff_dropout (float): The same of feed-forward activations. Default: ``0.`` .
+        ignore_index (int): The label that the loss leaves out. Default: ``-1`` .
+        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
+        use_dynamic_pos_bias (bool): Whether a learned bias of the distance takes the place of rotary embedding, xpos
+            included. Default: ``False`` .
+        global_attn_layer (Cell): Not part of this release. Default: ``None`` .
+        layers_insert_global_attn (tuple): Not part of this release. Default: ``None`` .
+        num_residual_streams (int): 1; others are not part of this release. Default: ``1`` .
+        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`.
+
+    Inputs:
+        - **x** (Tensor) - int :math:`(b, n)`, or float :math:`(b, n, dim)` when `num_tokens` is ``None`` .
+        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **cache** - Not part of this release.
+        - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
+        - **return_cache** (bool) - Not part of this release.
+
+    Outputs:
+        Tensor, logits of shape :math:`(b, n, num\_tokens)`, or :math:`(b, n, dim)` when `num_tokens` is ``None`` .
+
+        With `return_loss` a scalar in float32: the cross-entropy of each token after the first given those before it,
+        averaged over those that are not `ignore_index`. Where all are, it is 0 with zero gradient, and not NaN.
+
+    Raises:
+        TypeError: If an argument or input is of another type or dtype.
+        ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`, or
+            a loss is asked of a model without tokens or of fewer than 2.
+        NotImplementedError: If what is not part of this release is asked for.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import LocalTransformer
+        >>> model = LocalTransformer(num_tokens=256, max_seq_len=512, dim=64, depth=2, local_attn_window_size=128)
+        >>> x = ops.randint(0, 256, (2, 300))
+        >>> print(model(x).shape, model(x, return_loss=True).shape, model.generate(x[:, :5], 3).shape)
+        (2, 300, 256) () (2, 3)
+    """
+
+    def __init__(self, *, num_tokens, max_seq_len, dim, depth, causal=True, local_attn_window_size=512, dim_head=64,
+                 heads=8, ff_mult=4, attn_dropout=0., ff_dropout=0., ignore_index=-1, use_xpos=False,
+                 xpos_scale_base=None, use_dynamic_pos_bias=False, global_attn_layer=None,
+                 layers_insert_global_attn=None, num_residual_streams=1, **kwargs):
+        super().__init__()
+        owner = self.cls_name
+        self.num_tokens = None if num_tokens is None else checks.positive_int(owner, "num_tokens", num_tokens)
+        self.max_seq_len = checks.positive_int(owner, "max_seq_len", max_seq_len)
+        self.dim = checks.positive_int(owner, "dim", dim)
+        checks.positive_int(owner, "depth", depth)
+        self.local_attn_window_size = checks.positive_int(owner, "local_attn_window_size", local_attn_window_size)
+        checks.positive_number(owner, "ff_mult", ff_mult)
+        checks.rate(owner, "attn_dropout", attn_dropout)
+        checks.rate(owner, "ff_dropout", ff_dropout)
+        self.ignore_index = checks.integer(owner, "ignore_index", ignore_index, -2**31)
+        checks.boolean(owner, "use_xpos", use_xpos)
+        checks.boolean(owner, "use_dynamic_pos_bias", use_dynamic_pos_bias)
+        if use_dynamic_pos_bias and dim < 2:
+            raise checks.value_error(owner, "dim", "at least 2 with 'use_dynamic_pos_bias'", dim)
+        if global_attn_layer is not None or layers_insert_global_attn is not None:
+            raise checks.not_yet(owner, "a global attention layer")
+        if checks.positive_int(owner, "num_residual_streams", num_residual_streams) != 1:
+            raise checks.not_yet(owner, "'num_residual_streams' other than 1")
+
+        if num_tokens is not None:
+            self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(1.))
+            self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(1.))
+            self.to_logits = nn.SequentialCell(nn.LayerNorm((dim,), epsilon=EPSILON),
+                                               nn.Dense(dim, num_tokens, has_bias=False))
+            self.cross_entropy = _CrossEntropy(ignore_index)
+        self.layers = nn.CellList([nn.CellList([
+            LocalMHA(dim=dim, window_size=local_attn_window_size, dim_head=dim_head, heads=heads, dropout=attn_dropout,
+                     causal=causal, prenorm=True, use_xpos=use_xpos and not use_dynamic_pos_bias,
+                     xpos_scale_base=xpos_scale_base, use_rotary_pos_emb=not use_dynamic_pos_bias, **kwargs),
+            FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
+        self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
+        self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
+
+    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
+        b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
+                             checks.described(mask), cache is not None or return_cache, return_loss)
+        labels = None
+        if return_loss:
+            x, labels = x[:, :-1], x[:, 1:]
+            mask = None if mask is None else mask[:, :-1]
+        if self.num_tokens is not None:
+            x = self.token_emb(x) + self.pos_emb(_positions(b, n))
+        attn_bias = None
+        if self.dynamic_pos_bias is not None:
+            size, before = self.windows.size, self.windows.backward
+            attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
+        for attn, ff in self.layers:
+            x = x + attn(x, mask=mask, attn_bias=attn_bias)
+            x = x + ff(x)
+        if self.num_tokens is None:
+            return x
+        logits = self.to_logits(x)
+        if not return_loss:
+            return logits
+        return self.cross_entropy(logits.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
+
+    def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None):
+        """
+        Continue sequences, a token at a time; past `max_seq_len` the model sees the last `max_seq_len` tokens.
+
+        Args:
+            prime (Tensor): int :math:`(b, n)`, `n` at least 1: what is continued.
+            seq_len (int): How many tokens are generated.
+            temperature (float): What logits are divided by before they are sampled from; at 0 the likeliest token is
+                taken. Default: ``1.`` .
+            filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
+                Default: ``0.9`` .
+            use_kv_cache (bool): Not part of this release: the result is the same. Default: ``True`` .
+            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`; what is generated is real.
+                Default: ``None`` .
+
+        Returns:
+            Tensor of shape :math:`(b, seq\\_len)` and the dtype of `prime`: the new tokens. `mindspore.set_seed` makes
+            them the same again.
+
+        Raises:
+            TypeError: If an argument is of another type or dtype.
+            ValueError: If an argument is out of its range, or the model has no tokens.
+        """
+        b, n = self._checked_generate(prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
+        tokens = np.zeros((b, n + seq_len + self.local_attn_window_size), ms.dtype_to_nptype(prime.dtype))
+        real = np.zeros(tokens.shape, bool)
+        tokens[:, :n], real[:, :n] = prime.asnumpy(), True if mask is None else mask.asnumpy()
+        modes = [(cell, cell.training) for _, cell in self.cells_and_names()]
+        self.set_train(False)
+        try:
+            for end in range(n, n + seq_len):
+                start = max(0, end - self.max_seq_len)
+                seen = slice(start, start + self._padded(end - start))
+                hidden = None if self.causal and mask is None else Tensor(real[:, seen])
+                logits = ops.cast(self(Tensor(tokens[:, seen]), hidden)[:, end - start - 1], ms.float32)
+                tokens[:, end] = _sample(logits, temperature, filter_thres).asnumpy()
+                real[:, end] = True
+        finally:
+            for cell, training in modes:
+                cell.set_train(training)
+        return Tensor(tokens[:, n:n + seq_len])
+
+    def _checked_generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
+        owner = f"{self.cls_name}.generate"
+        if self.num_tokens is None:
+            raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
+        checks.non_negative_int(owner, "seq_len", seq_len)
+        checks.non_negative_number(owner, "temperature", temperature)
+        checks.fraction(owner, "filter_thres", filter_thres)
+        checks.boolean(owner, "use_kv_cache", use_kv_cache)
+        return _checked_tokens(owner, "prime", checks.described(prime), checks.described(mask))
+
+    def _padded(self, n):
+        """A length of at least n that few others share, as each new one is compiled or planned again."""
+        step = min(self.local_attn_window_size, 1 << (n - 1).bit_length())
+        return min(-(-n // step) * step, self.max_seq_len)
+
+
+@constexpr
+def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, cached, return_loss):
+    """The rules of a call: its batch, and the length of what goes through the layers."""
+    if cached:
+        raise checks.not_yet(owner, "a cache")
+    checks.boolean(owner, "return_loss", return_loss)
+    if num_tokens is None:
+        if return_loss:
+            raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
+        return _checked_block(owner, dim, x, mask, cached)
+    b, n = _checked_tokens(owner, "x", x, mask)
+    if return_loss and n < 2:
+        raise checks.value_error(owner, "x", "of at least 2 tokens for a loss", n)
+    if n - return_loss > max_seq_len:
+        raise checks.value_error(owner, "x", f"of at most {max_seq_len + return_loss} tokens ('max_seq_len' is "
+                                 f"{max_seq_len})", n)
+    return b, n - return_loss
+
+
+@constexpr
+def _positions(b, n):
+    return Tensor(np.tile(np.arange(n, dtype=np.int32), (b, 1)))

@@ -1,0 +1,195 @@
+"""train.py: exact resuming, what a run leaves behind, and what a wrong option or wrong data gets."""
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+
+TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --window-size 8 --batch-size 3 --grad-accum 2 "
+        "--warmup 2 --validate-every 2 --validate-batches 2 --sample-every 4 --sample-len 5 --save-every 3 "
+        "--steps 8").split()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A compressed file of a few thousand random words."""
+    path = tmp_path_factory.mktemp("data") / "words.txt.gz"
+    chosen = random.Random(0).choices(["def", "return", "attention", "window", "of", "the\n"], k=3000)
+    path.write_bytes(gzip.compress(" ".join(chosen).encode()))
+    return str(path)
+
+
+@pytest.fixture
+def run(words, device, tmp_path):
+    """Calls train.py's main on tiny settings, or on none when it resumes; returns the records of the run so far."""
+    def call(out, *arguments):
+        settings = [] if "--resume" in arguments else [*TINY, "--data", words, "--device", device]
+        train.main([*settings, "--out", str(tmp_path / out), *arguments])
+        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    return call
+
+
+def losses(records):
+    return [(record["step"], record["loss"], record.get("validation")) for record in records]
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
+    """A run that dies and is later interrupted logs, once resumed, what an undisturbed run logs: not a bit differs."""
+    whole = run("whole", "--mode", mode)
+
+    take_step = train.Trainer.train_step
+
+    def disturbed(trainer, batches):
+        loss = take_step(trainer, batches)
+        if trainer.step == disturbance[0]:
+            disturbance[1]()
+        return loss
+
+    def die():
+        raise MemoryError
+
+    monkeypatch.setattr(train.Trainer, "train_step", disturbed)
+    disturbance = 5, die  # after the checkpoint of step 3, with step 4 logged already
+    with pytest.raises(MemoryError):
+        run("parts", "--mode", mode)
+    disturbance = 7, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert losses(run("parts", "--resume")) == losses(whole[:7])
+    disturbance = 0, None
+    assert losses(run("parts", "--resume")) == losses(whole)
+    assert [step for step, _, _ in losses(whole)] == list(range(1, 9))
+
+
+def test_what_a_run_leaves_behind(run, tmp_path, capsys):
+    records = run("new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "checkpoint.ckpt", "curve.png", "metrics.jsonl", "settings.json"]
+    assert (tmp_path / "new" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((tmp_path / "new" / "settings.json").read_text())
+    assert settings["seq_len"] == 24 and settings["learning_rate"] == train.make_parser().get_default("learning_rate")
+    assert [record["step"] for record in records if "validation" in record] == [2, 4, 6, 8]
+    assert [record["step"] for record in records if "sample" in record] == [4, 8]
+    assert np.isfinite([record["loss"] for record in records]).all()
+    printed = capsys.readouterr().out
+    assert "order-0 entropy" in printed and records[-1]["sample"] in printed
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run("new")
+    with pytest.raises(SystemExit, match="--seq-len is 24 in the run that --resume continues, and cannot become 48"):
+        run("new", "--resume", "--seq-len", "48")
+
+
+def test_steps_can_be_added(run):
+    assert [record["step"] for record in run("longer", "--steps", "3", "--mode", "pynative")] == [1, 2, 3]
+    assert [record["step"] for record in run("longer", "--resume", "--steps", "5")] == [1, 2, 3, 4, 5]
+
+
+def test_learning_rate_rises_and_falls():
+    settings = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
+    rates = [train.learning_rate(settings, step) for step in range(101)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[10] == 1 and rates[100] == pytest.approx(0.1)
+    assert all(np.diff(rates[10:]) < 0)
+
+
+def test_order_0_entropy():
+    assert train.order_0_entropy(np.arange(256, dtype=np.uint8)) == 8
+    assert train.order_0_entropy(np.array([1, 1, 2, 3], np.uint8)) == 1.5
+    assert train.order_0_entropy(np.zeros(9, np.uint8)) == 0
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.run_folder(None, False) == Path("runs/1")
+    for name in ("9", "10", "mine"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert train.run_folder(None, False) == Path("runs/11")
+    assert train.run_folder(None, True) == Path("runs/10")
+    assert train.run_folder("mine", True) == Path("mine")
+
+
+def test_folder_is_read_in_order_without_what_is_not_text(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.txt").write_bytes(b"second" * 50)
+    (tmp_path / "1.txt.gz").write_bytes(gzip.compress(b"first" * 50))
+    (tmp_path / "a.png").write_bytes(b"\0" * 500)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "hidden").write_bytes(b"hidden" * 50)
+    first, second = train.read_text(str(tmp_path), seq_len=8)
+    assert np.concatenate([first, second]).tobytes() == b"first" * 50 + b"second" * 50
+    assert len(second) == 55
+
+
+def test_standard_library_is_found():
+    names = {path.name for path in train.standard_library()}
+    assert {"argparse.py", "gzip.py"} <= names
+    assert "conftest.py" not in names
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    text = np.arange(250, dtype=np.uint8)
+
+    def batches(step, seed="0"):
+        settings = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--seed", seed])
+        return np.stack([batch.asnumpy() for batch in train.training_batches(text, settings, step)])
+
+    assert batches(3).shape == (2, 4, 8)
+    assert (np.diff(batches(3)) == 1).all()
+    assert (batches(3) == batches(3)).all()
+    assert (batches(3) != batches(4)).any() and (batches(3) != batches(3, "1")).any()
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "does not exist"),
+    (b"too short", "holds 9 bytes of text, but --seq-len 24 needs more than 250"),
+])
+def test_wrong_data(content, message, tmp_path, run):
+    path = tmp_path / "data.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        run("none", "--data", str(path))
+    assert not (tmp_path / "none").exists()
+
+
+def test_broken_gz(tmp_path):
+    (tmp_path / "data.gz").write_bytes(b"not compressed")
+    with pytest.raises(SystemExit, match="data.gz cannot be read"):
+        train.read_text(str(tmp_path / "data.gz"), seq_len=8)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--unknown", "1"], "unrecognized arguments: --unknown 1"),
+    (["--step", "1"], "unrecognized arguments: --step 1"),
+    (["--steps", "0"], "invalid positive int value: '0'"),
+    (["--learning-rate", "nan"], "invalid positive float value: 'nan'"),
+    (["--device", "TPU"], "invalid choice: 'TPU'"),
+])
+def test_wrong_options(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train.read_settings(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        train.read_settings(["--resume", "--out", str(tmp_path)])
+
+
+def test_a_message_is_one_line_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, train.__file__, "--data", "missing.txt"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+    assert done.returncode == 1
+    assert done.stderr == "train.py: --data missing.txt does not exist.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_cannot_control_a_terminal():
+    assert train.printable(b"a\n\tb\x1b[2J\xff") == "a\n\tb\ufffd[2J\ufffd"
