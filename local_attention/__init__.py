@@ -6,7 +6,14 @@ if int(numpy.__version__.split(".")[0]) >= 2:
                       "install an earlier one with  pip install 'numpy>=1.25,<2'")
 
 from .local_attention import LocalAttention  # noqa: E402
+from .sliding_window import (  # noqa: E402
+    LocalSelfAttention,
+    MultiHeadLocalAttention,
+    sliding_window_attention,
+)
 from .spec import WindowSpec  # noqa: E402
+from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["LocalAttention", "WindowSpec"]
+__all__ = ["DynamicPositionBias", "LocalAttention", "LocalMHA", "LocalSelfAttention", "LocalTransformer",
+           "MultiHeadLocalAttention", "WindowSpec", "sliding_window_attention"]

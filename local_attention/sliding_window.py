@@ -1,4 +1,4 @@
-"""Sliding-window attention: every query sees its own span of keys, as a function and as self- and cross-attention Cells."""
+"""Sliding-window attention: every query its own span of keys, as a function and as self- and cross-attention Cells."""
 import math
 
 import mindspore as ms
@@ -34,7 +34,7 @@ def _checked(owner, q, k, v, mask, rel_pos_emb, left, right, dropout_rate, backe
     if rel_pos_emb is not None:
         checks.tensor(owner, "rel_pos_emb", rel_pos_emb, checks.FLOATS, (left + right, head_dim),
                       f"of shape (window_size_left + window_size_right, d), {(left + right, head_dim)}")
-    return math.prod(leading), min(left, n - 1), min(right, n), mask
+    return math.prod(leading), min(left, n), min(right, n), mask
 
 
 @constexpr
@@ -98,7 +98,8 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     """
     groups, left, right, mask_shape = _checked(
         "sliding_window_attention", checks.described(q), checks.described(k), checks.described(v),
-        checks.described(mask), checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate, backend)
+        checks.described(mask), checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate,
+        backend)
     if groups == 0:
         return q
     shape = q.shape
@@ -173,7 +174,8 @@ class MultiHeadLocalAttention(nn.Cell):
         self.out = nn.Dense(qkv_features, out_features, has_bias=use_bias)
         self.rel_pos_emb = None
         if checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb):
-            span = checks.positive_int(owner, "window_size_left + window_size_right", window_size_left + window_size_right)
+            span = window_size_left + window_size_right
+            checks.positive_int(owner, "window_size_left + window_size_right", span)
             self.rel_pos_emb = Parameter(initializer(Normal(0.02), (span, qkv_features // num_heads)), "rel_pos_emb")
 
     def construct(self, inputs_q, inputs_kv, mask=None, seed=None):

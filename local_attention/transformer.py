@@ -48,32 +48,27 @@ def _sample(logits, temperature, thres):
     return ops.argmax(logits, -1)
 
 
-class _Deal(nn.Cell):
-    """The rows of a matrix dealt out to several matrices: what both a split and a transpose are to whole rows.
+class _Reorder(nn.Cell):
+    """The rows of a matrix in another order: numbered along the axes of `shape`, they are taken along the given `axes`.
 
-    On CPU, outside a graph, MindSpore copies a strided view thirty times slower than it gathers rows.
+    It is what a transpose and a split are to whole rows. On CPU, outside a graph, MindSpore copies a strided view
+    thirty times slower than it gathers rows.
     """
 
     def __init__(self, shape, axes):
         super().__init__()
-        rows = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes)
-        self.hands = tuple(Tensor(hand.reshape(-1)) for hand in rows)
-        self.back = Tensor(np.argsort(rows, axis=None).astype(np.int32))
-        self.gather, self.concat = ops.Gather(), ops.Concat(0)
+        order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(-1)
+        self.order, self.back = Tensor(order), Tensor(np.argsort(order).astype(np.int32))
+        self.gather = ops.Gather()
 
     def construct(self, rows):
-        dealt = ()
-        for hand in self.hands:
-            dealt += (self.gather(rows, hand, 0),)
-        return dealt
+        return self.gather(rows, self.order, 0)
 
     def bprop(self, rows, out, dout):
-        return (self.gather(self.concat(dout), self.back, 0),)
+        return (self.gather(dout, self.back, 0),)
 
 
-# The rows of a matrix are numbered along the axes of `shape`; a matrix for each entry of the first of the given `axes`
-# gets its rows in the order of the others.
-_deal = constexpr(lru_cache(maxsize=64)(_Deal))
+_reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
 class _Float32(nn.Cell):
@@ -137,7 +132,7 @@ class GEGLU(nn.Cell):
 
     def construct(self, x):
         shape, count, half = _halves(self.cls_name, checks.described(x))
-        x, gate = _deal((count, 2), (1, 0))(x.reshape(-1, half))
+        x, gate = ops.chunk(_reorder((count, 2), (1, 0))(x.reshape(-1, half)), 2)
         return ops.mul(x, ops.gelu(gate)).reshape(shape)
 
 
@@ -181,7 +176,7 @@ class FeedForward(nn.SequentialCell):
     """
 
     def __init__(self, dim, mult=4, dropout=0.):
-        owner = type(self).__name__
+        owner = type(self).__name__  # before there is a `cls_name`
         inner = int(checks.positive_int(owner, "dim", dim) * checks.positive_number(owner, "mult", mult) * 2 / 3)
         if inner < 1:
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
@@ -323,12 +318,13 @@ class LocalMHA(nn.Cell):
                               cache is not None or return_cache)
         if self.norm is not None:
             x = self.norm(x)
-        q, k, v = _deal((b, n, 3, self.heads), (2, 0, 3, 1))(self.to_qkv(x).reshape(-1, self.dim_head))
+        qkv = self.to_qkv(x).reshape(-1, self.dim_head)
+        q, k, v = ops.chunk(_reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
         if self.qk_rmsnorm:
             q, k = self.unit_scale(q, self.q_scale), self.unit_scale(k, self.k_scale)
         shape = (b, self.heads, n, self.dim_head)
         out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
-        (out,) = _deal((1, b, self.heads, n), (0, 1, 3, 2))(out.reshape(-1, self.dim_head))
+        out = _reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         if self.to_v_gate is not None:
             gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
             out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
@@ -362,7 +358,7 @@ def _checked_mask(owner, mask, shape):
 
 class LocalTransformer(nn.Cell):
     r"""
-    A language model of local attention: embeddings, `depth` layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
+    A language model of local attention: embeddings, layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
 
     The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
 
@@ -404,8 +400,8 @@ class LocalTransformer(nn.Cell):
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.
-        ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`, or
-            a loss is asked of a model without tokens or of fewer than 2.
+        ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
+            or a loss is asked of a model without tokens or of fewer than 2.
         NotImplementedError: If what is not part of this release is asked for.
 
     Supported Platforms:

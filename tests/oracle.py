@@ -9,7 +9,7 @@ def attention(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, r
     groups, n_q, _ = q.shape
     n_k = k.shape[1]
     out = np.zeros(q.shape[:2] + v.shape[2:])
-    grads = [np.zeros_like(x) for x in (q, k, v)] + [None if x is None else np.zeros(x.shape) for x in (bias, rel_pos_emb)]
+    grads = [None if x is None else np.zeros(x.shape) for x in (q, k, v, bias, rel_pos_emb)]
     for g in range(groups):
         for row in range(n_q):
             i = row + offset

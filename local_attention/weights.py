@@ -1,0 +1,390 @@
+"""Weights from and to the PyTorch package: one table of names, used in both directions.
+
+As functions on a model, `load_torch_weights` and `export_torch_weights`; as a command on files, without a model::
+
+    python -m local_attention.weights model.safetensors model.ckpt
+    python -m local_attention.weights model.ckpt model.safetensors --reverse
+
+PyTorch's side is a .safetensors, .npz, .pt or .pth file, MindSpore's a .ckpt; PyTorch is needed for .pt and .pth alone.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from . import checks
+from .rotary import SinusoidalEmbeddings
+from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer
+
+INV_FREQ = "attn_fn.rel_pos.inv_freq"
+NUMBERS = "fiub"  # NumPy's kinds of dtypes that hold them
+
+# Modules have the same paths on both sides. Of those at a path: what MindSpore calls a parameter, and what PyTorch.
+_LAYER = r"layers\.\d+\."
+_TABLE = {
+    r"(token|pos)_emb": {"embedding_table": "weight"},
+    rf"({_LAYER}0\.)?norm|{_LAYER}1\.0|to_logits\.0": {"gamma": "weight", "beta": "bias"},
+    rf"({_LAYER}0\.)?(to_qkv|to_out)|{_LAYER}1\.[14]|to_logits\.1": {"weight": "weight"},
+    rf"({_LAYER}0\.)?to_v_gate\.0|(dynamic_pos_bias\.)?mlp\.[024]": {"weight": "weight", "bias": "bias"},
+    rf"({_LAYER}0)?": {"q_scale": "q_scale", "k_scale": "k_scale"},
+    rf"({_LAYER}0\.)?attn_fn\.rel_pos": {"inv_freq": "inv_freq"},
+}
+# Since hyper-connections, PyTorch's two halves of a layer are the branch of a residual, one level down.
+_HALF, _BRANCH = r"^(layers\.\d+\.[01])\.", r"^(layers\.\d+\.[01])\.branch\."
+
+
+def torch_name(name):
+    """PyTorch's name for MindSpore's name of a weight, None for one that is not in the table."""
+    renamed = _renamed(name, _TABLE.items())
+    return renamed and re.sub(_HALF, r"\1.branch.", renamed)
+
+
+def mindspore_name(name):
+    """MindSpore's name for PyTorch's name of a weight, of any release; None for one that is not in the table."""
+    backwards = ((path, {theirs: ours for ours, theirs in names.items()}) for path, names in _TABLE.items())
+    return _renamed(re.sub(_BRANCH, r"\1.", name), backwards)
+
+
+def _renamed(name, table):
+    path, dot, last = name.rpartition(".")
+    return next((path + dot + names[last] for pattern, names in table
+                 if last in names and re.fullmatch(pattern, path)), None)
+
+
+def load_torch_weights(cell, source, strict=True):
+    """
+    Give a model the weights of the PyTorch package's model of the same settings; each keeps the dtype it has here.
+
+    Load before the model is first compiled: where the rotary frequencies (`inv_freq`) of the source differ from the
+    model's by more than a rounding to half precision, they are taken over too, and a graph holds those as constants.
+
+    Args:
+        cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
+        source (Union[Mapping, str, Path]): Names and arrays or tensors, of NumPy, MindSpore or PyTorch, or a path to a
+            .safetensors, .npz, .pt or .pth file of them, which may be under a key ``state_dict`` or ``model`` .
+        strict (bool): Whether everything must fit. Default: ``True`` .
+
+    Returns:
+        list of names left out, PyTorch's: of what the source has and the model has no place for, as the source names
+        it, and of what the model has and the source does not give it. `inv_freq` may be missing. Empty when strict.
+
+    Raises:
+        TypeError: If `cell`, `source` or `strict` is of another type.
+        ValueError: If the source cannot be read, or if strict and an entry is missing, left over or misshapen. The
+            model is then as it was.
+        ImportError: If a .pt or .pth file is given and PyTorch is not installed.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from local_attention import LocalMHA, export_torch_weights, load_torch_weights
+        >>> there, here = LocalMHA(dim=8, window_size=4), LocalMHA(dim=8, window_size=4)
+        >>> print(load_torch_weights(here, export_torch_weights(there)))
+        []
+    """
+    owner = "load_torch_weights"
+    places = _places(owner, cell)
+    checks.boolean(owner, "strict", strict)
+    values, misfits = {}, {}
+    for name, value in _read(owner, source, _TORCH).items():
+        ours = mindspore_name(str(name))
+        if ours not in places:
+            misfits[name] = "is left over"
+        elif ours in values:
+            misfits[name] = "is given twice"
+        else:
+            values[ours], misfit = _fitted(value, places[ours])
+            misfits.update({name: misfit} if misfit else {})
+    misfits.update((torch_name(ours), "is missing") for ours, place in places.items()
+                   if ours not in values and isinstance(place, Parameter))
+    if strict and misfits:
+        raise checks.value_error(owner, "source", f"the weights of this {type(cell).__name__}, each and no other",
+                                 _listed(misfits))
+    for ours, value in values.items():
+        if value is not None:
+            _set(places[ours], value)
+    return list(misfits)
+
+
+def export_torch_weights(cell):
+    """
+    The weights of a model as the PyTorch package's `state_dict` holds them, `inv_freq` included.
+
+    The names are those of release 1.11.2; it loads them into a model with `num_residual_streams=1`.
+
+    Args:
+        cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
+
+    Returns:
+        dict of name -> NumPy array, copies; bfloat16 as float32.
+
+    Raises:
+        TypeError: If `cell` is another.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from local_attention import LocalMHA, export_torch_weights
+        >>> print(list(export_torch_weights(LocalMHA(dim=8, window_size=4))))
+        ['to_qkv.weight', 'to_out.weight', 'attn_fn.rel_pos.inv_freq']
+    """
+    places = _places("export_torch_weights", cell)
+    return {torch_name(ours): _array(place) if isinstance(place, Parameter) else place.inv_freq.astype(np.float32)
+            for ours, place in places.items()}
+
+
+def _places(owner, cell):
+    """Where the weights of a model go, by MindSpore's names: its parameters, and the Cells with rotary frequencies."""
+    if not isinstance(cell, (LocalMHA, LocalTransformer, DynamicPositionBias)):
+        raise checks.type_error(owner, "cell", "a LocalMHA, LocalTransformer or DynamicPositionBias", cell)
+    return {**dict(cell.parameters_and_names()),
+            **{f"{name}.inv_freq": part for name, part in cell.cells_and_names()
+               if isinstance(part, SinusoidalEmbeddings)}}
+
+
+def _fitted(value, place):
+    """An entry as its place takes it and None, or None and why it does not fit."""
+    array = _array(value)
+    if array.dtype.kind not in NUMBERS:
+        return None, f"is of type {type(value).__name__}"
+    shape = place.shape if isinstance(place, Parameter) else place.inv_freq.shape
+    if array.shape != tuple(shape):
+        return None, f"is of shape {array.shape} and not {tuple(shape)}"
+    return array if isinstance(place, SinusoidalEmbeddings) else Tensor(array, place.dtype), None
+
+
+def _set(place, value):
+    if isinstance(place, Parameter):
+        place.set_data(value)
+    elif not _rounded(value, place.inv_freq):
+        place.inv_freq = value
+
+
+def _rounded(value, exact):
+    """Whether values are the exact ones up to a rounding to bfloat16, the coarsest, which has 8 bits."""
+    return np.allclose(value, exact, rtol=2**-8, atol=0)
+
+
+def _array(value):
+    """A tensor of any framework as a NumPy array; NumPy has no bfloat16, which becomes float32."""
+    if isinstance(value, Tensor):
+        return np.array((value.astype(ms.float32) if value.dtype == ms.bfloat16 else value).asnumpy())
+    if hasattr(value, "detach"):  # PyTorch's
+        value = value.detach().cpu()
+        return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+    return np.asarray(value)
+
+
+def _listed(misfits, most=8):
+    listed = "; ".join(f"'{name}' {misfit}" for name, misfit in list(misfits.items())[:most])
+    return f"one where {listed}" + (f"; and {len(misfits) - most} more" if len(misfits) > most else "")
+
+
+def _read(owner, source, formats):
+    """A mapping of names from a mapping or a file, taken out of the keys that training scripts put it under."""
+    entries = source
+    if isinstance(source, (str, os.PathLike)):
+        reader, path = _format(owner, "source", source, formats).read, Path(source)
+        if not path.is_file():
+            raise checks.value_error(owner, "source", "an existing file", f"'{path}'")
+        try:
+            entries = reader(path)
+        except ImportError:
+            raise
+        except Exception as error:  # a damaged file is whatever zipfile, json, pickle and NumPy make of it
+            raise checks.value_error(owner, "source", f"a well-formed {path.suffix} file",
+                                     f"'{path}': {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(entries, Mapping) and isinstance(entries.get(key), Mapping):
+            entries = entries[key]
+    if not isinstance(entries, Mapping):
+        raise checks.type_error(owner, "source", "a mapping of names to arrays, or a path to one", entries)
+    return entries
+
+
+def _format(owner, name, path, formats):
+    suffix = Path(path).suffix
+    if suffix not in formats:
+        raise checks.value_error(owner, name, f"the path of a {' or '.join(formats)} file", f"'{path}'")
+    return formats[suffix]
+
+
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _write_npz(path, arrays):
+    np.savez(path, **arrays)
+
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+           "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
+
+
+def _read_safetensors(path):
+    """8 bytes of length, that much JSON of `{name: {dtype, shape, data_offsets}}`, and the data."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < max(start, 8):
+        raise ValueError(f"{len(content)} bytes are fewer than its header's {start}")
+    arrays = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= len(content) - start:
+            raise ValueError(f"'{name}' is outside of the file")
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"'{name}' is of dtype {entry['dtype']}, which is none of {', '.join(_DTYPES)}")
+        array = np.frombuffer(content[start + begin:start + end], _DTYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            array = (array.astype("<u4") << 16).view("<f4")
+        arrays[name] = array.reshape(entry["shape"])
+    return arrays
+
+
+def _write_safetensors(path, arrays):
+    codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items() if code != "BF16"}
+    header, end = {}, 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": codes[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]))
+
+
+def _read_torch(path):
+    return _torch(path).load(path, map_location="cpu", weights_only=True)
+
+
+def _write_torch(path, arrays):
+    torch = _torch(path)
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+
+
+def _torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"'{path}' needs PyTorch, which is not installed here; a .safetensors or .npz file does not."
+                          ) from error
+    return torch
+
+
+def _read_ckpt(path):
+    return ms.load_checkpoint(str(path))
+
+
+def _write_ckpt(path, arrays):
+    ms.save_checkpoint([{"name": name, "data": Tensor(array)} for name, array in arrays.items()], str(path))
+
+
+class _Format(NamedTuple):
+    """A kind of file: how names and arrays come from a path, and go there."""
+    read: Callable
+    write: Callable
+
+
+_TORCH = {".safetensors": _Format(_read_safetensors, _write_safetensors), ".npz": _Format(_read_npz, _write_npz),
+          ".pt": _Format(_read_torch, _write_torch), ".pth": _Format(_read_torch, _write_torch)}
+_MINDSPORE = {".ckpt": _Format(_read_ckpt, _write_ckpt)}
+
+
+# The command
+
+
+def convert(source, target, reverse=False, dim_head=64, partial=False):
+    """
+    Write a file of the PyTorch package's weights as MindSpore's .ckpt, or with `reverse` the other way round.
+
+    A .ckpt has no `inv_freq` buffers, as models here compute them. PyTorch's side has, so they are added in reverse: of
+    `dim_head`, or of the size of a `q_scale` where there is one; none for models of dynamic position bias and where
+    `dim_head` is 0. What is no weight of these models is an error, or with `partial` left out. Returns a report.
+    """
+    owner, here, there = "convert", _MINDSPORE, _TORCH
+    formats, target_formats, rename = (here, there, torch_name) if reverse else (there, here, mindspore_name)
+    write = _format(owner, "target", target, target_formats).write
+    arrays, misfits = _renamed_entries(_read(owner, source, formats), rename)
+    buffers = _frequencies(owner, arrays, dim_head) if reverse else _take_frequencies(arrays, misfits)
+    if misfits and not partial:
+        raise checks.value_error(owner, "source", "weights of these models and nothing else, unless 'partial'",
+                                 _listed(misfits))
+    arrays.update(buffers if reverse else {})
+    write(Path(target), arrays)
+    report = (f"{source} -> {target}: {len(arrays)} arrays, {sum(array.size for array in arrays.values()):,} numbers; "
+              f"{len(buffers)} inv_freq {'among them' if reverse else 'left for the model to compute'}")
+    return report + (f"; left out: {', '.join(misfits)}" if misfits else "")
+
+
+def _renamed_entries(entries, rename):
+    """Arrays by their new names, and why each other entry is not among them."""
+    arrays, misfits = {}, {}
+    for name, value in entries.items():
+        new, array = rename(str(name)), _array(value)
+        if new is None or array.dtype.kind not in NUMBERS:
+            misfits[name] = "is no weight of these models"
+        elif new in arrays:
+            misfits[name] = "is given twice"
+        else:
+            arrays[new] = array
+    return arrays, misfits
+
+
+def _take_frequencies(arrays, misfits):
+    """Take the buffers that models compute out of the arrays; others, a .ckpt has no place for."""
+    buffers = [name for name in arrays if name.endswith(INV_FREQ)]
+    for name in buffers:
+        value = arrays.pop(name)
+        if value.ndim != 1 or not _rounded(value, SinusoidalEmbeddings(2 * len(value)).inv_freq):
+            misfits[torch_name(name)] = "is not what a model computes, and has no place in a .ckpt"
+    return buffers
+
+
+def _frequencies(owner, arrays, dim_head):
+    """The buffers that PyTorch's models have beside these arrays."""
+    if dim_head == 0 or any(name.startswith("dynamic_pos_bias.") for name in arrays):
+        return {}
+    buffers = {}
+    for name, qkv in arrays.items():
+        if name.endswith("to_qkv.weight"):
+            block = name[:-len("to_qkv.weight")]
+            dim = len(arrays.get(block + "q_scale", range(dim_head)))
+            if len(qkv) % (3 * dim):
+                raise checks.value_error(owner, "dim_head", f"a divisor of {len(qkv) // 3}, heads times dim_head", dim)
+            buffers[block + INV_FREQ] = SinusoidalEmbeddings(dim).inv_freq.astype(np.float32)
+    return buffers
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m local_attention.weights",
+        description="Convert weights of the PyTorch package local-attention to MindSpore, or back.")
+    parser.add_argument("source", metavar="IN", help=f"{', '.join(_TORCH)}; .ckpt with --reverse")
+    parser.add_argument("target", metavar="OUT", help=f".ckpt; {', '.join(_TORCH)} with --reverse")
+    parser.add_argument("--reverse", action="store_true", help="from MindSpore to PyTorch")
+    parser.add_argument("--dim-head", type=int, default=64,
+                        help="with --reverse: the model's dim_head, of which PyTorch keeps buffers; 0 for a model "
+                        "without rotary embedding (default: 64)")
+    parser.add_argument("--partial", action="store_true",
+                        help="leave out what is no weight of these models, such as an optimizer's state, instead of "
+                        "stopping at it")
+    try:
+        print(convert(**vars(parser.parse_args(arguments))))
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
