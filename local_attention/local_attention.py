@@ -114,16 +114,26 @@ def _fold_indices(windows, n):
 
 
 def fold(q, k, v, mask, windows):
-    """Windows side by side as groups, for positions that are counted anew in each: q `(g * windows, size, d)`, k and v
-    `(g * windows, span, d)` and a mask of the keys that are real."""
-    groups, n, head_dim = q.shape
-    count, queries, keys, real = _fold_indices(windows, n)
-    q = ops.gather(q, queries, 1).reshape(groups * count, windows.size, head_dim)
-    k, v = (ops.gather(x, keys, 1).reshape(groups * count, windows.span, head_dim) for x in (k, v))
+    """Windows as further batch entries, for positions that are counted anew in each: q `(windows * g, size, d)`, k and
+    v `(windows * g, span, d)`, and a mask of the keys that are real."""
+    count, queries, keys, real = _fold_indices(windows, q.shape[1])
     if mask is not None:
         real = ops.logical_and(ops.gather(mask, keys, 1), real)
-    real = ops.tile(real[:, None], (1, groups // real.shape[0], 1)).reshape(groups * count, windows.span)
-    return q, k, v, real
+    real = real.reshape(-1, count, windows.span).swapaxes(0, 1).reshape(-1, windows.span)
+    return (_side_by_side(q, queries, count), _side_by_side(k, keys, count), _side_by_side(v, keys, count), real)
+
+
+def _side_by_side(x, index, count):
+    """`(g, n, d)`, gathered, as `(count * g, n', d)`: heads stay the fastest axis of the groups."""
+    groups, _, head_dim = x.shape
+    x = ops.gather(x, index, 1).reshape(groups, count, -1, head_dim)
+    return x.swapaxes(0, 1).reshape(groups * count, -1, head_dim)
+
+
+def unfold(x, groups, n):
+    """`(windows * g, size, d)` as `(g, n, d)`."""
+    count, size, head_dim = x.shape
+    return x.reshape(-1, groups, size, head_dim).swapaxes(0, 1).reshape(groups, -1, head_dim)[:, :n]
 
 
 class LocalAttention(nn.Cell):
@@ -252,7 +262,7 @@ class LocalAttention(nn.Cell):
             groups, n_q, n_k, offset = len(windows.folded(n)[0]), windows.size, windows.span, windows.backward
         return explain(Problem(
             self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
-            batch=groups if mask or self.use_xpos else 0, bias_backward=windows.backward, hide_self=self.shared_qk,
+            batch=groups if self.use_xpos else int(mask), bias_backward=windows.backward, hide_self=self.shared_qk,
             bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset), self.backend)
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
@@ -282,7 +292,6 @@ class LocalAttention(nn.Cell):
         out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
                      dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
-        out = out.reshape(groups, -1, head_dim)
-        if out.shape[1] > n:
-            out = out[:, :n]
+        if self.use_xpos:
+            out = unfold(out, groups, n)
         return ops.cast(out, dtype).reshape(shape)

@@ -321,7 +321,8 @@ class LocalMHA(nn.Cell):
         qkv = self.to_qkv(x).reshape(-1, self.dim_head)
         q, k, v = ops.chunk(_reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
         if self.qk_rmsnorm:
-            q, k = self.unit_scale(q, self.q_scale), self.unit_scale(k, self.k_scale)
+            q = ops.cast(self.unit_scale(q, self.q_scale), v.dtype)
+            k = ops.cast(self.unit_scale(k, self.k_scale), v.dtype)
         shape = (b, self.heads, n, self.dim_head)
         out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
         out = _reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))

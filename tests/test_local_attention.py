@@ -91,6 +91,19 @@ def test_xpos_multiplies_each_pair_by_a_power_of_its_distance():
     np.testing.assert_allclose(outputs(attn, (q, k, v))[0][0], wanted, atol=2e-5)
 
 
+def test_xpos_gives_each_head_its_own_bias_and_each_batch_entry_its_own_mask():
+    attn = LocalAttention(W, dim=D, causal=True, use_xpos=True)
+    bias, mask = draw(H, W, 2 * W), np.random.default_rng(0).random((B, 3 * W)) > .4
+    arrays = inputs(3 * W)
+    together = outputs(attn, arrays, attn_bias=bias, mask=mask)
+    for batch in range(B):
+        for head in range(H):
+            alone = outputs(attn, [x[batch, head] for x in arrays], attn_bias=bias[head:head + 1],
+                            mask=mask[batch:batch + 1])
+            for a, b in zip(together, alone):
+                np.testing.assert_allclose(a[batch, head], b, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_xpos_stays_finite_on_long_sequences_of_any_length(mode):
     attn = LocalAttention(W, dim=D, causal=True, use_xpos=True, autopad=True)
