@@ -1,11 +1,11 @@
 """Decoding: keys and values of the last tokens, of one shape whatever has been fed, and attention of new tokens to them.
 
-A cache holds the last `backward + bucket` tokens, oldest first; new tokens enter on the right and old ones leave on the
-left. Positions that matter are relative, so what is compiled for one step serves them all: only where the buckets begin,
-and how much of the cache is filled yet, depends on the position, which is a tensor.
+A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how many
+tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Positions that matter are
+relative, so what is compiled for one step serves them all: only where the buckets begin, and how much of the cache is
+filled yet, depends on the position, which is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any
+other tuple is a constant there.
 """
-from typing import NamedTuple
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
@@ -15,13 +15,6 @@ from . import checks
 from .attend import attend
 from .local_attention import l2norm
 from .spec import WindowSpec
-
-
-class KVCache(NamedTuple):
-    """The last keys and values `(groups, capacity, d)` of one block, and how many tokens it has been fed, int32 `(1,)`."""
-    k: Tensor
-    v: Tensor
-    position: Tensor
 
 
 def capacity(windows):
@@ -51,17 +44,18 @@ def first_cache(k, v, windows):
         empty = ops.zeros((groups, missing, head_dim), k.dtype)
         k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
     last = _range(max(-missing, 0), max(-missing, 0) + capacity(windows))
-    return KVCache(ops.gather(k, last, 1), ops.gather(v, last, 1), ops.full((1,), n, dtype=ms.int32))
+    return ops.gather(k, last, 1), ops.gather(v, last, 1), ops.full((1,), n, dtype=ms.int32)
 
 
 def attend_cached(attn, q, k, v, cache, attn_bias=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
     m = q.shape[1]
-    k, v = ops.cat((cache.k, k), 1), ops.cat((cache.v, v), 1)
-    out = _next_token(attn, q, k, v, cache.position, attn_bias) if m == 1 else _next_tokens(
-        attn, q, k, v, cache.position, attn_bias)
+    old_k, old_v, position = cache
+    k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
+    attend_next = _next_token if m == 1 else _next_tokens
+    out = attend_next(attn, q, k, v, position, attn_bias)
     last = _range(m, m + capacity(attn.windows))
-    return out, KVCache(ops.gather(k, last, 1), ops.gather(v, last, 1), cache.position + m)
+    return out, (ops.gather(k, last, 1), ops.gather(v, last, 1), position + m)
 
 
 def _next_token(attn, q, k, v, position, attn_bias):
@@ -82,8 +76,8 @@ def _next_token(attn, q, k, v, position, attn_bias):
         columns = ops.clamp(index - kept + place + windows.backward, 0, windows.span - 1)
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
     out = attend(q, k, v, _all_before(kept), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
-                 key_mask=real[None], bias=attn_bias, bias_backward=kept, hide_self=attn.shared_qk, offset=kept,
-                 backend=attn.backend)
+                 key_mask=real[None], bias=attn_bias, bias_backward=kept, hide_self=attn.shared_qk,
+                 dropout=attn.dropout if attn.training else 0., offset=kept, backend=attn.backend)
     return ops.cast(out, dtype)
 
 

@@ -9,6 +9,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks
+from .cache import attend_cached, checked_cache, first_cache
 from .local_attention import LocalAttention
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
@@ -26,26 +27,37 @@ def top_k(logits, thres=0.9):
     Returns:
         Tensor of the shape and dtype of `logits`. Exactly that many are kept, where logits are equal too.
     """
-    values, indices = ops.topk(logits, _kept("top_k", "thres", thres, checks.described(logits)))
+    values, indices = ops.topk(logits, _kept(thres, checks.described(logits)))
     return ops.tensor_scatter_elements(ops.full_like(logits, float("-inf")), indices, values, -1)
 
 
 @constexpr
-def _kept(owner, name, thres, logits):
-    checks.fraction(owner, name, thres)
-    shape = checks.tensor(owner, "logits", logits, checks.FLOATS)
+def _kept(thres, logits):
+    """How many logits are kept."""
+    checks.fraction("top_k", "thres", thres)
+    shape = checks.tensor("top_k", "logits", logits, checks.FLOATS)
     if 0 in shape or not shape:
-        raise checks.value_error(owner, "logits", "of shape (..., vocabulary), not empty", shape)
-    return max(1, int((1 - thres) * shape[-1]))
+        raise checks.value_error("top_k", "logits", "of shape (..., vocabulary), not empty", shape)
+    return _kept_count(thres, shape[-1])
+
+
+def _kept_count(thres, vocabulary):
+    return max(1, int((1 - thres) * vocabulary))
 
 
 def _sample(logits, temperature, thres):
-    """A token for each row of float32 logits: the largest of logits with Gumbel noise, which is a draw by softmax."""
-    logits = top_k(logits, thres)
+    """A token for each row of float32 logits: the largest of logits with Gumbel noise, which is a draw by softmax.
+
+    In NumPy, whose global generator `mindspore.set_seed` seeds too: tokens are on the host anyway, and for one row of
+    logits an operator costs more to launch than to run.
+    """
+    count = _kept_count(thres, logits.shape[-1])
+    kept = np.argpartition(-logits, count - 1)[:, :count]
+    values = np.take_along_axis(logits, kept, -1)
     if temperature > 0:
-        largest = ops.amax(logits, -1, keepdims=True)  # so that no temperature, however small, makes two infinities
-        logits = (logits - largest) / temperature - ops.log(-ops.log(ops.rand(logits.shape)))
-    return ops.argmax(logits, -1)
+        largest = values.max(-1, keepdims=True)  # so that no temperature, however small, makes two infinities
+        values = (values - largest) / temperature + np.random.gumbel(size=values.shape)
+    return np.take_along_axis(kept, values.argmax(-1)[:, None], -1)[:, 0]
 
 
 class _Reorder(nn.Cell):
@@ -263,15 +275,17 @@ class LocalMHA(nn.Cell):
         - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
           :class:`LocalAttention` takes it. Default: ``None`` .
-        - **cache**, **return_cache** - Not part of this release.
+        - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
+          next, one or more. Its size does not grow with what has been fed. Default: ``None`` .
+        - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
 
     Outputs:
-        Tensor of the shape of `x`.
+        Tensor of the shape of `x`: with a cache, the same rows that one call on all the tokens gives. With
+        `return_cache` a tuple of it and the cache.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.
         ValueError: If an argument is out of its range or shapes do not agree.
-        NotImplementedError: If a cache is given or asked for.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -314,8 +328,9 @@ class LocalMHA(nn.Cell):
         self.to_out = nn.Dense(dim_head * heads, dim, has_bias=False)
 
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
-        b, n = _checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask),
-                              cache is not None or return_cache)
+        b, n = _checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
+        if cache is not None or return_cache:
+            _check_cacheable(self.cls_name, self.causal, mask is not None)
         if self.norm is not None:
             x = self.norm(x)
         qkv = self.to_qkv(x).reshape(-1, self.dim_head)
@@ -323,20 +338,37 @@ class LocalMHA(nn.Cell):
         if self.qk_rmsnorm:
             q = ops.cast(self.unit_scale(q, self.q_scale), v.dtype)
             k = ops.cast(self.unit_scale(k, self.k_scale), v.dtype)
-        shape = (b, self.heads, n, self.dim_head)
-        out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
+        if cache is None:
+            shape = (b, self.heads, n, self.dim_head)
+            out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
+            if return_cache:
+                shape = (b * self.heads, n, self.dim_head)
+                cache = first_cache(k.reshape(shape), v.reshape(shape), self.attn_fn.windows)
+        else:
+            shape = (b * self.heads, n, self.dim_head)
+            checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head, k.dtype)
+            out, cache = attend_cached(self.attn_fn, q.reshape(shape), k.reshape(shape), v.reshape(shape), cache,
+                                       attn_bias)
         out = _reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         if self.to_v_gate is not None:
             gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
             out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
-        return self.to_out(out.reshape(b, n, -1))
+        out = self.to_out(out.reshape(b, n, -1))
+        return (out, cache) if return_cache else out
 
 
 @constexpr
-def _checked_block(owner, dim, x, mask, cached):
+def _check_cacheable(owner, causal, masked):
+    """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
+    if not causal:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
+    if masked:
+        raise checks.value_error(owner, "mask", "None with a cache", "a mask")
+
+
+@constexpr
+def _checked_block(owner, dim, x, mask):
     """The rules of a call on vectors: its batch and length."""
-    if cached:
-        raise checks.not_yet(owner, "a cache")
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
     if len(shape) != 3 or shape[2] != dim or 0 in shape:
         raise checks.value_error(owner, "x", f"of shape (batch, n, {dim}), not empty", shape)
@@ -387,14 +419,18 @@ class LocalTransformer(nn.Cell):
         kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`.
 
     Inputs:
-        - **x** (Tensor) - int :math:`(b, n)`, or float :math:`(b, n, dim)` when `num_tokens` is ``None`` .
+        - **x** (Tensor) - int :math:`(b, n)`, each in [0, `num_tokens`), or float :math:`(b, n, dim)` when `num_tokens`
+          is ``None`` .
         - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
-        - **cache** - Not part of this release.
+        - **cache** - What an earlier call returned, of a causal model without a mask: `x` is the whole sequence so
+          far, and what was not in it then is computed. Default: ``None`` .
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
-        - **return_cache** (bool) - Not part of this release.
+        - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
 
     Outputs:
         Tensor, logits of shape :math:`(b, n, num\_tokens)`, or :math:`(b, n, dim)` when `num_tokens` is ``None`` .
+
+        With a cache, the rows of the new tokens alone. With `return_cache` a tuple of it and the cache.
 
         With `return_loss` a scalar in float32: the cross-entropy of each token after the first given those before it,
         averaged over those that are not `ignore_index`. Where all are, it is 0 with zero gradient, and not NaN.
@@ -457,29 +493,61 @@ class LocalTransformer(nn.Cell):
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
-                             checks.described(mask), cache is not None or return_cache, return_loss)
+                             checks.described(mask), return_loss)
+        seen, layers, attn_bias = 0, None, None
+        if cache is not None or return_cache:
+            _check_cacheable(self.cls_name, self.causal, mask is not None)
+        if cache is not None:
+            layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
+            _check_cached_call(self.cls_name, n, seen, len(layers), len(self.layers), return_loss)
+            x = x[:, seen:]
         labels = None
         if return_loss:
             x, labels = x[:, :-1], x[:, 1:]
             mask = None if mask is None else mask[:, :-1]
         if self.num_tokens is not None:
-            x = self.token_emb(x) + self.pos_emb(_positions(b, n))
-        attn_bias = None
-        if self.dynamic_pos_bias is not None:
+            x = self.token_emb(x) + self.pos_emb(_positions(b, seen, n))
+        if self.dynamic_pos_bias is not None and attn_bias is None:
             size, before = self.windows.size, self.windows.backward
             attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
-        for attn, ff in self.layers:
-            x = x + attn(x, mask=mask, attn_bias=attn_bias)
-            x = x + ff(x)
-        if self.num_tokens is None:
-            return x
-        logits = self.to_logits(x)
-        if not return_loss:
-            return logits
-        return self.cross_entropy(logits.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
+        x, layers = self._through_layers(x, mask, attn_bias, layers, return_cache)
+        if self.num_tokens is not None:
+            x = self.to_logits(x)
+        if return_loss:
+            return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
+        return (x, (layers, attn_bias, n)) if return_cache else x
 
-    def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None):
+    def _through_layers(self, x, mask, attn_bias, layers, return_cache):
+        """Every block in turn, with its cache where there are `layers` of them, and the caches that come next."""
+        caches = []
+        for number in range(len(self.layers)):
+            attn, ff = self.layers[number]
+            out = attn(x, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
+                       return_cache=return_cache)
+            if return_cache:
+                out, cache = out
+                caches.append(cache)
+            x = x + out
+            x = x + ff(x)
+        return x, tuple(caches)
+
+    @ms.jit
+    def _next_logits(self, token, attn_bias, *flat):
+        """A step of decoding: logits of the token after `token (b, 1)`, and the caches as flat as they came.
+
+        Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
         """
+        layers = [flat[start:start + 3] for start in range(0, len(flat), 3)]
+        x = self.token_emb(token) + self.pos_emb(flat[2])
+        x, layers = self._through_layers(x, None, attn_bias, layers, True)
+        flat = []
+        for layer in layers:
+            flat += list(layer)
+        return (self.to_logits(x)[:, 0], *flat)
+
+    def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None,
+                 callback=None):
+        r"""
         Continue sequences, a token at a time; past `max_seq_len` the model sees the last `max_seq_len` tokens.
 
         Args:
@@ -489,38 +557,51 @@ class LocalTransformer(nn.Cell):
                 taken. Default: ``1.`` .
             filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
                 Default: ``0.9`` .
-            use_kv_cache (bool): Not part of this release: the result is the same. Default: ``True`` .
+            use_kv_cache (bool): Whether a causal model without a mask computes each token once, in a step that is
+                compiled once for a batch size, as long as all fit in `max_seq_len`. Default: ``True`` .
             mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`; what is generated is real.
+                Default: ``None`` .
+            callback (function): Called with the number of tokens generated so far after each of them.
                 Default: ``None`` .
 
         Returns:
-            Tensor of shape :math:`(b, seq\\_len)` and the dtype of `prime`: the new tokens. `mindspore.set_seed` makes
+            Tensor of shape :math:`(b, seq\_len)` and the dtype of `prime`: the new tokens. `mindspore.set_seed` makes
             them the same again.
 
         Raises:
             TypeError: If an argument is of another type or dtype.
             ValueError: If an argument is out of its range, or the model has no tokens.
         """
-        b, n = self._checked_generate(prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
-        tokens = np.zeros((b, n + seq_len + self.local_attn_window_size), ms.dtype_to_nptype(prime.dtype))
+        self._check_generate(prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
+        b, n = prime.shape
+        tokens = np.zeros((b, n + seq_len + self.local_attn_window_size), prime.asnumpy().dtype)
         real = np.zeros(tokens.shape, bool)
         tokens[:, :n], real[:, :n] = prime.asnumpy(), True if mask is None else mask.asnumpy()
         modes = [(cell, cell.training) for _, cell in self.cells_and_names()]
         self.set_train(False)
         try:
+            flat = []
             for end in range(n, n + seq_len):
                 start = max(0, end - self.max_seq_len)
-                seen = slice(start, start + self._padded(end - start))
-                hidden = None if self.causal and mask is None else Tensor(real[:, seen])
-                logits = ops.cast(self(Tensor(tokens[:, seen]), hidden)[:, end - start - 1], ms.float32)
-                tokens[:, end] = _sample(logits, temperature, filter_thres).asnumpy()
+                if start or not (use_kv_cache and self.causal and mask is None):
+                    seen = slice(start, start + self._padded(end - start))
+                    keys = None if self.causal and mask is None else Tensor(real[:, seen])
+                    logits = self(Tensor(tokens[:, seen]), keys)[:, end - start - 1]
+                elif flat:
+                    logits, *flat = self._next_logits(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
+                else:
+                    logits, (layers, attn_bias, _) = self(Tensor(tokens[:, :end]), return_cache=True)
+                    logits, flat = logits[:, -1], [x for layer in layers for x in layer]
+                tokens[:, end] = _sample(logits.astype(ms.float32).asnumpy(), temperature, filter_thres)
                 real[:, end] = True
+                if callback is not None:
+                    callback(end - n + 1)
         finally:
             for cell, training in modes:
                 cell.set_train(training)
         return Tensor(tokens[:, n:n + seq_len])
 
-    def _checked_generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
+    def _check_generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
         owner = f"{self.cls_name}.generate"
         if self.num_tokens is None:
             raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
@@ -528,24 +609,36 @@ class LocalTransformer(nn.Cell):
         checks.non_negative_number(owner, "temperature", temperature)
         checks.fraction(owner, "filter_thres", filter_thres)
         checks.boolean(owner, "use_kv_cache", use_kv_cache)
-        return _checked_tokens(owner, "prime", checks.described(prime), checks.described(mask))
+        _checked_tokens(owner, "prime", checks.described(prime), checks.described(mask))
+        smallest, largest = prime.asnumpy().min(), prime.asnumpy().max()
+        if smallest < 0 or largest >= self.num_tokens:
+            raise checks.value_error(owner, "prime", f"of tokens in [0, {self.num_tokens})", f"{smallest} to {largest}")
 
     def _padded(self, n):
-        """A length of at least n that few others share, as each new one is compiled or planned again."""
+        """A length of at least n: one for many n, as each new length is planned, and in Graph mode compiled, anew."""
         step = min(self.local_attn_window_size, 1 << (n - 1).bit_length())
         return min(-(-n // step) * step, self.max_seq_len)
 
 
 @constexpr
-def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, cached, return_loss):
+def _check_cached_call(owner, n, seen, layers, depth, return_loss):
+    if return_loss:
+        raise checks.value_error(owner, "return_loss", "False with a cache", return_loss)
+    if layers != depth:
+        raise checks.value_error(owner, "cache", f"of {depth} layers, from a call of this model", layers)
+    if n <= seen:
+        raise checks.value_error(owner, "x", f"the whole sequence, longer than the {seen} tokens that the cache has seen",
+                                 n)
+
+
+@constexpr
+def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss):
     """The rules of a call: its batch, and the length of what goes through the layers."""
-    if cached:
-        raise checks.not_yet(owner, "a cache")
     checks.boolean(owner, "return_loss", return_loss)
     if num_tokens is None:
         if return_loss:
             raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
-        return _checked_block(owner, dim, x, mask, cached)
+        return _checked_block(owner, dim, x, mask)
     b, n = _checked_tokens(owner, "x", x, mask)
     if return_loss and n < 2:
         raise checks.value_error(owner, "x", "of at least 2 tokens for a loss", n)
@@ -556,5 +649,5 @@ def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, cached, return_l
 
 
 @constexpr
-def _positions(b, n):
-    return Tensor(np.tile(np.arange(n, dtype=np.int32), (b, 1)))
+def _positions(b, start, stop):
+    return Tensor(np.tile(np.arange(start, stop, dtype=np.int32), (b, 1)))

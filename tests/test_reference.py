@@ -20,9 +20,10 @@ from local_attention.local_attention import look_around, pad_to_multiple
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary_pos_emb, rotate_half
 from local_attention.transformer import top_k
 
-# Largest error, over the largest number of the array. Both sides compute in float32 (6e-8 a rounding), sum in different
-# orders, and take rotary angles of up to 35 radians and scores of up to 30 in it: their softmax is good to 30 * 6e-8 a
-# rounding, 2e-6; a gradient is a few such sums. A wrong mask, scale or position shows at 1e-2 and more.
+# Largest error, over the largest number of the array. Both sides compute in float32 (6e-8 a rounding), with sums in
+# other orders, and upstream's rotary angles, of up to 35 radians, are float32 products: an angle is good to
+# 35 * 6e-8 = 2e-6, and so are the scores. 2.5e-6 was measured; the rest is for other processors. A wrong mask, scale or
+# position shows at 1e-2 and more.
 TOLERANCE = 2e-5
 ZERO = 1e-5                 # what a gradient that is zero on paper may be: sums of numbers near 1 that cancel
 

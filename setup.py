@@ -1,0 +1,38 @@
+"""Packaging: what is installed, for which Python, and what the extras bring."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version():
+    """The version as local_attention/__init__.py states it, read as text: importing it would need MindSpore."""
+    source = (ROOT / "local_attention" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE).group(1)
+
+
+TRAIN = ["tqdm", "matplotlib"]
+TEST = ["pytest>=7", "safetensors", *TRAIN]
+
+setup(
+    name="local-attention-mindspore",
+    version=version(),
+    description="Local (windowed) attention for MindSpore: a port of the PyTorch package local-attention",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    keywords=["attention", "local attention", "sliding window", "transformer", "language model", "mindspore"],
+    packages=find_packages(include=["local_attention", "local_attention.*"]),
+    python_requires=">=3.9,<3.13",
+    # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
+    install_requires=["mindspore>=2.10.0", "numpy>=1.25,<2"],
+    extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff"]},
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
