@@ -5,7 +5,7 @@ from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
@@ -74,6 +74,32 @@ def check_backend(owner, backend):
     return backend
 
 
+class Float32(nn.Cell):
+    """A Cell that stays in float32 where `to_float` or `amp` casts the model around it.
+
+    Outside a graph, every operator under a `to_float(float16)` Cell gets float16, whatever was cast to what before.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.to_float(ms.float32)
+
+    def add_flags(self, **flags):
+        if "fp16" in flags:
+            flags.update(fp16=False, bf16=False, fp32=True)
+        return super().add_flags(**flags)
+
+
+class _Run(Float32):
+    """A backend's function as a Cell."""
+
+    def construct(self, run, constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
+        return run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
+
+
+_run = _Run()
+
+
 @lru_cache(maxsize=64)
 def _prepared(problem, backend):
     module = BACKENDS[choose(problem, backend)]
@@ -113,7 +139,7 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
                              dropout, offset, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
-    return run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
+    return ops.cast(_run(run, constants, q, k, v, key_mask, bias, rel_pos_emb, seed), q.dtype)
 
 
 def draw_seed():

@@ -8,7 +8,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Problem, attend, check_backend, explain
+from .attend import Float32, Problem, attend, check_backend, explain
 from .rotary import SinusoidalEmbeddings
 from .spec import WindowSpec
 
@@ -31,14 +31,28 @@ def look_around(x, backward=1, forward=0, pad_value=-1, dim=2):
     windows = x.shape[1]
     before, after = (ops.full(x.shape[:1] + (count,) + x.shape[2:], pad_value, dtype=x.dtype)
                      for count in (backward, forward))
-    padded = ops.cat([part for part in (before, x, after) if part.shape[1]], 1)
+    padded = ops.cat([part for part in (before, x, after) if part.shape[1] > 0], 1)
     return ops.cat([padded[:, start:start + windows] for start in range(backward + 1 + forward)], dim)
 
 
-def l2norm(x):
-    """x over its Euclidean norm along the last axis, in float32; a zero vector stays one."""
-    squares = ops.matmul(ops.square(ops.cast(x, ms.float32)), ops.ones((x.shape[-1], 1), ms.float32))
-    return ops.cast(ops.mul(x, ops.rsqrt(ops.maximum(squares, 1e-24))), x.dtype)
+class _UnitScale(Float32):
+    """Rows over their Euclidean norm times a scale for each column; a row of zeros stays one."""
+
+    def construct(self, x, scale):
+        x = ops.cast(x, ms.float32)
+        squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
+        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
+        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, products are faster than broadcasts
+
+
+_unit_scale = _UnitScale()
+
+
+def l2norm(x, scale=None):
+    """x over its Euclidean norm along the last axis, computed in float32, times a `scale (d,)`."""
+    if scale is None:
+        scale = ops.ones((x.shape[-1],), ms.float32)
+    return ops.cast(_unit_scale(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape), x.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .attend import Float32
 
 ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
 
@@ -125,7 +126,7 @@ def _embeddings(frequencies, n, scale_base):
     return Tensor(np.tile(angles, 2).astype(np.float32)), Tensor(scale.astype(np.float32))
 
 
-class _Rotation(nn.Cell):
+class _Rotation(Float32):
     """`x * cos + rotate_half(x) * sin` with tables of the shape of x, and its inverse as its gradient."""
 
     def __init__(self, frequencies, shape, start, power):

@@ -9,8 +9,9 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks
+from .attend import Float32
 from .cache import attend_cached, checked_cache, first_cache
-from .local_attention import LocalAttention
+from .local_attention import LocalAttention, l2norm
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
 INTEGERS = ("Int32", "Int64")
@@ -83,29 +84,7 @@ class _Reorder(nn.Cell):
 _reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
-class _Float32(nn.Cell):
-    """A Cell that stays in float32 where `to_float` or `amp` casts the model around it."""
-
-    def __init__(self):
-        super().__init__()
-        self.to_float(ms.float32)
-
-    def add_flags(self, **flags):
-        if "fp16" in flags:
-            flags.update(fp16=False, bf16=False, fp32=True)
-        return super().add_flags(**flags)
-
-
-class _UnitScale(_Float32):
-    """Rows over their Euclidean norm times a scale for each column; a row of zeros stays one."""
-
-    def construct(self, x, scale):
-        squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
-        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
-        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, products are faster than broadcasts
-
-
-class _CrossEntropy(_Float32):
+class _CrossEntropy(Float32):
     """The mean of -log softmax over the labels that are not `ignore_index`, 0 where all are."""
 
     def __init__(self, ignore_index):
@@ -322,7 +301,6 @@ class LocalMHA(nn.Cell):
         if qk_rmsnorm:
             self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
             self.k_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="k_scale")
-            self.unit_scale = _UnitScale()
         gated = checks.boolean(owner, "gate_values_per_head", gate_values_per_head)
         self.to_v_gate = nn.SequentialCell(nn.Dense(dim, heads)) if gated else None
         self.to_out = nn.Dense(dim_head * heads, dim, has_bias=False)
@@ -336,8 +314,7 @@ class LocalMHA(nn.Cell):
         qkv = self.to_qkv(x).reshape(-1, self.dim_head)
         q, k, v = ops.chunk(_reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
         if self.qk_rmsnorm:
-            q = ops.cast(self.unit_scale(q, self.q_scale), v.dtype)
-            k = ops.cast(self.unit_scale(k, self.k_scale), v.dtype)
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None:
             shape = (b, self.heads, n, self.dim_head)
             out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)

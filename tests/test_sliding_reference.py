@@ -8,7 +8,7 @@ from test_reference import cases, differentiate, in_both_modes, load, reference,
 
 FILE = "sliding_window"
 # Largest error, over the largest number of the array. What is saved is float64, rounded to float32 (6e-8); what is
-# computed here is float32, each sum of up to 61 products off by a few roundings. 1e-6 was measured; the rest is for
+# computed here is float32, each sum of up to 61 products off by a few roundings. 1.4e-6 was measured; the rest is for
 # other processors. A key too many or a wrong scale shows at 1e-2 and more.
 TOLERANCE = 1e-5
 
@@ -22,12 +22,12 @@ def check(name, found):
         assert ours.shape == theirs.shape, key
         if key in settings["zero"]:
             assert np.abs(ours).max() < TOLERANCE, key
-        elif key != "out" or largest:                   # no key to see, zeros out
-            assert np.abs(ours).max() > 0.1, f"{key}: nothing to compare"
-        assert np.abs(ours - theirs).max() <= TOLERANCE * max(1, largest), key
+        else:
+            assert largest > 0.1, f"{key}: nothing to compare"
+            assert np.abs(ours - theirs).max() <= TOLERANCE * largest, key
 
 
-@in_both_modes(cases(FILE, start="function"), graphs=4)
+@in_both_modes(cases(FILE, start="function"), graphs=2)
 def test_function(name, compiled):
     settings, arrays = load(FILE, name)
     shape = (*settings["lead"], settings["n"], 10)
@@ -46,7 +46,7 @@ def test_function(name, compiled):
     check(name, {"out": out} | {f"grad_{key}": grad for key, grad in zip(inputs, grads)})
 
 
-@in_both_modes(cases(FILE, start="self") + cases(FILE, start="cross"))
+@in_both_modes(cases(FILE, start="self") + cases(FILE, start="cross"), graphs=2)
 def test_cell(name, compiled):
     settings, arrays = load(FILE, name)
     cell = (MultiHeadLocalAttention if "inputs_kv" in arrays else LocalSelfAttention)(**settings["args"])

@@ -23,7 +23,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_platforms", "cpu")
 
 BATCH, HEADS, DIM_HEAD = 2, 3, 10
-ZERO = 1e-12                            # a gradient below this is zero on paper
+ZERO = 1e-12                            # what is below this is zero on paper
 
 
 def attention(q, k, v, left, right, mask=None, rel_pos_emb=None):
@@ -76,7 +76,7 @@ def normal(rng, *shape, scale=1.):
 
 
 def add_results(arrays, name, settings, learned, cotangent, mask, forward):
-    """One case: forward(learned, mask), its gradients for all that is learned, and which of these are zero."""
+    """One case: forward(learned, mask), its gradients for all that is learned, and which of all these are zero."""
     learned = {key: jnp.asarray(value, jnp.float64) for key, value in learned.items()}
 
     def total(learned):
@@ -85,13 +85,12 @@ def add_results(arrays, name, settings, learned, cotangent, mask, forward):
 
     (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(learned)
     assert jnp.isfinite(out).all()
-    zero = sorted(f"grad_{key}" for key, grad in grads.items() if jnp.abs(grad).max() < ZERO)
+    found = {"out": out} | {f"grad_{key}": grad for key, grad in grads.items()}
+    zero = sorted(key for key, value in found.items() if jnp.abs(value).max() < ZERO)
     arrays[f"{name}/settings"] = json.dumps(settings | {"zero": zero})
     if mask is not None:
         arrays[f"{name}/mask"] = mask
-    arrays[f"{name}/out"] = np.asarray(out, np.float32)
-    arrays.update({f"{name}/grad_{key}": np.asarray(grad * (f"grad_{key}" not in zero), np.float32)
-                   for key, grad in grads.items()})
+    arrays.update({f"{name}/{key}": np.asarray(value * (key not in zero), np.float32) for key, value in found.items()})
 
 
 # The function. The first cases hold most, lengths lie around 7, and with one key to see nothing but v has a gradient.

@@ -1,0 +1,197 @@
+"""Decoding with a cache: the same rows as one call on everything, whatever is fed at a time."""
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, ops
+from mindspore.ops import constexpr
+
+from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
+
+W, HEADS, N = 5, 3, 43
+# as first and later calls: a token at a time, across window boundaries, a prompt longer than the cache, one token first
+CHUNKS = [[1] * N, [3] * 14 + [1], [10, 1, 1, 20, 5, 1, 5], [30, 1, 12], [1, 42], [W, W, 1, 2 * W, W - 1, 1, W + 1, 11]]
+SETTINGS = [
+    dict(),
+    dict(exact_windowsize=False),
+    dict(exact_windowsize=False, look_backward=2),
+    dict(look_backward=0),
+    dict(look_backward=2, use_xpos=True),
+    dict(exact_windowsize=False, use_xpos=True, xpos_scale_base=3),
+    dict(qk_rmsnorm=True, gate_values_per_head=True),
+    dict(exact_windowsize=False, shared_qk=True, prenorm=True),
+    dict(use_rotary_pos_emb=False),
+]
+
+
+def block(**settings):
+    return LocalMHA(dim=20, window_size=W, heads=HEADS, dim_head=10, causal=True, **settings)
+
+
+def fed(function, x, chunks, **kwargs):
+    """The outputs of calls on one chunk after another, side by side, and the last cache."""
+    assert sum(chunks) == x.shape[1]
+    outs, start, cache = [], 0, None
+    for size in chunks:
+        out, cache = function(x[:, start:start + size], cache=cache, return_cache=True, **kwargs)
+        outs.append(out.astype(ms.float32).asnumpy())
+        start += size
+    return np.concatenate(outs, 1), cache
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: "-".join(map(str, chunks[:4])))
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "exact")
+def test_chunks_equal_one_call(settings, chunks):
+    mha = block(**settings)
+    x = ops.randn((2, N, 20))
+    np.testing.assert_allclose(fed(mha, x, chunks)[0], mha(x).asnumpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("chunks", CHUNKS[:4], ids=lambda chunks: "-".join(map(str, chunks[:4])))
+def test_a_bias_stays_with_its_places(exact, chunks):
+    """A bias that is not a function of distance, and one that is."""
+    mha = block(exact_windowsize=exact, use_rotary_pos_emb=False)
+    x = ops.randn((2, N, 20))
+    for bias in (ops.randn((HEADS, W, 2 * W)), DynamicPositionBias(8, HEADS)(W, 2 * W)):
+        np.testing.assert_allclose(fed(mha, x, chunks, attn_bias=bias)[0], mha(x, attn_bias=bias).asnumpy(), atol=2e-5)
+
+
+def test_half_precision():
+    mha = block(exact_windowsize=False).to_float(ms.float16)
+    x = ops.randn((2, N, 20))
+    np.testing.assert_allclose(fed(mha, x, CHUNKS[2])[0], mha(x).asnumpy(), atol=1e-2)
+
+
+def test_a_cache_has_one_shape_however_much_it_is_fed():
+    mha = block(exact_windowsize=False, look_backward=2)
+    x = ops.randn((2, N, 20))
+    _, few = fed(mha, x[:, :1], [1])
+    _, many = fed(mha, x, [30, 13])
+    assert [a.shape for a in few] == [a.shape for a in many] == [(2 * HEADS, 3 * W, 10)] * 2 + [(1,)]
+
+
+compiled = []
+
+
+@constexpr
+def count_a_compilation():
+    compiled.append(1)
+
+
+def test_one_compiled_step_serves_every_position():
+    """A cache goes into a compiled function as `ms.mutable`."""
+    mha = block(exact_windowsize=False)
+    x = ops.randn((2, N, 20))
+
+    @ms.jit
+    def step(token, cache):
+        count_a_compilation()
+        return mha(token, cache=cache, return_cache=True)
+    compiled.clear()
+    out, cache = mha(x[:, :3], return_cache=True)
+    wanted = mha(x).asnumpy()
+    for i in range(3, N):
+        out, cache = step(x[:, i:i + 1], ms.mutable(cache))
+        np.testing.assert_allclose(out.asnumpy()[:, 0], wanted[:, i], atol=2e-5)
+    assert len(compiled) == 1
+
+
+MODEL = dict(num_tokens=31, dim=20, depth=2, heads=HEADS, dim_head=10, local_attn_window_size=W, max_seq_len=40)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(use_xpos=True, qk_rmsnorm=True), dict(num_tokens=None),
+                                      dict(use_dynamic_pos_bias=True, exact_windowsize=False, look_backward=2)])
+def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
+    model = LocalTransformer(**{**MODEL, **settings})
+    x = ops.randn((2, 40, 20)) if model.num_tokens is None else ops.randint(0, 31, (2, 40))
+    wanted, end, cache, outs = model(x).asnumpy(), 0, None, []
+    for size in (4, 1, 1, 3, 10, 1, 20):
+        end += size
+        out, cache = model(x[:, :end], cache=cache, return_cache=True)
+        assert out.shape[1] == size
+        outs.append(out.asnumpy())
+    np.testing.assert_allclose(np.concatenate(outs, 1), wanted, atol=5e-5)
+    _, cache = model(x[:, :30], return_cache=True)
+    np.testing.assert_allclose(model(x[:, :33], cache=cache).asnumpy(), wanted[:, 30:33], atol=5e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False)])
+def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
+    """Past `max_seq_len` too; the step is compiled once, for later calls as well."""
+    model = LocalTransformer(**{**MODEL, **settings})
+    compiled.clear()
+    through_layers = model._through_layers
+
+    def counted(*args):
+        count_a_compilation()
+        return through_layers(*args)
+    model._through_layers = counted
+    prime = ops.randint(0, 31, (2, 7))
+    wanted = model.generate(prime, 45, temperature=0, use_kv_cache=False).asnumpy()
+    full_calls = len(compiled)
+    assert full_calls == 45
+    np.testing.assert_array_equal(model.generate(prime, 45, temperature=0).asnumpy(), wanted)
+    past_the_end = 7 + 45 - 1 - 40
+    assert len(compiled) - full_calls == 1 + 1 + past_the_end  # the prompt, the compilation of the step, and the rest
+    before = len(compiled)
+    short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
+    assert len(compiled) - before == 1  # the prompt alone
+    np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
+
+
+def test_sampling_follows_the_seed_and_tells_its_progress():
+    model = LocalTransformer(**MODEL)
+    prime = ops.randint(0, 31, (3, 2))
+
+    def sampled(**kwargs):
+        ms.set_seed(9)
+        return model.generate(prime, 12, **kwargs).asnumpy()
+    seen = []
+    first = sampled(callback=seen.append)
+    assert seen == list(range(1, 13))
+    np.testing.assert_array_equal(first, sampled())
+    np.testing.assert_array_equal(first, sampled(use_kv_cache=False))
+    assert (model.generate(prime, 12).asnumpy() != first).any()
+
+
+def wrong(name):
+    """A call that misuses a cache."""
+    x = ops.randn((2, 8, 20))
+    mha, model, tokens = block(), LocalTransformer(**MODEL), ops.ones((2, 8), ms.int32)
+    _, cache = mha(x, return_cache=True)
+    _, model_cache = model(tokens, return_cache=True)
+    mask = ops.ones((2, 8)).bool()
+    calls = {
+        "a mask": lambda: mha(x, mask=mask, cache=cache),
+        "a mask, first call": lambda: mha(x, mask=mask, return_cache=True),
+        "not causal": lambda: LocalMHA(dim=20, window_size=W)(x, cache=cache),
+        "not causal, first call": lambda: LocalMHA(dim=20, window_size=W)(x, return_cache=True),
+        "another batch size": lambda: mha(x[:1], cache=cache),
+        "another block": lambda: block(look_backward=2)(x, cache=cache),
+        "no cache at all": lambda: mha(x, cache="cache"),
+        "a model's mask": lambda: model(tokens, mask=mask, return_cache=True),
+        "a model's batch size": lambda: model(ops.ones((1, 9), ms.int32), cache=model_cache),
+        "another depth": lambda: LocalTransformer(**{**MODEL, "depth": 1})(ops.ones((2, 9), ms.int32), cache=model_cache),
+        "nothing new": lambda: model(tokens, cache=model_cache),
+        "a loss": lambda: model(ops.ones((2, 9), ms.int32), cache=model_cache, return_loss=True),
+    }
+    return calls[name]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("a mask", "For 'LocalMHA', 'mask' must be None with a cache"),
+    ("a mask, first call", "For 'LocalMHA', 'mask' must be None with a cache"),
+    ("not causal", "For 'LocalMHA', 'cache' must be None.* where 'causal' is False"),
+    ("not causal, first call", "For 'LocalMHA', 'cache' must be None.* where 'causal' is False"),
+    ("another batch size", r"For 'LocalMHA', 'cache' must be .* keys \(3, 10, 10\).* this batch size"),
+    ("another block", r"For 'LocalMHA', 'cache' must be .* keys \(6, 15, 10\)"),
+    ("no cache at all", "For 'LocalMHA', 'cache' must be"),
+    ("a model's mask", "For 'LocalTransformer', 'mask' must be None with a cache"),
+    ("a model's batch size", "'cache' must be .* this batch size"),
+    ("another depth", "For 'LocalTransformer', 'cache' must be of 1 layers"),
+    ("nothing new", "For 'LocalTransformer', 'x' must be the whole sequence, longer than the 8 tokens"),
+    ("a loss", "For 'LocalTransformer', 'return_loss' must be False with a cache"),
+])
+def test_misuse_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        wrong(name)()
