@@ -13,8 +13,16 @@ from .sliding_window import (  # noqa: E402
 )
 from .spec import WindowSpec  # noqa: E402
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer  # noqa: E402
-from .weights import export_torch_weights, load_torch_weights  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["DynamicPositionBias", "LocalAttention", "LocalMHA", "LocalSelfAttention", "LocalTransformer",
-           "MultiHeadLocalAttention", "WindowSpec", "export_torch_weights", "load_torch_weights", "sliding_window_attention"]
+           "MultiHeadLocalAttention", "WindowSpec", "export_torch_weights", "load_torch_weights",
+           "sliding_window_attention"]
+
+
+def __getattr__(name):
+    """The functions on weights, imported when asked for: `python -m local_attention.weights` wants to come first."""
+    if name in ("export_torch_weights", "load_torch_weights"):
+        from . import weights
+        return getattr(weights, name)
+    raise AttributeError(f"module 'local_attention' has no attribute '{name}'")

@@ -1,10 +1,10 @@
-"""Decoding: keys and values of the last tokens, of one shape whatever has been fed, and attention of new tokens to them.
+"""Decoding: the keys and values of the last tokens, of one shape whatever was fed, and attention of new tokens to them.
 
-A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how many
-tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Positions that matter are
-relative, so what is compiled for one step serves them all: only where the buckets begin, and how much of the cache is
-filled yet, depends on the position, which is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any
-other tuple is a constant there.
+A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how
+many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Positions that matter
+are relative, so what is compiled for one step serves them all: only where the buckets begin, and how much of the cache
+is filled yet, depends on the position, which is a tensor. Into a compiled function a cache goes as
+`ms.mutable(cache)`: any other tuple is a constant there.
 """
 import mindspore as ms
 import numpy as np

@@ -323,7 +323,8 @@ class LocalMHA(nn.Cell):
                 cache = first_cache(k.reshape(shape), v.reshape(shape), self.attn_fn.windows)
         else:
             shape = (b * self.heads, n, self.dim_head)
-            checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head, k.dtype)
+            checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,
+                          k.dtype)
             out, cache = attend_cached(self.attn_fn, q.reshape(shape), k.reshape(shape), v.reshape(shape), cache,
                                        attn_bias)
         out = _reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
@@ -557,7 +558,7 @@ class LocalTransformer(nn.Cell):
         modes = [(cell, cell.training) for _, cell in self.cells_and_names()]
         self.set_train(False)
         try:
-            flat = []
+            attn_bias, flat = None, []
             for end in range(n, n + seq_len):
                 start = max(0, end - self.max_seq_len)
                 if start or not (use_kv_cache and self.causal and mask is None):
@@ -604,8 +605,8 @@ def _check_cached_call(owner, n, seen, layers, depth, return_loss):
     if layers != depth:
         raise checks.value_error(owner, "cache", f"of {depth} layers, from a call of this model", layers)
     if n <= seen:
-        raise checks.value_error(owner, "x", f"the whole sequence, longer than the {seen} tokens that the cache has seen",
-                                 n)
+        raise checks.value_error(owner, "x", f"the whole sequence, longer than the {seen} tokens that the cache has "
+                                 "seen", n)
 
 
 @constexpr

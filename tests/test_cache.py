@@ -2,7 +2,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import ops
 from mindspore.ops import constexpr
 
 from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
@@ -160,7 +160,7 @@ def wrong(name):
     mha, model, tokens = block(), LocalTransformer(**MODEL), ops.ones((2, 8), ms.int32)
     _, cache = mha(x, return_cache=True)
     _, model_cache = model(tokens, return_cache=True)
-    mask = ops.ones((2, 8)).bool()
+    mask, longer = ops.ones((2, 8)).bool(), ops.ones((2, 9), ms.int32)
     calls = {
         "a mask": lambda: mha(x, mask=mask, cache=cache),
         "a mask, first call": lambda: mha(x, mask=mask, return_cache=True),
@@ -171,9 +171,9 @@ def wrong(name):
         "no cache at all": lambda: mha(x, cache="cache"),
         "a model's mask": lambda: model(tokens, mask=mask, return_cache=True),
         "a model's batch size": lambda: model(ops.ones((1, 9), ms.int32), cache=model_cache),
-        "another depth": lambda: LocalTransformer(**{**MODEL, "depth": 1})(ops.ones((2, 9), ms.int32), cache=model_cache),
+        "another depth": lambda: LocalTransformer(**{**MODEL, "depth": 1})(longer, cache=model_cache),
         "nothing new": lambda: model(tokens, cache=model_cache),
-        "a loss": lambda: model(ops.ones((2, 9), ms.int32), cache=model_cache, return_loss=True),
+        "a loss": lambda: model(longer, cache=model_cache, return_loss=True),
     }
     return calls[name]
 

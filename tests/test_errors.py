@@ -8,18 +8,29 @@ from mindspore import nn, ops
 
 from local_attention import (
     DynamicPositionBias,
+    LocalAttention,
     LocalMHA,
     LocalTransformer,
+    WindowSpec,
     export_torch_weights,
     load_torch_weights,
     weights,
 )
+from local_attention.rotary import SinusoidalEmbeddings
 from local_attention.transformer import GEGLU, FeedForward, top_k
 
 
 def transformer(**settings):
     return LocalTransformer(**{**dict(num_tokens=23, max_seq_len=13, dim=11, depth=1, heads=3, dim_head=10,
                                       local_attn_window_size=5), **settings})
+
+
+def attention(**settings):
+    return LocalAttention(**{**dict(window_size=5), **settings})
+
+
+def spec(**settings):
+    return WindowSpec(**{**dict(bucket=1, backward=5, forward=0, causal=True), **settings})
 
 
 def block(**settings):
@@ -47,6 +58,47 @@ def check(call, error, message):
 # Constructors: a class, what is given, and what it says.
 
 CONSTRUCTORS = [
+    (attention, {"window_size": 0}, ValueError,
+     "For 'LocalAttention', 'window_size' must be a positive int, but got 0."),
+    (attention, {"window_size": -3}, ValueError, "'window_size' must be a positive int, but got -3."),
+    (attention, {"window_size": 5.}, TypeError, "'window_size' must be a positive int, but got 5.0 of type float."),
+    (attention, {"causal": 1}, TypeError, "'causal' must be a bool, but got 1 of type int."),
+    (attention, {"look_backward": -1}, ValueError, "'look_backward' must be a non-negative int, but got -1."),
+    (attention, {"look_forward": 0.5}, TypeError, "'look_forward' must be a non-negative int, but got 0.5"),
+    (attention, {"causal": True, "look_forward": 1}, ValueError, "'look_forward' must be 0 when causal, but got 1."),
+    (attention, {"dropout": 1.}, ValueError, "'dropout' must be a rate in [0, 1), but got 1.0."),
+    (attention, {"dropout": -0.1}, ValueError, "'dropout' must be a rate in [0, 1), but got -0.1."),
+    (attention, {"dropout": "0.1"}, TypeError, "'dropout' must be a number, but got '0.1' of type str."),
+    (attention, {"shared_qk": None}, TypeError, "'shared_qk' must be a bool, but got None of type NoneType."),
+    (attention, {"autopad": 1}, TypeError, "'autopad' must be a bool, but got 1"),
+    (attention, {"exact_windowsize": "yes"}, TypeError, "'exact_windowsize' must be a bool, but got 'yes'"),
+    (attention, {"scale": float("nan")}, ValueError, "'scale' must be finite, but got nan."),
+    (attention, {"scale": "1"}, TypeError, "'scale' must be a number, but got '1'"),
+    (attention, {"dim": 0}, ValueError, "'dim' must be a positive int, but got 0."),
+    (attention, {"dim": 7}, ValueError, "'dim' must be even for rotary embeddings, but got 7."),
+    (attention, {"rel_pos_emb_config": 8}, TypeError, "'rel_pos_emb_config' must be a tuple"),
+    (attention, {"use_rotary_pos_emb": 0}, TypeError, "'use_rotary_pos_emb' must be a bool, but got 0"),
+    (attention, {"use_xpos": True}, ValueError, "'use_xpos' must be False without 'use_rotary_pos_emb' and 'dim'"),
+    (attention, {"dim": 8, "use_xpos": True, "use_rotary_pos_emb": False}, ValueError, "'use_xpos' must be False"),
+    (attention, {"dim": 8, "use_xpos": True, "xpos_scale_base": 0}, ValueError,
+     "'xpos_scale_base' must be a positive number, but got 0."),
+    (attention, {"dim": 8, "use_xpos": True, "window_size": 1}, ValueError,
+     "'xpos_scale_base' must be a positive number, but got 0."),
+    (attention, {"backend": "fast"}, ValueError,
+     "'backend' must be None or one of blocked, dense, native, ascend, but got 'fast'."),
+    (attention, {"sequence_parallel": True}, NotImplementedError, "'sequence_parallel' is not part of this release."),
+    (spec, {"bucket": 0}, ValueError, "For 'WindowSpec', 'bucket' must be a positive int, but got 0."),
+    (spec, {"backward": -1}, ValueError, "'backward' must be a non-negative int, but got -1."),
+    (spec, {"forward": -2}, ValueError, "'forward' must be an int of at least -1, but got -2."),
+    (spec, {"causal": None}, TypeError, "'causal' must be a bool, but got None"),
+    (WindowSpec.from_sliding_window, {"sliding_window": 0}, ValueError,
+     "For 'WindowSpec.from_sliding_window', 'sliding_window' must be a positive int, but got 0."),
+    (WindowSpec.from_flash, {"window_size": 5}, TypeError, "'window_size' must be a pair (left, right), but got 5"),
+    (WindowSpec.from_flash, {"window_size": (-2, 0)}, ValueError,
+     "'window_size' must be an int of at least -1, but got -2."),
+    (SinusoidalEmbeddings, {"dim": 3}, ValueError, "For 'SinusoidalEmbeddings', 'dim' must be even"),
+    (SinusoidalEmbeddings, {"dim": 4, "use_xpos": True}, ValueError, "'scale_base' must be given with 'use_xpos'"),
+
     (transformer, {"num_tokens": 0}, ValueError, "'LocalTransformer', 'num_tokens' must be a positive int, but got 0."),
     (transformer, {"num_tokens": "23"}, TypeError,
      "'num_tokens' must be a positive int, but got '23' of type str."),
@@ -116,6 +168,31 @@ def test_constructors(build, given, error, message):
 # Calls: a Cell, its inputs and options, and what it says, in both modes.
 
 CALLS = [
+    (attention, (vectors(2, 3, 7, 4),) * 3, {}, ValueError,
+     "'q' must be of a length that is a multiple of the window (5) without 'autopad', but got 7."),
+    (attention, (vectors(10),) * 3, {}, ValueError,
+     "'q' must be of shape (..., n, d) with n and d of at least 1, but got (10,)."),
+    (attention, (tokens(2, 10, 4),) * 3, {}, TypeError,
+     "'q' must be a Tensor of float32 or float16 or bfloat16, but got int32."),
+    (attention, (vectors(2, 10, 4), vectors(2, 10, 3), vectors(2, 10, 4)), {}, ValueError,
+     "'k' must be of q's shape (2, 10, 4), but got (2, 10, 3)."),
+    (attention, (vectors(2, 10, 4), vectors(2, 10, 4), ops.zeros((2, 10, 4), ms.float16)), {}, TypeError,
+     "'v' must be a Tensor of float32, but got float16."),
+    (attention, (vectors(2, 10, 4),) * 3 + (tokens(2, 10),), {}, TypeError,
+     "'mask' must be a Tensor of bool, but got int32."),
+    (attention, (vectors(2, 10, 4),) * 3 + (mask(3, 10),), {}, ValueError,
+     "'mask' must be of shape (batch, 10), batch a divisor of 2, but got (3, 10)."),
+    (attention, (vectors(2, 10, 4),) * 3 + (None, None, vectors(2, 5, 10)), {}, ValueError,
+     "'attn_bias' must be of shape (heads, 5, 15), heads a divisor of 2, but got (2, 5, 10)."),
+    (attention, (vectors(2, 10, 4),) * 3, {"window_size": 2}, ValueError,
+     "'window_size' must be None in a call without 'use_xpos', but got 2."),
+    (lambda: attention(dim=4, use_xpos=True), (vectors(2, 10, 4),) * 3, {"window_size": 0}, ValueError,
+     "'window_size' must be a positive int, but got 0."),
+    (lambda: attention(dim=6), (vectors(2, 10, 4),) * 3, {}, ValueError,
+     "'q' must be of head dimension 6, the rotary embedding's, but got 4."),
+    (lambda: attention(backend="native"), (vectors(2, 10, 4),) * 3, {}, ValueError,
+     "the backend 'native' cannot run this call: it is not part of this release."),
+
     (transformer, (tokens(7),), {}, ValueError,
      "For 'LocalTransformer', 'x' must be of shape (batch, n), not empty, but got (7,)."),
     (transformer, (vectors(2, 7),), {}, TypeError,
