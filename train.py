@@ -74,7 +74,7 @@ def make_parser():
     add("--validate-batches", count, 16, "batches in a validation")
     add("--sample-every", count, 400, "steps between samples")
     add("--sample-len", count, 200, "bytes in a sample")
-    add("--temperature", real, 0.8, "of sampling")
+    add("--temperature", real, 0.7, "of sampling")
     add("--save-every", count, 200, "steps between checkpoints")
     parser.add_argument("--device", choices=("CPU", "GPU", "Ascend"), default="CPU", help="where to train")
     parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="compiled steps, or eager ones")

@@ -468,6 +468,7 @@ class LocalTransformer(nn.Cell):
             FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
+        self._step = None
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
@@ -509,7 +510,20 @@ class LocalTransformer(nn.Cell):
             x = x + ff(x)
         return x, tuple(caches)
 
-    @ms.jit
+    def _compiled_step(self):
+        """`_next_logits`, compiled at its first call.
+
+        A function around it, as a Cell with a compiled method is compiled to that method wherever it is called later;
+        kept beside whose it is, as a copy of the model has a step of its own.
+        """
+        if self._step is None or self._step[0] != id(self):
+            model = self
+
+            def step(token, attn_bias, *flat):
+                return model._next_logits(token, attn_bias, *flat)
+            self._step = id(self), ms.jit(step)
+        return self._step[1]
+
     def _next_logits(self, token, attn_bias, *flat):
         """A step of decoding: logits of the token after `token (b, 1)`, and the caches as flat as they came.
 
@@ -566,7 +580,7 @@ class LocalTransformer(nn.Cell):
                     keys = None if self.causal and mask is None else Tensor(real[:, seen])
                     logits = self(Tensor(tokens[:, seen]), keys)[:, end - start - 1]
                 elif flat:
-                    logits, *flat = self._next_logits(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
+                    logits, *flat = self._compiled_step()(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
                 else:
                     logits, (layers, attn_bias, _) = self(Tensor(tokens[:, :end]), return_cache=True)
                     logits, flat = logits[:, -1], [x for layer in layers for x in layer]

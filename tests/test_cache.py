@@ -1,4 +1,6 @@
 """Decoding with a cache: the same rows as one call on everything, whatever is fed at a time."""
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -137,6 +139,25 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
     assert len(compiled) - before == 1  # the prompt alone
     np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
+
+
+def test_a_model_that_has_generated_still_trains_compiled_and_so_does_its_copy():
+    """A compiled method would have taken the place of `construct` in every later graph."""
+    model = LocalTransformer(**{**MODEL, "depth": 1})
+    tokens = ops.randint(0, 31, (2, 12))
+    wanted = model(tokens, return_loss=True).asnumpy()
+    first = model.generate(tokens[:, :3], 5, temperature=0).asnumpy()
+
+    @ms.jit
+    def loss(x):
+        return model(x, return_loss=True)
+    np.testing.assert_allclose(loss(tokens).asnumpy(), wanted, atol=1e-5)
+    copied = copy.deepcopy(model)
+    for parameter in copied.get_parameters():
+        parameter.set_data(parameter * 0.5)
+    other = copied.generate(tokens[:, :3], 5, temperature=0).asnumpy()
+    np.testing.assert_array_equal(other, copied.generate(tokens[:, :3], 5, temperature=0, use_kv_cache=False).asnumpy())
+    np.testing.assert_array_equal(first, model.generate(tokens[:, :3], 5, temperature=0).asnumpy())
 
 
 def test_sampling_follows_the_seed_and_tells_its_progress():

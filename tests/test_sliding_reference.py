@@ -46,7 +46,7 @@ def test_function(name, compiled):
     check(name, {"out": out} | {f"grad_{key}": grad for key, grad in zip(inputs, grads)})
 
 
-@in_both_modes(cases(FILE, start="self") + cases(FILE, start="cross"), graphs=2)
+@in_both_modes(cases(FILE, holding="inputs_q"), graphs=2)
 def test_cell(name, compiled):
     settings, arrays = load(FILE, name)
     cell = (MultiHeadLocalAttention if "inputs_kv" in arrays else LocalSelfAttention)(**settings["args"])
