@@ -70,18 +70,16 @@ def prepare(problem):
 def run(blocks, q, k, v, key_mask, bias, rel_pos_emb, seed):
     """Around the blocks, what is cheap enough to be left to automatic differentiation."""
     problem = blocks.problem
-    dtype = q.dtype
-    q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
     q = ops.mul(q, problem.scale)
     tiles, emb = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32)
     if rel_pos_emb is not None:
-        emb = ops.div(ops.cast(rel_pos_emb, ms.float32), problem.scale)
+        emb = ops.div(rel_pos_emb, problem.scale)
     if key_mask is not None:
         q, k, v = _hide_keys(q, k, v, _per_group(ops.cast(key_mask, ms.float32), problem.groups))
         emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
     if bias is not None:
         heads = bias.shape[0]
-        bias = _gather(ops.cast(bias, ms.float32).reshape(heads, -1), blocks.bias_index, 1)
+        bias = _gather(bias.reshape(heads, -1), blocks.bias_index, 1)
         tiles = _bias_add(bias, tiles.reshape(-1))
         q, k, v = _swap(q, heads), _swap(k, heads), _swap(v, heads)
     out = blocks(q, k, v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
@@ -91,7 +89,7 @@ def run(blocks, q, k, v, key_mask, bias, rel_pos_emb, seed):
         out = ops.mul(out, _per_group(_sees_something(blocks, key_mask), problem.groups))
     elif not blocks.all_see_something:
         out = ops.mul(out, ops.cast(blocks.first < blocks.after, ms.float32)[:, None])
-    return ops.cast(out, dtype)
+    return out
 
 
 def _swap(x, inner):

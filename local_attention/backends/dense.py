@@ -1,6 +1,4 @@
 """Attention by its definition: every score, the invisible ones hidden. O(n²); what the others are held to."""
-from typing import NamedTuple, Optional
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
@@ -21,25 +19,17 @@ def scores(problem):
     return (problem.groups * problem.n_q * problem.n_k,) * 2
 
 
-class Constants(NamedTuple):
-    """What is known of a problem before its tensors."""
-    problem: object
-    seen: Tensor  # float32 (1, n_q, n_k): 1 where the query sees the key
-    is_self: Tensor
-    bias_index: Optional[Tensor]
-    offset_index: Optional[Tensor]
-    rows: Tensor  # hashes, for dropout
-    columns: Tensor
-
-
 def prepare(problem):
-    """The problem's constants."""
+    """The problem, and its constants: who sees whom, who is oneself, where to find a bias, and hashes for dropout.
+
+    A plain tuple: of a NamedTuple that is handed to a Cell, a graph forgets the names.
+    """
     queries, keys = np.arange(problem.n_q)[:, None] + problem.offset, np.arange(problem.n_k)
-    return Constants(problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
-                     Tensor((queries == keys)[None]),
-                     Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
-                     _offset_index(problem, queries, keys) if problem.by_offset else None,
-                     Tensor(row_hash(np.arange(problem.groups), queries[:, 0])[..., None]), Tensor(column_hash(keys)))
+    return (problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
+            Tensor((queries == keys)[None]),
+            Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
+            _offset_index(problem, queries, keys) if problem.by_offset else None,
+            Tensor(row_hash(np.arange(problem.groups), queries[:, 0])[..., None]), Tensor(column_hash(keys)))
 
 
 def _offset_index(problem, queries, keys):
@@ -51,9 +41,7 @@ def _offset_index(problem, queries, keys):
 
 def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
     """`out[i] = sum_j softmax_j(scale * q[i]·k[j] + bias[i, j]) * v[j]` over the keys `j` that query `i` sees."""
-    problem, seen = constants.problem, constants.seen
-    dtype = q.dtype
-    q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+    problem, seen, is_self, bias_index, offset_index, rows, columns = constants
     if key_mask is not None:
         real = ops.tile(ops.cast(key_mask, ms.float32)[:, None], (1, problem.groups // problem.batch, 1))
         real = real.reshape(problem.groups, 1, problem.n_k)
@@ -61,14 +49,14 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
         seen = seen * real
     scores = ops.bmm(q * problem.scale, k.swapaxes(1, 2))
     if bias is not None:
-        bias = ops.gather(ops.cast(bias, ms.float32).reshape(bias.shape[0], -1), constants.bias_index, 1)
+        bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1)
         scores = scores + ops.tile(bias, (problem.groups // bias.shape[0], 1, 1))
     if rel_pos_emb is not None:
-        by_offset = ops.matmul(q, ops.cast(rel_pos_emb, ms.float32).T).reshape(problem.groups, -1)
-        scores = scores + ops.gather(by_offset, constants.offset_index, 1)
+        by_offset = ops.matmul(q, rel_pos_emb.T).reshape(problem.groups, -1)
+        scores = scores + ops.gather(by_offset, offset_index, 1)
     if problem.hide_self:
-        scores = ops.masked_fill(scores, constants.is_self, SELF_SCORE)
+        scores = ops.masked_fill(scores, is_self, SELF_SCORE)
     weights = ops.softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1) * seen
     if problem.dropout > 0:
-        weights = weights * keep_factors(seeded_rows(constants.rows, seed), constants.columns, problem.dropout)
-    return ops.cast(ops.bmm(weights, v), dtype)
+        weights = weights * keep_factors(seeded_rows(rows, seed), columns, problem.dropout)
+    return ops.bmm(weights, v)
