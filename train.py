@@ -47,12 +47,13 @@ def positive(number):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
+                                     description="Train a byte-level LocalTransformer on real text and sample from it.")
     count, real = positive(int), positive(float)
 
-    def add(name, kind, default, text):
-        parser.add_argument(name, type=kind, default=default, help=text)
+    def add(name, kind, default, text, **more):
+        text += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=kind, default=default, help=text, **more)
 
     add("--data", str, None, "a file or a folder, plain or .gz; the Python standard library where not given")
     add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
@@ -76,8 +77,8 @@ def make_parser():
     add("--sample-len", count, 200, "bytes in a sample")
     add("--temperature", real, 0.7, "of sampling")
     add("--save-every", count, 200, "steps between checkpoints")
-    parser.add_argument("--device", choices=("CPU", "GPU", "Ascend"), default="CPU", help="where to train")
-    parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="compiled steps, or eager ones")
+    add("--device", str, "CPU", "where to train", choices=("CPU", "GPU", "Ascend"))
+    add("--mode", str, "graph", "compiled steps, or eager ones", choices=("graph", "pynative"))
     return parser
 
 
@@ -308,10 +309,15 @@ def printable(text):
 def run(settings, folder):
     train_text, validation_text = read_text(settings.data, settings.seq_len)
     entropy = order_0_entropy(validation_text)
-    trainer = Trainer(settings)
+    try:
+        trainer = Trainer(settings)
+    except ValueError as error:  # what the model says of a size or a seed that cannot be
+        sys.exit(f"train.py: {error}")
     checkpoint = folder / "checkpoint.ckpt"
     if settings.resume:
         trainer.load(checkpoint)
+    if trainer.step > settings.steps:
+        sys.exit(f"train.py: the run is at step {trainer.step} already, after --steps {settings.steps}.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(vars(settings), indent=2) + "\n")
 

@@ -48,7 +48,7 @@ def draw_panel(axes, title, spec):
 
 
 def main(path):
-    figure, grid = plt.subplots(2, 2, figsize=(8, 8.8), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(8, 9.4), layout="constrained")
     for axes, (title, spec) in zip(grid.flat, PANELS):
         draw_panel(axes, title, spec)
     figure.suptitle(f"Which keys (columns) a query (row) sees, window_size={WINDOW}", fontsize=15)

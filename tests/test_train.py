@@ -89,6 +89,8 @@ def test_what_a_run_leaves_behind(run, tmp_path, capsys):
 def test_steps_can_be_added(run):
     assert [record["step"] for record in run("longer", "--steps", "3", "--mode", "pynative")] == [1, 2, 3]
     assert [record["step"] for record in run("longer", "--resume", "--steps", "5")] == [1, 2, 3, 4, 5]
+    with pytest.raises(SystemExit, match="at step 5 already, after --steps 4"):
+        run("longer", "--resume", "--steps", "4")
 
 
 def test_learning_rate_rises_and_falls():
@@ -176,6 +178,16 @@ def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
         train.read_settings(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dim-head", "7"], "'dim_head' must be even"),
+    (["--seed", "-1"], "seed"),
+])
+def test_what_the_model_refuses(arguments, message, tmp_path, run):
+    with pytest.raises(SystemExit, match=message):
+        run("none", *arguments)
+    assert not (tmp_path / "none").exists()
 
 
 def test_nothing_to_resume(tmp_path):
