@@ -12,7 +12,8 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import attend
+from .attend import Float32, attend
+from .backends.dense import HIDDEN
 from .local_attention import l2norm
 from .spec import WindowSpec
 
@@ -59,13 +60,14 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
 
 
 def _next_token(attn, q, k, v, position, attn_bias):
-    """One query against the whole cache: which of it is seen is a key mask."""
+    """One query against the whole cache. What it does not see is hidden by a bias and not by a mask: a mask would also
+    erase what masked keys hold, in case it is NaN, and here that is tokens out of sight or zeros."""
     windows = attn.windows
     dtype, kept = q.dtype, capacity(windows)
     place = position % windows.size  # of the query in its window
     index = _range(0, kept + 1)
     seen = kept - (place + windows.backward if not windows.exact else windows.backward)
-    real = ops.logical_and(index >= kept - position, index >= seen)
+    unseen = index < ops.maximum(kept - position, seen)
     if attn.shared_qk:
         k = l2norm(k)
     if attn.rel_pos is not None:
@@ -76,9 +78,20 @@ def _next_token(attn, q, k, v, position, attn_bias):
         columns = ops.clamp(index - kept + place + windows.backward, 0, windows.span - 1)
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
     out = attend(q, k, v, _all_before(kept), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
-                 key_mask=real[None], bias=attn_bias, bias_backward=kept, hide_self=attn.shared_qk,
+                 bias=_hide(unseen, attn_bias), bias_backward=kept, hide_self=attn.shared_qk,
                  dropout=attn.dropout if attn.training else 0., offset=kept, backend=attn.backend)
     return ops.cast(out, dtype)
+
+
+class _Hide(Float32):
+    """A bias `(heads, 1, n)` that hides the unseen of n keys, added to another."""
+
+    def construct(self, unseen, attn_bias):
+        bias = ops.mul(ops.cast(unseen, ms.float32), HIDDEN).reshape(1, 1, -1)
+        return bias if attn_bias is None else ops.add(bias, attn_bias)
+
+
+_hide = _Hide()
 
 
 @constexpr

@@ -529,8 +529,9 @@ class LocalTransformer(nn.Cell):
 
         Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
         """
-        layers = [flat[start:start + 3] for start in range(0, len(flat), 3)]
-        x = self.token_emb(token) + self.pos_emb(flat[2])
+        position = flat[2]  # of every block: what follows from it alone is computed once
+        layers = [(flat[start], flat[start + 1], position) for start in range(0, len(flat), 3)]
+        x = self.token_emb(token) + self.pos_emb(position)
         x, layers = self._through_layers(x, None, attn_bias, layers, True)
         flat = []
         for layer in layers:
@@ -584,7 +585,9 @@ class LocalTransformer(nn.Cell):
                 else:
                     logits, (layers, attn_bias, _) = self(Tensor(tokens[:, :end]), return_cache=True)
                     logits, flat = logits[:, -1], [x for layer in layers for x in layer]
-                tokens[:, end] = _sample(logits.astype(ms.float32).asnumpy(), temperature, filter_thres)
+                if logits.dtype != ms.float32:
+                    logits = ops.cast(logits, ms.float32)
+                tokens[:, end] = _sample(logits.asnumpy(), temperature, filter_thres)
                 real[:, end] = True
                 if callback is not None:
                     callback(end - n + 1)
