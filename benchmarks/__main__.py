@@ -17,7 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from local_attention import LocalAttention
+from local_attention import LocalAttention, sliding_window_attention
 
 PEERS = ("lucidrains", "flex", "sdpa")
 
@@ -25,12 +25,12 @@ PEERS = ("lucidrains", "flex", "sdpa")
 class Peer:
     """A peer's process, and the answers it gave."""
 
-    def __init__(self, python, name, window, backward, inputs, folder):
+    def __init__(self, python, name, span, backward, inputs, folder):
         outputs = str(pathlib.Path(folder) / f"{name}.npy")
         script = pathlib.Path(__file__).with_name("peer.py")
         elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # not our namesake
         self.process = subprocess.Popen(
-            [python, str(script), json.dumps([name, window, backward, inputs, outputs])], cwd=folder, env=elsewhere,
+            [python, str(script), json.dumps([name, *span, backward, inputs, outputs])], cwd=folder, env=elsewhere,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if not self.process.stdout.readline().startswith("ready"):
             raise RuntimeError(f"the peer {name} did not start in {python}")
@@ -46,9 +46,15 @@ class Peer:
         self.process.wait(timeout=60)
 
 
-def ours(window, backward, mode, backend, arrays):
-    """A call of ours and its answers."""
-    attn = LocalAttention(window, causal=True, exact_windowsize=True, backend=backend)
+def ours(span, sliding, backward, mode, backend, arrays):
+    """A call of ours and its answers, for queries that see so many keys before and after themselves."""
+    before, after = span
+    causal = None if sliding else LocalAttention(before, causal=True, exact_windowsize=True, backend=backend)
+
+    def attn(q, k, v):
+        if causal is not None:
+            return causal(q, k, v)
+        return sliding_window_attention(q, k, v, window_size_left=before, window_size_right=after + 1, backend=backend)
     q, k, v, dout = map(Tensor, arrays)
 
     def forward(q, k, v):
@@ -77,22 +83,26 @@ def main():
     parser.add_argument("--peer-python", required=True, help="the interpreter of an environment with torch and peers")
     parser.add_argument("--peers", default="lucidrains", help=f"comma-separated, of {', '.join(PEERS)}")
     parser.add_argument("--shape", type=int, nargs=4, default=(2, 8, 2048, 64), metavar=("B", "H", "N", "D"))
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--window", type=int, default=512, help="of LocalAttention, causal and exact")
+    parser.add_argument("--sliding", type=int, nargs=2, metavar=("LEFT", "RIGHT"),
+                        help="sliding_window_attention in its place, with these window sizes")
     parser.add_argument("--modes", default="graph", help="comma-separated, of graph, pynative")
     parser.add_argument("--backend", help="by name; the fastest if left out")
     parser.add_argument("--repeat", type=int, default=15)
     args = parser.parse_args()
     arrays = np.random.default_rng(0).standard_normal((4, *args.shape)).astype(np.float32)
-    print(f"MindSpore {ms.__version__}, B H N D = {tuple(args.shape)}, window {args.window}, causal, exact, float32")
+    span = (args.sliding[0], args.sliding[1] - 1) if args.sliding else (args.window, 0)
+    print(f"MindSpore {ms.__version__}, B H N D = {tuple(args.shape)}, float32, "
+          f"{span[0]} keys before each query, itself, and {span[1]} after it")
     with tempfile.TemporaryDirectory() as folder:
         inputs = str(pathlib.Path(folder) / "inputs.npy")
         np.save(inputs, arrays)
         for backward in (False, True):
             for mode in args.modes.split(","):
                 for name in args.peers.split(","):
-                    call = ours(args.window, backward, mode, args.backend, arrays)
+                    call = ours(span, args.sliding is not None, backward, mode, args.backend, arrays)
                     try:
-                        peer = Peer(args.peer_python, name, args.window, backward, inputs, folder)
+                        peer = Peer(args.peer_python, name, span, backward, inputs, folder)
                     except RuntimeError as error:
                         print(error)
                         continue

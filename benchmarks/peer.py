@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 
-def attention(name, window):
+def attention(name, before, after):
+    """Causal, where nothing `after` the query is seen."""
     if name == "lucidrains":
         from local_attention import LocalAttention
-        return LocalAttention(window, causal=True, exact_windowsize=True)
+        return LocalAttention(before, causal=True, exact_windowsize=True)
     if name == "sdpa":
-        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=after == 0)
     if name == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def seen(batch, head, i, j):
-            return (j <= i) & (i - j <= window)
+            return (j <= i + after) & (i - j <= before)
         compiled, masks = torch.compile(flex_attention), {}
 
         def call(q, k, v):
@@ -33,10 +34,9 @@ def attention(name, window):
 
 
 def main():
-    name, window, backward, inputs, outputs = json.loads(sys.argv[1])
-    torch.set_num_threads(torch.get_num_threads())
+    name, before, after, backward, inputs, outputs = json.loads(sys.argv[1])
     q, k, v, dout = (torch.from_numpy(x).requires_grad_(backward) for x in np.load(inputs))
-    call = attention(name, window)
+    call = attention(name, before, after)
 
     def run():
         with torch.set_grad_enabled(backward):

@@ -224,6 +224,6 @@ def test_dropout_follows_the_global_seed_and_differs_from_call_to_call():
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why():
-    case = Case(0, n=7)
+    x = Tensor(np.zeros((2, 7, 10), np.float32))  # outside a gradient: an error within leaves MindSpore's state unclean
     with pytest.raises(ValueError, match="native.*cannot run this call"):
-        case.got("native", "pynative")
+        attend(x, x, x, SPECS[0], 1., backend="native")

@@ -141,6 +141,25 @@ def test_half_precision_is_near_single(settings, compiled):
         assert largest_error(half_grad, grad) < 1e-2 * max(np.abs(g.asnumpy()).max() for g in grads)
 
 
+@pytest.mark.parametrize("level, compiled",
+                         [("O1", False), ("O2", False), ("O2", True), ("O3", False), ("auto", False)])
+def test_automatic_mixed_precision_changes_the_loss_by_rounding_alone(level, compiled):
+    """With all that has a norm, a softmax or a mask in it: in float16, what hides a key would be an infinity."""
+    full = model(depth=1, qk_rmsnorm=True, shared_qk=True)
+    x, mask = tokens(2, 13), hidden(2, 13)
+    wanted = full(x, mask, return_loss=True).asnumpy()
+    mixed = ms.amp.auto_mixed_precision(full, level)
+
+    def loss(x):
+        return mixed(x, mask, None, True)
+    step = ms.value_and_grad(loss, None, mixed.trainable_params())
+    found, grads = (ms.jit(step) if compiled else step)(x)
+    np.testing.assert_allclose(found.asnumpy(), wanted, rtol=5e-3)
+    grads = [grad.astype(ms.float32).asnumpy() for grad in grads]
+    assert all(np.isfinite(grad).all() for grad in grads) and max(np.abs(grad).max() for grad in grads) > 1e-3
+
+
+
 def test_initial_weights_are_distributed_as_pytorch_s():
     large = model(num_tokens=499, dim=97, depth=1, use_dynamic_pos_bias=True)
     for table in (large.token_emb.embedding_table, large.pos_emb.embedding_table):
