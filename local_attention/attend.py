@@ -139,7 +139,14 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
                              dropout, offset, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
-    return ops.cast(_run(run, constants, q, k, v, key_mask, bias, rel_pos_emb, seed), q.dtype)
+    out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),
+               _in_float32(rel_pos_emb), seed)
+    return ops.cast(out, q.dtype)
+
+
+def _in_float32(x):
+    """A backward pass runs outside the Cell that keeps the forward one in float32, and so needs its inputs in it."""
+    return None if x is None else ops.cast(x, ms.float32)
 
 
 def draw_seed():
