@@ -9,11 +9,11 @@ from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .backends import blocked, dense
+from .backends import blocked, dense, native
 from .spec import WindowSpec
 
-BACKENDS = {"blocked": blocked, "dense": dense}  # in order of preference
-NOT_YET = {"native": "is not part of this release", "ascend": "is not part of this release"}
+BACKENDS = {"native": native, "blocked": blocked, "dense": dense}  # in order of preference
+NOT_YET = {"ascend": "is not part of this release"}
 
 
 @dataclass(frozen=True)

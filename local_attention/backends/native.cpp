@@ -1,0 +1,305 @@
+// The kernel behind backends/native.py: attention over the span of each query, forward and backward, on a CPU.
+//
+// Tiles of queries by keys, never a matrix of scores: an online softmax forward (Milakov and Gimelshein, 2018), each
+// tile's weights computed again backward from its rows' maxima and sums (Dao et al., FlashAttention, 2022). A plain C
+// interface, as MindSpore's Custom operator of type "aot" calls it, and no header of anyone's but the C++ library's.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <thread>
+#include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
+
+namespace {
+
+constexpr int BLOCK_QUERIES = 64;
+constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
+constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
+
+// Dropout's hashes, as in backends/dropout.py.
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x21F0AAADu;
+  x = (x ^ (x >> 15)) * 0x735A2D97u;
+  return x ^ (x >> 15);
+}
+
+inline uint32_t row_hash(int64_t group, int64_t query) {
+  return mix(mix((uint32_t)group + 0x9E3779B9u) + (uint32_t)query);
+}
+
+inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995u); }
+
+// One call: its tensors, and its numbers in the order in which native.py lists them.
+struct Call {
+  const float *q, *k, *v;  // (groups, n_q, head_dim), (groups, n_k, head_dim) twice
+  const bool *mask;        // (batch, n_k), true for a real key
+  const float *bias;       // (heads, period, columns) as given, (heads, columns, period) as kernels read it
+  const float *emb;        // (offsets, head_dim)
+  uint32_t seed;
+
+  int64_t groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, offset, batch, heads, period, columns,
+      bias_backward, offsets, hide_self, threads, level;
+  int64_t padded;  // head_dim in whole vectors of any width
+  float scale, kept_factor;
+  int32_t drop_below;
+  bool dropping;
+
+  explicit Call(void **inputs) {
+    const int64_t *number = (const int64_t *)inputs[7];
+    for (int64_t *to : {&groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal, &offset, &batch,
+                        &heads, &period, &columns, &bias_backward, &offsets, &hide_self, &threads, &level})
+      *to = *number++;
+    double real[2];  // these two by their bits
+    std::memcpy(real, number, sizeof(real));
+    const double rate = real[1];
+    scale = (float)real[0], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
+    drop_below = (int32_t)((int64_t)(rate * 4294967296.) - 2147483648LL);
+    q = (const float *)inputs[0], k = (const float *)inputs[1], v = (const float *)inputs[2];
+    mask = batch ? (const bool *)inputs[3] : nullptr;
+    bias = columns ? (const float *)inputs[4] : nullptr;
+    emb = offsets ? (const float *)inputs[5] : nullptr;
+    seed = *(const uint32_t *)inputs[6];
+    padded = (head_dim + 15) / 16 * 16;
+  }
+
+  // The first and the last key that exist and that the query at a position sees; first > last where there is none.
+  void span(int64_t position, int64_t &first, int64_t &last) const {
+    const int64_t start = position / bucket * bucket;
+    first = start - spec_backward, last = start + bucket - 1 + spec_forward;
+    if (causal) last = std::min(last, position);
+    first = std::max<int64_t>(first, 0), last = std::min(last, n_k - 1);
+  }
+
+  double work() const {
+    return 2. * groups * n_q * head_dim * std::min<double>(n_k, (double)spec_backward + bucket + spec_forward);
+  }
+};
+
+struct Gradients {
+  const float *out, *statistics, *dout;
+  float *dq, *dk, *dv;
+};
+
+// What native_kernel.h gives for one width of vectors.
+struct Kernel {
+  bool (*forward)(const Call &, float *out, float *statistics);
+  bool (*backward)(const Call &, const Gradients &, float *dbias, float *demb);
+};
+
+// Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
+template <typename Worker, typename Do>
+bool in_parallel(const Call &call, int64_t count, Do &&act) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> fine{true};
+  auto work = [&] {
+    try {
+      Worker worker(call);
+      for (int64_t item = next++; item < count; item = next++) act(worker, item);
+    } catch (const std::exception &) {
+      fine = false;
+    }
+  };
+  const int64_t wanted = std::min<int64_t>({call.threads, count, 1 + (int64_t)(call.work() / THREAD_WORK)});
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < wanted; ++i) try {
+      others.emplace_back(work);
+    } catch (const std::exception &) {  // no thread to be had: those there are do it all
+      break;
+    }
+  work();
+  for (std::thread &other : others) other.join();
+  return fine;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What does not need a kernel's memory.
+struct NoMemory {
+  explicit NoMemory(const Call &) {}
+};
+
+// Between (heads, period, columns), as callers have it, and (heads, columns, period), in squares that a cache holds.
+bool turn_bias(const Call &call, const float *from, float *to, int64_t rows, int64_t columns) {
+  constexpr int64_t SIDE = 32;
+  const int64_t down = divide_up(rows, SIDE);
+  return in_parallel<NoMemory>(call, call.heads * down, [&](NoMemory &, int64_t item) {
+    const int64_t first = item % down * SIDE, end = std::min(first + SIDE, rows), head = item / down * rows * columns;
+    for (int64_t left = 0; left < columns; left += SIDE)
+      for (int64_t row = first; row < end; ++row)
+        for (int64_t column = left; column < std::min(left + SIDE, columns); ++column)
+          to[head + column * rows + row] = from[head + row * columns + column];
+  });
+}
+
+template <typename Worker>
+bool run_forward(const Call &call, float *out, float *statistics) {
+  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES);
+  return in_parallel<Worker>(call, call.groups * blocks, [&](Worker &worker, int64_t item) {
+    const int64_t start = item % blocks * BLOCK_QUERIES;
+    worker.forward(item / blocks, start, std::min(start + BLOCK_QUERIES, call.n_q), out, statistics);
+  });
+}
+
+// The sum of `count` rows of floats, in their order, in the first of them.
+void sum_rows(std::vector<float> &rows, int64_t count) {
+  const int64_t size = rows.size() / count;
+  for (int64_t row = 1; row < count; ++row)
+    for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
+}
+
+// Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
+// longer than a span: first those of even number, which have no key in common, then those of odd number. Gradients of
+// what heads or batch entries share are summed by one owner each, in slices, and the slices at the end: in an order
+// that does not depend on which thread came first.
+template <typename Worker>
+bool run_backward(const Call &call, const Gradients &grads, float *dbias, float *demb) {
+  const int64_t reach = std::min(call.spec_backward + call.spec_forward + 2 * call.bucket, call.n_q);
+  const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
+  const int64_t chunks = divide_up(call.n_q, chunk);
+  const int64_t owners = call.bias ? call.heads : call.emb ? 1 : call.groups, batch = call.groups / owners;
+  const int64_t bias_size = call.columns * call.period, emb_size = call.offsets * call.padded;
+  int64_t slices = batch * divide_up(chunks, 2);
+  if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
+  std::vector<float> bias_parts(call.bias ? slices * owners * bias_size : 0), emb_parts(slices * owners * emb_size);
+
+  bool fine = in_parallel<NoMemory>(call, call.groups, [&](NoMemory &, int64_t group) {
+    const int64_t size = call.n_k * call.head_dim;
+    std::fill(grads.dk + group * size, grads.dk + (group + 1) * size, 0.f);
+    std::fill(grads.dv + group * size, grads.dv + (group + 1) * size, 0.f);
+  });
+  for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
+    const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
+    fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
+      const int64_t slice = item / owners, owner = item % owners;
+      for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
+        const int64_t from = (unit % each * 2 + parity) * chunk, to = std::min(from + chunk, call.n_q);
+        for (int64_t start = from; start < to; start += BLOCK_QUERIES)
+          worker.backward(unit / each * owners + owner, start, std::min(start + BLOCK_QUERIES, to), grads,
+                          bias_parts.data() + item * bias_size, emb_parts.data() + item * emb_size);
+      }
+    });
+  }
+  if (call.bias) {
+    sum_rows(bias_parts, slices);
+    fine = fine && turn_bias(call, bias_parts.data(), dbias, call.columns, call.period);
+  }
+  if (call.emb) {
+    sum_rows(emb_parts, slices * owners);
+    for (int64_t row = 0; row < call.offsets; ++row)
+      std::copy_n(&emb_parts[row * call.padded], call.head_dim, demb + row * call.head_dim);
+  }
+  return fine;
+}
+
+// What any machine of this kind has: SSE2 or NEON; elsewhere the compiler makes single numbers of it.
+#define KERNEL baseline
+#define VECTOR_BYTES 16
+#ifdef __x86_64__
+#define REGISTERS 16
+#else
+#define REGISTERS 32
+#endif
+#include "native_kernel.h"
+#undef KERNEL
+#undef VECTOR_BYTES
+#undef REGISTERS
+
+#ifdef __x86_64__
+
+#ifdef __clang__
+#define WITH_TARGET(features) _Pragma("clang attribute push(__attribute__((target(" #features "))), apply_to = function)")
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define PRAGMA(text) _Pragma(#text)
+#define WITH_TARGET(features) _Pragma("GCC push_options") PRAGMA(GCC target(features))
+#define END_TARGET _Pragma("GCC pop_options")
+#endif
+
+WITH_TARGET("avx2,fma")
+#define KERNEL avx2
+#define VECTOR_BYTES 32
+#define REGISTERS 16
+#include "native_kernel.h"
+#undef KERNEL
+#undef VECTOR_BYTES
+#undef REGISTERS
+END_TARGET
+
+WITH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define KERNEL avx512
+#define VECTOR_BYTES 64
+#define REGISTERS 32
+#include "native_kernel.h"
+#undef KERNEL
+#undef VECTOR_BYTES
+#undef REGISTERS
+END_TARGET
+
+#endif
+
+// 0 for the baseline, 1 for AVX2, 2 for AVX-512: the widest vectors that this machine has.
+int64_t highest_level() {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+const Kernel &kernel_of(const Call &call) {
+#ifdef __x86_64__
+  const int64_t level = std::min(call.level, highest_level());
+  if (level == 2) return avx512::kernel;
+  if (level == 1) return avx2::kernel;
+#endif
+  return baseline::kernel;
+}
+
+// Nothing is thrown into MindSpore: 0 where all went well.
+template <typename Do>
+int guarded(void **inputs, Do &&act) {
+  try {
+    Call call(inputs);
+    std::vector<float> turned(call.bias ? call.heads * call.columns * call.period : 0);
+    if (call.bias && !turn_bias(call, call.bias, turned.data(), call.period, call.columns)) return 1;
+    if (call.bias) call.bias = turned.data();
+    return act(call, kernel_of(call)) ? 0 : 1;
+  } catch (const std::exception &) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORTED int attention_level() { return (int)highest_level(); }
+
+// q, k, v, mask, bias, emb, seed, numbers
+// -> out, statistics (groups, n_q, 2): of each row the highest score and the inverse of the sum of weights.
+EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
+  return guarded(params, [params](const Call &call, const Kernel &kernel) {
+    return kernel.forward(call, (float *)params[8], (float *)params[9]);
+  });
+}
+
+// q, k, v, mask, bias, emb, seed, numbers, out, statistics, dout -> dq, dk, dv, dbias, demb
+EXPORTED int attention_backward(int, void **params, int *, int64_t **, const char **, void *, void *) {
+  return guarded(params, [params](const Call &call, const Kernel &kernel) {
+    const float *const *in = (const float *const *)params;
+    float *const *out = (float *const *)params + 11;
+    return kernel.backward(call, {in[8], in[9], in[10], out[0], out[1], out[2]}, out[3], out[4]);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,464 @@
+// Attention of one block of queries, forward and backward, for one width of vectors. Included once for each; before it
+// stand KERNEL, the namespace it is to have, VECTOR_BYTES, and REGISTERS, how many vectors the machine holds.
+//
+// The queries of a block stand side by side in the lanes of vectors and keys one below the other, so that a softmax
+// runs down the columns of a tile, with no sum across lanes, and a mask is a comparison of lanes with a key's number.
+
+namespace KERNEL {
+
+constexpr int WIDTH = VECTOR_BYTES / 4;
+constexpr int KEYS = 64;   // of a tile
+constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
+constexpr int QUERIES = BLOCK_QUERIES;
+constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
+
+typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+
+template <typename T, typename Element>
+INLINE T load(const Element *from) {
+  T x;
+  __builtin_memcpy(&x, from, sizeof(T));
+  return x;
+}
+
+template <typename T, typename Element>
+INLINE void store(Element *to, T x) {
+  __builtin_memcpy(to, &x, sizeof(T));
+}
+
+INLINE Vec all(float x) { return Vec{} + x; }
+
+INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+
+// exp(x) for x <= 0, to 2 units in the last place; 0 below the smallest normal number; NaN stays NaN.
+INLINE Vec exp_nonpositive(Vec x) {
+  Vec clamped = max(x, all(-87.3f));
+  Vec shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+  Vec n = shifted - 12582912.f;
+  Vec r = clamped - n * 0.693359375f;  // log(2) in two parts, the first of few bits
+  r = r + n * 2.12194440e-4f;
+  Vec y = r * (1.f / 720) + 1.f / 120;
+  y = y * r + 1.f / 24;
+  y = y * r + 1.f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
+  y *= (Vec)(((Bits)shifted << 23) + 0x3f800000u);  // 2^n by its exponent
+  return x < -87.3f ? Vec{} : y;
+}
+
+// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
+template <int ROWS, int COLUMNS>
+INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                             int64_t b_step, float *c, int64_t c_row, bool add) {
+  Vec sum[ROWS][COLUMNS];
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COLUMNS; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
+  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
+    Vec x[COLUMNS];
+    for (int v = 0; v < COLUMNS; ++v) x[v] = load<Vec>(b + v * WIDTH);
+    for (int row = 0; row < ROWS; ++row)
+      for (int v = 0; v < COLUMNS; ++v) sum[row][v] += a[row * a_row] * x[v];
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COLUMNS; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
+}
+
+template <int ROWS, int COLUMNS>
+INLINE void matmul_rows(int64_t rows, int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                        int64_t b_step, float *c, int64_t c_row, bool add) {
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
+    matmul_registers<ROWS, COLUMNS>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
+  if constexpr (ROWS > 1)
+    if (rows) matmul_rows<ROWS / 2, COLUMNS>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+}
+
+NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *a, int64_t a_row, int64_t a_step,
+                         const float *b, int64_t b_step, float *c, int64_t c_row, bool add) {
+  for (; vectors >= COLUMNS; vectors -= COLUMNS, b += COLUMNS * WIDTH, c += COLUMNS * WIDTH)
+    matmul_rows<4, COLUMNS>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+  for (; vectors; --vectors, b += WIDTH, c += WIDTH)
+    matmul_rows<8, 1>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+}
+
+// The same, one product at a time, leaving out those with a weight of 0: 0 * NaN is NaN, and what nobody sees must not
+// be seen. weights[j, lane] meets rows[j] in `into[., lane]`, or rows[lane] in `into[j]`.
+NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, const float *weights, const float *rows,
+                                 int64_t rows_stride, float *into, int64_t into_stride, bool transposed) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float weight = weights[j * QUERIES + lane];
+      if (weight == 0) continue;
+      for (int64_t c = 0; c < width; ++c) {
+        if (transposed)
+          into[c * into_stride + lane] += weight * rows[j * rows_stride + c];
+        else
+          into[j * into_stride + c] += weight * rows[lane * rows_stride + c];
+      }
+    }
+}
+
+INLINE bool finite(const float *rows, int64_t count) {
+  float sum = 0;
+  for (int64_t x = 0; x < count; ++x) sum += rows[x] * 0;
+  return sum == 0;
+}
+
+INLINE Bits scramble(Bits x) {
+  x = x * (x + x + 1);
+  x ^= (Bits)((Ints)x >> 16);
+  return x * (x + x + 1);
+}
+
+// Some keys of a tile, and the vectors of queries that see any of them.
+struct Piece {
+  int key, keys, vector, vectors;
+};
+
+// A thread's worth of memory, and the block of queries it holds.
+struct Worker {
+  const Call &call;
+  const int64_t d, padded;
+  std::vector<float> memory;
+  float *q_t, *out_t, *scores, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
+
+  int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
+  int vectors;
+  int32_t first[QUERIES], last[QUERIES];  // the keys that each sees, cut to those that exist
+  uint32_t rows[QUERIES];                 // dropout's hash of each
+  float highest[QUERIES], sum[QUERIES], dot[QUERIES];
+  bool block_finite;
+
+  int64_t key;  // the tile: keys key ... key + keys - 1
+  int keys, pieces;
+  bool partial, careful;
+  Piece piece[KEYS / PIECE];
+
+  explicit Worker(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
+    const int64_t across = QUERIES * padded, down = d * QUERIES, tile = KEYS * QUERIES;
+    float **parts[] = {&q_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores, &by_offset};
+    const int64_t sizes[] = {down, down, down, down, across, across, across, KEYS * padded, tile, tile,
+                             call.emb ? (KEYS + QUERIES) * QUERIES : 0};
+    int64_t total = WIDTH;
+    for (int64_t size : sizes) total += size;
+    memory.assign(total, 0);
+    float *next = memory.data() + (-(uintptr_t)memory.data() / 4) % WIDTH;  // aligned to a vector
+    for (int i = 0; i < 11; ++i) *parts[i] = next, next += sizes[i];
+  }
+
+  void read_block(int64_t to_group, int64_t from, int64_t to) {
+    group = to_group, start = from, count = to - from;
+    vectors = (count + WIDTH - 1) / WIDTH;
+    const float *from_q = call.q + (group * call.n_q + start) * d;
+    transpose(from_q, q_t);
+    block_finite = finite(from_q, count * d);
+    for (int lane = 0; lane < vectors * WIDTH; ++lane) {
+      const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
+      int64_t low, high;
+      call.span(position, low, high);
+      first[lane] = low, last[lane] = high;
+      if (call.dropping) rows[lane] = row_hash(group, position);
+    }
+    if (call.dropping)
+      for (int v = 0; v < vectors; ++v)
+        store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
+  }
+
+  void transpose(const float *from, float *to) {
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t c = 0; c < d; ++c) to[c * QUERIES + lane] = from[lane * d + c];
+    for (int64_t lane = count; lane < vectors * WIDTH; ++lane)
+      for (int64_t c = 0; c < d; ++c) to[c * QUERIES + lane] = 0;
+  }
+
+  void copy(const float *from, float *to, float factor) {
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * d + c];
+  }
+
+  int64_t first_key() const { return first[0]; }
+  int64_t end_of_keys() const { return last[count - 1] + 1; }
+  bool real(int64_t j) const { return !call.mask || call.mask[group / (call.groups / call.batch) * call.n_k + j]; }
+  const float *k_rows() const { return call.k + (group * call.n_k + key) * d; }
+  const float *v_rows() const { return call.v + (group * call.n_k + key) * d; }
+
+  // Turns to the tile from a key on; false where it holds no real key.
+  bool read_tile(int64_t from) {
+    key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
+    int real_keys = keys;
+    if (call.mask) {
+      real_keys = 0;
+      for (int j = 0; j < keys; ++j) real_keys += real(key + j);
+      if (!real_keys) return false;
+    }
+    const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
+    partial = !spanned || real_keys < keys;
+    careful = partial && !(block_finite && finite(k_rows(), keys * d) && finite(v_rows(), keys * d));
+    pieces = 0;
+    if (spanned) {
+      piece[pieces++] = {0, keys, 0, vectors};
+      return true;
+    }
+    for (int j = 0; j < keys; j += PIECE) {
+      Piece next{j, std::min(PIECE, keys - j), 0, vectors};
+      int end = vectors;
+      while (next.vector < end && last[std::min<int64_t>((next.vector + 1) * WIDTH, count) - 1] < key + j) ++next.vector;
+      while (end > next.vector && first[(end - 1) * WIDTH] >= key + j + next.keys) --end;
+      next.vectors = end - next.vector;
+      if (next.vectors) piece[pieces++] = next;
+    }
+    return true;
+  }
+
+  // to[j, lane] = from[j] . x_t[., lane]
+  void products(const float *from, const float *x_t, float *to) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      matmul(p.keys, p.vectors, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
+             to + p.key * QUERIES + p.vector * WIDTH, QUERIES, false);
+    }
+  }
+
+  // to_t[., lane] += the sum over keys of weights[j, lane] * from[j]
+  void add_to_queries(const float *weights, const float *from, float *to_t) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      const float *w = weights + p.key * QUERIES + p.vector * WIDTH;
+      float *to = to_t + p.vector * WIDTH;
+      if (careful)
+        matmul_of_seen(p.keys, p.vectors * WIDTH, d, w, from + p.key * d, d, to, QUERIES, true);
+      else
+        matmul(d, p.vectors, p.keys, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
+    }
+  }
+
+  // to[j] += the sum over queries of weights[j, lane] * from[lane]
+  void add_to_keys(const float *weights, const float *from, float *to) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      const int64_t lane = p.vector * WIDTH, lanes = std::min<int64_t>(p.vectors * WIDTH, count - lane);
+      const float *w = weights + p.key * QUERIES + lane;
+      if (careful) {
+        matmul_of_seen(p.keys, lanes, d, w, from + lane * padded, padded, to + p.key * d, d, false);
+      } else if (d == padded) {
+        matmul(p.keys, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true);
+      } else {
+        matmul(p.keys, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false);
+        for (int64_t j = 0; j < p.keys; ++j)
+          for (int64_t c = 0; c < d; ++c) to[(p.key + j) * d + c] += row[j * padded + c];
+      }
+    }
+  }
+
+  // The scores of the tile: scaled products, embeddings and bias; -inf for what is not seen.
+  void score() {
+    products(k_rows(), q_t, scores);
+    if (call.emb) score_offsets();
+    for (int v = 0; v < vectors; ++v) {
+      const Ints low = load<Ints>(first + v * WIDTH), high = load<Ints>(last + v * WIDTH);
+      const float *emb = call.emb ? by_offset + v * WIDTH : nullptr;
+      for (int j = 0; j < keys; ++j) {
+        float *at = scores + j * QUERIES + v * WIDTH;
+        Vec x = load<Vec>(at) * call.scale;
+        if (emb) {
+          Vec shifted;
+          for (int lane = 0; lane < WIDTH; ++lane)
+            shifted[lane] = emb[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + lane];
+          x += shifted;
+        }
+        if (call.bias) x += bias_of(v, key + j);
+        if (partial) {
+          const Ints number = Ints{} + (int32_t)(key + j);
+          x = (number >= low) & (number <= high) ? x : all(-INFINITY);
+          if (!real(key + j)) x = all(-INFINITY);
+        }
+        store(at, x);
+      }
+    }
+    if (call.hide_self)
+      on_own_keys([this](int j, int64_t lane) {
+        if (scores[j * QUERIES + lane] != -INFINITY) scores[j * QUERIES + lane] = SELF_SCORE;
+      });
+  }
+
+  template <typename Do>
+  INLINE void on_own_keys(Do &&act) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t j = call.offset + start + lane - key;
+      if (0 <= j && j < keys) act(j, lane);
+    }
+  }
+
+  // Embeddings that pairs of this tile can have: by_offset[x] belongs to embedding offset_of(0) + x.
+  int64_t offset_of(int64_t x) const {
+    return key - (call.offset + start + QUERIES - 1) + call.spec_backward + x;
+  }
+
+  void offsets_within(int64_t &from, int64_t &to) const {
+    from = std::max<int64_t>(0, -offset_of(0));
+    to = std::min<int64_t>(keys + QUERIES - 1, call.offsets - offset_of(0));
+  }
+
+  void score_offsets() {
+    int64_t from, to;
+    offsets_within(from, to);
+    if (from < to)
+      matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_t, QUERIES, by_offset + from * QUERIES,
+             QUERIES, false);
+  }
+
+  // A bias lies with the places of a period side by side, as queries do here: [head, column, place].
+  int64_t bias_at(int64_t position, int64_t j) const {
+    const int64_t place = position % call.period;
+    const int64_t column = j - (position - place - call.bias_backward);
+    return std::min(std::max<int64_t>(column, 0), call.columns - 1) * call.period + place;
+  }
+
+  // Calls once with the place of a whole vector where its queries share a period, else for each lane.
+  template <typename Whole, typename Single>
+  INLINE void on_bias(int v, int64_t j, Whole &&whole, Single &&single) {
+    const int64_t position = call.offset + start + v * WIDTH;
+    if (position % call.period + WIDTH <= call.period)
+      whole(bias_at(position, j));
+    else
+      for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
+        single(lane, bias_at(position + lane, j));
+  }
+
+  INLINE Vec bias_of(int v, int64_t j) {
+    const float *bias = call.bias + group % call.heads * call.columns * call.period;
+    Vec x{};
+    on_bias(v, j, [&](int64_t at) { x = load<Vec>(bias + at); },
+            [&](int lane, int64_t at) { x[lane] = bias[at]; });
+    return x;
+  }
+
+  INLINE Vec keep(int v, int64_t j) {
+    const Ints mixed = (Ints)scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + column_hash(j)));
+    return mixed >= call.drop_below ? all(call.kept_factor) : Vec{};
+  }
+
+  void forward(int64_t to_group, int64_t from, int64_t to, float *out, float *statistics) {
+    read_block(to_group, from, to);
+    std::fill(out_t, out_t + d * QUERIES, 0.f);
+    std::fill(highest, highest + QUERIES, -INFINITY);
+    std::fill(sum, sum + QUERIES, 0.f);
+    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
+      if (!read_tile(tile)) continue;
+      score();
+      for (int v = 0; v < vectors; ++v) soften(v);
+      add_to_queries(scores, v_rows(), out_t);
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t at = group * call.n_q + start + lane;
+      const float inverse = sum[lane] == 0 ? 0 : 1 / sum[lane];
+      for (int64_t c = 0; c < d; ++c) out[at * d + c] = sum[lane] == 0 ? 0 : out_t[c * QUERIES + lane] * inverse;
+      statistics[2 * at] = highest[lane] == -INFINITY ? 0 : highest[lane];
+      statistics[2 * at + 1] = inverse;
+    }
+  }
+
+  // The scores of a vector of queries become weights, by the highest score so far; what was summed before follows it.
+  void soften(int v) {
+    float *column = scores + v * WIDTH;
+    const Vec before = load<Vec>(highest + v * WIDTH);
+    Vec top = before, total{};
+    for (int j = 0; j < keys; ++j) top = max(top, load<Vec>(column + j * QUERIES));
+    store(highest + v * WIDTH, top);
+    top = top == -INFINITY ? Vec{} : top;
+    for (int j = 0; j < keys; ++j) {
+      Vec weight = exp_nonpositive(load<Vec>(column + j * QUERIES) - top);
+      total += weight;
+      if (call.dropping) weight *= keep(v, key + j);
+      store(column + j * QUERIES, weight);
+    }
+    const Vec rescale = exp_nonpositive(before - top);
+    store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale + total);
+    for (int64_t c = 0; c < d; ++c)
+      store(out_t + c * QUERIES + v * WIDTH, load<Vec>(out_t + c * QUERIES + v * WIDTH) * rescale);
+  }
+
+  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, float *dbias, float *demb) {
+    read_block(to_group, from, to);
+    const int64_t at = group * call.n_q + start;
+    const float *from_dout = grads.dout + at * d;
+    transpose(from_dout, dout_t);
+    copy(from_dout, dout, 1);
+    copy(call.q + at * d, q, 1);
+    copy(call.q + at * d, q_scaled, call.scale);
+    block_finite = block_finite && finite(from_dout, count * d);
+    float *dq_t = out_t;
+    std::fill(dq_t, dq_t + d * QUERIES, 0.f);
+    std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
+    for (int lane = 0; lane < vectors * WIDTH; ++lane) {
+      const bool exists = lane < count;
+      highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
+      sum[lane] = exists ? grads.statistics[2 * (at + lane) + 1] : 0;
+      dot[lane] = 0;
+      for (int64_t c = 0; exists && sum[lane] != 0 && c < d; ++c)
+        dot[lane] += from_dout[lane * d + c] * grads.out[(at + lane) * d + c];
+    }
+    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
+      if (!read_tile(tile)) continue;
+      const int64_t first_row = (group * call.n_k + key) * d;
+      score();
+      products(v_rows(), dout_t, dscores);
+      for (int v = 0; v < vectors; ++v) differentiate(v);
+      if (call.hide_self) on_own_keys([this](int j, int64_t lane) { dscores[j * QUERIES + lane] = 0; });
+      if (call.bias) add_to_bias(dbias);
+      if (call.emb) add_to_offsets(demb);
+      add_to_keys(scores, dout, grads.dv + first_row);
+      add_to_keys(dscores, q_scaled, grads.dk + first_row);
+      add_to_queries(dscores, k_rows(), dq_t);
+    }
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t c = 0; c < d; ++c)
+        grads.dq[(at + lane) * d + c] = call.scale * dq_t[c * QUERIES + lane] + dq_emb_t[c * QUERIES + lane];
+  }
+
+  // From scores to weights, and from the weights' gradients to those of scores.
+  void differentiate(int v) {
+    const Vec top = load<Vec>(highest + v * WIDTH), inverse = load<Vec>(sum + v * WIDTH);
+    const Vec mean = load<Vec>(dot + v * WIDTH);
+    for (int j = 0; j < keys; ++j) {
+      const int64_t at = j * QUERIES + v * WIDTH;
+      Vec weight = exp_nonpositive(load<Vec>(scores + at) - top) * inverse;
+      Vec dweight = load<Vec>(dscores + at), kept = weight;
+      if (call.dropping) {
+        const Vec factor = keep(v, key + j);
+        dweight *= factor, kept *= factor;
+      }
+      store(scores + at, kept);
+      store(dscores + at, weight == 0.f ? Vec{} : weight * (dweight - mean));
+    }
+  }
+
+  void add_to_bias(float *dbias) {
+    for (int v = 0; v < vectors; ++v)
+      for (int j = 0; j < keys; ++j) {
+        const float *from = dscores + j * QUERIES + v * WIDTH;
+        on_bias(v, key + j, [&](int64_t at) { store(dbias + at, load<Vec>(dbias + at) + load<Vec>(from)); },
+                [&](int lane, int64_t at) { dbias[at] += from[lane]; });
+      }
+  }
+
+  void add_to_offsets(float *demb) {
+    int64_t from, to;
+    offsets_within(from, to);
+    if (from >= to) return;
+    std::fill(by_offset, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
+    for (int j = 0; j < keys; ++j)
+      for (int64_t lane = 0; lane < count; ++lane)
+        by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
+    matmul(d, vectors, to - from, call.emb + offset_of(from) * d, 1, d, by_offset + from * QUERIES, QUERIES, dq_emb_t,
+           QUERIES, true);
+    matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q, padded,
+           demb + offset_of(from) * padded, padded, true);
+  }
+};
+
+const Kernel kernel{run_forward<Worker>, run_backward<Worker>};
+
+}  // namespace KERNEL
