@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -16,6 +16,18 @@ def version():
 TRAIN = ["tqdm", "matplotlib"]
 TEST = ["pytest>=7", "safetensors", *TRAIN]
 
+# For any machine of its kind: what a processor has beyond that is found out when the kernel runs. Where it cannot be
+# built, the package works without it.
+NATIVE = Extension(
+    "local_attention.backends._native",
+    sources=["local_attention/backends/native.cpp"],
+    depends=["local_attention/backends/native_kernel.h"],
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=["-pthread"],
+    language="c++",
+    optional=True,
+)
+
 setup(
     name="local-attention-mindspore",
     version=version(),
@@ -25,6 +37,7 @@ setup(
     license="MIT",
     keywords=["attention", "local attention", "sliding window", "transformer", "language model", "mindspore"],
     packages=find_packages(include=["local_attention", "local_attention.*"]),
+    ext_modules=[NATIVE],
     python_requires=">=3.9,<3.13",
     # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
     install_requires=["mindspore>=2.10.0", "numpy>=1.25,<2"],

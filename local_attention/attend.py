@@ -134,6 +134,8 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
     Returns:
         Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
     """
+    if 0 in q.shape:
+        return q
     run, constants = _chosen(spec, scale, q.shape, k.shape[1], q.dtype, None if key_mask is None else key_mask.shape,
                              None if bias is None else bias.shape, bias_backward, rel_pos_emb is not None, hide_self,
                              dropout, offset, backend)

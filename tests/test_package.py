@@ -60,7 +60,7 @@ def setup_arguments(monkeypatch):
     """What setup.py hands to setuptools, which need not be installed."""
     given = {}
     fake = types.SimpleNamespace(setup=lambda **arguments: given.update(arguments),
-                                 find_packages=lambda include: include, Extension=dict)
+                                 find_packages=lambda include: include, Extension=lambda name, **options: name)
     monkeypatch.setitem(sys.modules, "setuptools", fake)
     runpy.run_path(str(ROOT / "setup.py"))
     return given
@@ -68,6 +68,10 @@ def setup_arguments(monkeypatch):
 
 def test_version(setup_arguments):
     assert setup_arguments["version"] == local_attention.__version__
+
+
+def test_the_kernel_is_an_extension(setup_arguments):
+    assert setup_arguments["ext_modules"] == ["local_attention.backends._native"]
 
 
 def test_requirements(setup_arguments):

@@ -56,7 +56,8 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if problem.hide_self:
         scores = ops.masked_fill(scores, is_self, SELF_SCORE)
-    weights = ops.softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1) * seen
+    # not ops.softmax: outside a graph its gradient over one key alone is kept and used again for other lengths
+    weights = ops.exp(ops.log_softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1)) * seen
     if problem.dropout > 0:
         weights = weights * keep_factors(seeded_rows(rows, seed), columns, problem.dropout)
     return ops.bmm(weights, v)

@@ -18,6 +18,7 @@
 
 namespace {
 
+constexpr int INTERFACE = 1;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
@@ -212,13 +213,13 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
 
 #ifdef __x86_64__
 
-#ifdef __clang__
-#define WITH_TARGET(features) _Pragma("clang attribute push(__attribute__((target(" #features "))), apply_to = function)")
-#define END_TARGET _Pragma("clang attribute pop")
-#else
 #define PRAGMA(text) _Pragma(#text)
-#define WITH_TARGET(features) _Pragma("GCC push_options") PRAGMA(GCC target(features))
-#define END_TARGET _Pragma("GCC pop_options")
+#ifdef __clang__
+#define WITH_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define WITH_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
 #endif
 
 WITH_TARGET("avx2,fma")
@@ -254,7 +255,7 @@ int64_t highest_level() {
   return 0;
 }
 
-const Kernel &kernel_of(const Call &call) {
+const Kernel &kernel_of([[maybe_unused]] const Call &call) {
 #ifdef __x86_64__
   const int64_t level = std::min(call.level, highest_level());
   if (level == 2) return avx512::kernel;
@@ -277,11 +278,19 @@ int guarded(void **inputs, Do &&act) {
   }
 }
 
+typedef std::vector<std::vector<int64_t>> Shapes;
+
+std::vector<int64_t> shape_of(int input, const int *ndims, int64_t *const *shapes) {
+  return std::vector<int64_t>(shapes[input], shapes[input] + ndims[input]);
+}
+
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
 
 extern "C" {
+
+EXPORTED int attention_interface() { return INTERFACE; }
 
 EXPORTED int attention_level() { return (int)highest_level(); }
 
@@ -300,6 +309,25 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
     float *const *out = (float *const *)params + 11;
     return kernel.backward(call, {in[8], in[9], in[10], out[0], out[1], out[2]}, out[3], out[4]);
   });
+}
+
+// Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
+// part of a graph again while that runs. A type is one of its numbers; all are those of q.
+EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
+  const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
+  return {queries, {queries[0], queries[1], 2}};
+}
+
+EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) { return {types[0], types[0]}; }
+
+EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void *) {
+  Shapes to;
+  for (int input : {0, 1, 2, 4, 5}) to.push_back(shape_of(input, ndims, shapes));
+  return to;
+}
+
+EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
+  return std::vector<int>(5, types[0]);
 }
 
 }  // extern "C"

@@ -5,29 +5,41 @@ package is installed if a C++ compiler is there; `why_not` says so where it is n
 """
 import ctypes
 import os
-from functools import lru_cache
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops import CustomRegOp, DataType
 
+FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
+INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
+          "seed": DataType.I32_Default, "numbers": DataType.I64_Default}
+TILE = 64  # queries by as many keys
+INTERFACE = 1  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 
 
-@lru_cache(maxsize=None)
+@cache
 def library():
-    """The path of the built kernel, None where there is none."""
+    """The built kernel: its path, or None, and why it is of no use, or None."""
     built = (Path(__file__).with_name("_native" + suffix) for suffix in EXTENSION_SUFFIXES)
-    return next((str(path) for path in built if path.is_file()), None)
+    path = next((str(path) for path in built if path.is_file()), None)
+    if path is None:
+        return None, "was not built: that takes a C++ compiler where the package is installed"
+    try:
+        stale = ctypes.CDLL(path).attention_interface() != INTERFACE
+    except (OSError, AttributeError) as error:
+        return None, f"could not be loaded ({error})"
+    return (None, "was built from other sources: the package is to be installed again") if stale else (path, None)
 
 
-@lru_cache(maxsize=None)
 def machine_level():
     """The widest vectors that the kernel can use on this machine, as an index of LEVELS."""
-    return ctypes.CDLL(library()).attention_level()
+    return ctypes.CDLL(library()[0]).attention_level()
 
 
 def threads():
@@ -44,21 +56,17 @@ def why_not(problem):
     """Why it cannot run a problem, None where it can."""
     if ms.get_context("device_target") != "CPU":
         return "runs on CPU alone"
-    if library() is None:
-        return "was not built: installing the package needs a C++ compiler for that"
-    if min(problem.groups, problem.n_q, problem.n_k, problem.head_dim) == 0:
-        return "needs at least one query, one key and one number a head"
-    return None
+    return library()[1]
 
 
 def scores(problem):
     """How many scores are computed, and how many at once."""
-    queries, keys = 64, 64
-    starts = np.arange(0, problem.n_q, queries) + problem.offset
+    starts = np.arange(0, problem.n_q, TILE) + problem.offset
     first, _ = problem.spec.span(starts)
-    _, last = problem.spec.span(np.minimum(starts + queries, problem.n_q + problem.offset) - 1)
-    tiles = -(-np.maximum(np.minimum(last, problem.n_k - 1) - np.maximum(first, 0) + 1, 0) // keys)
-    return int(tiles.sum()) * problem.groups * queries * keys, min(threads(), problem.groups * len(starts)) * queries * keys
+    _, last = problem.spec.span(np.minimum(starts + TILE, problem.n_q + problem.offset) - 1)
+    keys = np.minimum(last, problem.n_k - 1) - np.maximum(first, 0) + 1
+    tiles = int(np.ceil(np.maximum(keys, 0) / TILE).sum()) * problem.groups
+    return tiles * TILE**2, min(threads(), tiles) * TILE**2
 
 
 def prepare(problem):
@@ -89,11 +97,10 @@ class Fused(nn.Cell):
             problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
             spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
             problem.hide_self, threads(), level, *real], np.int64))
-        queries = (problem.groups, problem.n_q, problem.head_dim)
-        keys = (problem.groups, problem.n_k, problem.head_dim)
-        self.forward = _custom("attention_forward", (queries, (problem.groups, problem.n_q, 2)))
-        self.backward = _custom("attention_backward", (
-            queries, keys, keys, problem.bias_shape or (1,), (offsets, problem.head_dim) if offsets else (1,)))
+        forward = {"out": FLOATS, "statistics": FLOATS}
+        self.forward = _custom("attention_forward", INPUTS, forward)
+        self.backward = _custom("attention_backward", {**INPUTS, **forward, "dout": FLOATS},
+                                {f"d{name}": FLOATS for name in ("q", "k", "v", "bias", "emb")})
 
     def construct(self, q, k, v, mask, bias, emb, seed):
         return self.forward(q, k, v, mask, bias, emb, seed, self.numbers)
@@ -103,5 +110,12 @@ class Fused(nn.Cell):
         return dq, dk, dv, mask, dbias, demb, seed
 
 
-def _custom(name, shapes):
-    return ops.Custom(f"{library()}:{name}", out_shape=shapes, out_dtype=(ms.float32,) * len(shapes), func_type="aot")
+def _custom(name, inputs, outputs):
+    """An operator of the library, which itself gives the shapes and types of its outputs."""
+    info = CustomRegOp(name)
+    for number, of_input in enumerate(inputs):
+        info = info.input(number, of_input)
+    for number, of_output in enumerate(outputs):
+        info = info.output(number, of_output)
+    info = info.dtype_format(*inputs.values(), *outputs.values()).target("CPU").get_op_info()
+    return ops.Custom(f"{library()[0]}:{name}", out_shape=None, out_dtype=None, func_type="aot", reg_info=info)

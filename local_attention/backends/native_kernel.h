@@ -10,6 +10,7 @@ constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int KEYS = 64;   // of a tile
 constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
 constexpr int QUERIES = BLOCK_QUERIES;
+constexpr float LOG2_E = 1.44269504f;
 constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
 
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -32,21 +33,18 @@ INLINE Vec all(float x) { return Vec{} + x; }
 
 INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
 
-// exp(x) for x <= 0, to 2 units in the last place; 0 below the smallest normal number; NaN stays NaN.
-INLINE Vec exp_nonpositive(Vec x) {
-  Vec clamped = max(x, all(-87.3f));
-  Vec shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-  Vec n = shifted - 12582912.f;
-  Vec r = clamped - n * 0.693359375f;  // log(2) in two parts, the first of few bits
-  r = r + n * 2.12194440e-4f;
-  Vec y = r * (1.f / 720) + 1.f / 120;
-  y = y * r + 1.f / 24;
-  y = y * r + 1.f / 6;
-  y = y * r + 0.5f;
+// 2^x for x <= 0, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
+INLINE Vec exp2_nonpositive(Vec x) {
+  Vec clamped = max(x, all(-126.f));
+  Vec shifted = clamped + 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+  Vec r = clamped - (shifted - 12582912.f);
+  Vec y = r * 0.001326472731f + 0.009671512991f;  // minimax on -1/2 ... 1/2, exact at 0
+  y = y * r + 0.05550733581f;
+  y = y * r + 0.2402224243f;
+  y = y * r + 0.6931470037f;
   y = y * r + 1.f;
-  y = y * r + 1.f;
-  y *= (Vec)(((Bits)shifted << 23) + 0x3f800000u);  // 2^n by its exponent
-  return x < -87.3f ? Vec{} : y;
+  y *= (Vec)(((Bits)shifted << 23) + 0x3f800000u);  // 2 to the integer, by its exponent
+  return x < -126.f ? Vec{} : y;
 }
 
 // c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
@@ -100,10 +98,14 @@ NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, con
     }
 }
 
-INLINE bool finite(const float *rows, int64_t count) {
-  float sum = 0;
-  for (int64_t x = 0; x < count; ++x) sum += rows[x] * 0;
-  return sum == 0;
+NEVER_INLINE bool finite(const float *rows, int64_t count) {
+  Vec zeros{};
+  int64_t x = 0;
+  for (; x + WIDTH <= count; x += WIDTH) zeros += load<Vec>(rows + x) * 0.f;
+  float zero = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) zero += zeros[lane];
+  for (; x < count; ++x) zero += rows[x] * 0;
+  return zero == 0;
 }
 
 INLINE Bits scramble(Bits x) {
@@ -126,9 +128,9 @@ struct Worker {
 
   int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
-  int32_t first[QUERIES], last[QUERIES];  // the keys that each sees, cut to those that exist
-  uint32_t rows[QUERIES];                 // dropout's hash of each
-  float highest[QUERIES], sum[QUERIES], dot[QUERIES];
+  int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
+  uint32_t rows[QUERIES];                                     // dropout's hash of each
+  float tops[QUERIES], highest[QUERIES], sum[QUERIES], dot[QUERIES];
   bool block_finite;
 
   int64_t key;  // the tile: keys key ... key + keys - 1
@@ -153,12 +155,11 @@ struct Worker {
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
     transpose(from_q, q_t);
-    block_finite = finite(from_q, count * d);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       int64_t low, high;
       call.span(position, low, high);
-      first[lane] = low, last[lane] = high;
+      positions[lane] = position, first[lane] = low, last[lane] = high;
       if (call.dropping) rows[lane] = row_hash(group, position);
     }
     if (call.dropping)
@@ -166,11 +167,18 @@ struct Worker {
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
   }
 
+  // From (count, d) to (d, QUERIES), and back; a square of cache lines at a time.
   void transpose(const float *from, float *to) {
-    for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t c = 0; c < d; ++c) to[c * QUERIES + lane] = from[lane * d + c];
-    for (int64_t lane = count; lane < vectors * WIDTH; ++lane)
-      for (int64_t c = 0; c < d; ++c) to[c * QUERIES + lane] = 0;
+    for (int64_t left = 0; left < d; left += 16)
+      for (int64_t lane = 0; lane < vectors * WIDTH; ++lane)
+        for (int64_t c = left; c < std::min(left + 16, d); ++c)
+          to[c * QUERIES + lane] = lane < count ? from[lane * d + c] : 0;
+  }
+
+  void transpose_back(const float *from, float *to) {
+    for (int64_t left = 0; left < d; left += 16)
+      for (int64_t lane = 0; lane < count; ++lane)
+        for (int64_t c = left; c < std::min(left + 16, d); ++c) to[lane * d + c] = from[c * QUERIES + lane];
   }
 
   void copy(const float *from, float *to, float factor) {
@@ -185,7 +193,9 @@ struct Worker {
   const float *v_rows() const { return call.v + (group * call.n_k + key) * d; }
 
   // Turns to the tile from a key on; false where it holds no real key.
-  bool read_tile(int64_t from) {
+  // What a pass multiplies weights with is checked for numbers that 0 does not erase, where some weights are 0 because
+  // a key is not seen: `block_finite` speaks for the queries' part, `of_keys` is the keys'.
+  bool read_tile(int64_t from, const float *of_keys) {
     key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
     int real_keys = keys;
     if (call.mask) {
@@ -195,7 +205,7 @@ struct Worker {
     }
     const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
     partial = !spanned || real_keys < keys;
-    careful = partial && !(block_finite && finite(k_rows(), keys * d) && finite(v_rows(), keys * d));
+    careful = partial && !(block_finite && finite(of_keys + (group * call.n_k + key) * d, keys * d));
     pieces = 0;
     if (spanned) {
       piece[pieces++] = {0, keys, 0, vectors};
@@ -252,43 +262,39 @@ struct Worker {
     }
   }
 
-  // The scores of the tile: scaled products, embeddings and bias; -inf for what is not seen.
+  // The scores of the tile in units of log(2): scaled products, embeddings and bias; -inf for what is not seen.
+  // tops[lane] is the highest of a query.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
+    const Vec scale = all(call.scale * LOG2_E);
     for (int v = 0; v < vectors; ++v) {
       const Ints low = load<Ints>(first + v * WIDTH), high = load<Ints>(last + v * WIDTH);
-      const float *emb = call.emb ? by_offset + v * WIDTH : nullptr;
+      const Ints own = load<Ints>(positions + v * WIDTH);
+      float *column = scores + v * WIDTH;
+      Vec top = all(-INFINITY);
       for (int j = 0; j < keys; ++j) {
-        float *at = scores + j * QUERIES + v * WIDTH;
-        Vec x = load<Vec>(at) * call.scale;
-        if (emb) {
-          Vec shifted;
-          for (int lane = 0; lane < WIDTH; ++lane)
-            shifted[lane] = emb[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + lane];
-          x += shifted;
-        }
-        if (call.bias) x += bias_of(v, key + j);
+        const Ints number = Ints{} + (int32_t)(key + j);
+        Vec x = load<Vec>(column + j * QUERIES) * scale;
+        if (call.emb) x += embedding_of(v, j) * LOG2_E;
+        if (call.bias) x += bias_of(v, key + j) * LOG2_E;
+        if (call.hide_self) x = number == own ? all(SELF_SCORE * LOG2_E) : x;
         if (partial) {
-          const Ints number = Ints{} + (int32_t)(key + j);
-          x = (number >= low) & (number <= high) ? x : all(-INFINITY);
+          x = ((number >= low) & (number <= high)) ? x : all(-INFINITY);
           if (!real(key + j)) x = all(-INFINITY);
         }
-        store(at, x);
+        top = max(top, x);
+        store(column + j * QUERIES, x);
       }
+      store(tops + v * WIDTH, top);
     }
-    if (call.hide_self)
-      on_own_keys([this](int j, int64_t lane) {
-        if (scores[j * QUERIES + lane] != -INFINITY) scores[j * QUERIES + lane] = SELF_SCORE;
-      });
   }
 
-  template <typename Do>
-  INLINE void on_own_keys(Do &&act) {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const int64_t j = call.offset + start + lane - key;
-      if (0 <= j && j < keys) act(j, lane);
-    }
+  INLINE Vec embedding_of(int v, int j) {
+    Vec x;
+    for (int lane = 0; lane < WIDTH; ++lane)
+      x[lane] = by_offset[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + v * WIDTH + lane];
+    return x;
   }
 
   // Embeddings that pairs of this tile can have: by_offset[x] belongs to embedding offset_of(0) + x.
@@ -342,42 +348,48 @@ struct Worker {
 
   void forward(int64_t to_group, int64_t from, int64_t to, float *out, float *statistics) {
     read_block(to_group, from, to);
+    block_finite = true;
     std::fill(out_t, out_t + d * QUERIES, 0.f);
     std::fill(highest, highest + QUERIES, -INFINITY);
     std::fill(sum, sum + QUERIES, 0.f);
     for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile)) continue;
+      if (!read_tile(tile, call.v)) continue;
       score();
       for (int v = 0; v < vectors; ++v) soften(v);
       add_to_queries(scores, v_rows(), out_t);
     }
+    const int64_t at = group * call.n_q + start;
+    for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
+    for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
+    transpose_back(out_t, out + at * d);
     for (int64_t lane = 0; lane < count; ++lane) {
-      const int64_t at = group * call.n_q + start + lane;
-      const float inverse = sum[lane] == 0 ? 0 : 1 / sum[lane];
-      for (int64_t c = 0; c < d; ++c) out[at * d + c] = sum[lane] == 0 ? 0 : out_t[c * QUERIES + lane] * inverse;
-      statistics[2 * at] = highest[lane] == -INFINITY ? 0 : highest[lane];
-      statistics[2 * at + 1] = inverse;
+      statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
+      statistics[2 * (at + lane) + 1] = sum[lane];
     }
   }
 
   // The scores of a vector of queries become weights, by the highest score so far; what was summed before follows it.
   void soften(int v) {
     float *column = scores + v * WIDTH;
-    const Vec before = load<Vec>(highest + v * WIDTH);
-    Vec top = before, total{};
-    for (int j = 0; j < keys; ++j) top = max(top, load<Vec>(column + j * QUERIES));
-    store(highest + v * WIDTH, top);
-    top = top == -INFINITY ? Vec{} : top;
+    const bool dropping = call.dropping;
+    const Vec before = load<Vec>(highest + v * WIDTH), highest_now = max(before, load<Vec>(tops + v * WIDTH));
+    const Vec top = highest_now == -INFINITY ? Vec{} : highest_now;
+    Vec total{};
     for (int j = 0; j < keys; ++j) {
-      Vec weight = exp_nonpositive(load<Vec>(column + j * QUERIES) - top);
+      Vec weight = exp2_nonpositive(load<Vec>(column + j * QUERIES) - top);
       total += weight;
-      if (call.dropping) weight *= keep(v, key + j);
+      if (dropping) weight *= keep(v, key + j);
       store(column + j * QUERIES, weight);
     }
-    const Vec rescale = exp_nonpositive(before - top);
+    const Vec rescale = exp2_nonpositive(before - top);
+    store(highest + v * WIDTH, highest_now);
     store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale + total);
-    for (int64_t c = 0; c < d; ++c)
-      store(out_t + c * QUERIES + v * WIDTH, load<Vec>(out_t + c * QUERIES + v * WIDTH) * rescale);
+    scale_out(v, rescale);
+  }
+
+  void scale_out(int v, Vec factor) {
+    float *at = out_t + v * WIDTH;
+    for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
   }
 
   void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, float *dbias, float *demb) {
@@ -388,7 +400,7 @@ struct Worker {
     copy(from_dout, dout, 1);
     copy(call.q + at * d, q, 1);
     copy(call.q + at * d, q_scaled, call.scale);
-    block_finite = block_finite && finite(from_dout, count * d);
+    block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
     float *dq_t = out_t;
     std::fill(dq_t, dq_t + d * QUERIES, 0.f);
     std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
@@ -401,37 +413,36 @@ struct Worker {
         dot[lane] += from_dout[lane * d + c] * grads.out[(at + lane) * d + c];
     }
     for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile)) continue;
+      if (!read_tile(tile, call.k)) continue;
       const int64_t first_row = (group * call.n_k + key) * d;
       score();
       products(v_rows(), dout_t, dscores);
       for (int v = 0; v < vectors; ++v) differentiate(v);
-      if (call.hide_self) on_own_keys([this](int j, int64_t lane) { dscores[j * QUERIES + lane] = 0; });
       if (call.bias) add_to_bias(dbias);
       if (call.emb) add_to_offsets(demb);
       add_to_keys(scores, dout, grads.dv + first_row);
       add_to_keys(dscores, q_scaled, grads.dk + first_row);
       add_to_queries(dscores, k_rows(), dq_t);
     }
-    for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t c = 0; c < d; ++c)
-        grads.dq[(at + lane) * d + c] = call.scale * dq_t[c * QUERIES + lane] + dq_emb_t[c * QUERIES + lane];
+    for (int64_t x = 0; x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
+    transpose_back(dq_t, grads.dq + at * d);
   }
 
   // From scores to weights, and from the weights' gradients to those of scores.
   void differentiate(int v) {
     const Vec top = load<Vec>(highest + v * WIDTH), inverse = load<Vec>(sum + v * WIDTH);
     const Vec mean = load<Vec>(dot + v * WIDTH);
+    const Ints own = load<Ints>(positions + v * WIDTH);
+    const bool dropping = call.dropping, hide_self = call.hide_self;
     for (int j = 0; j < keys; ++j) {
       const int64_t at = j * QUERIES + v * WIDTH;
-      Vec weight = exp_nonpositive(load<Vec>(scores + at) - top) * inverse;
-      Vec dweight = load<Vec>(dscores + at), kept = weight;
-      if (call.dropping) {
-        const Vec factor = keep(v, key + j);
-        dweight *= factor, kept *= factor;
-      }
-      store(scores + at, kept);
-      store(dscores + at, weight == 0.f ? Vec{} : weight * (dweight - mean));
+      const Vec score = load<Vec>(scores + at);
+      const Vec weight = score == -INFINITY ? Vec{} : exp2_nonpositive(score - top) * inverse;
+      const Vec factor = dropping ? keep(v, key + j) : all(1);
+      Vec dscore = weight == 0.f ? Vec{} : weight * (load<Vec>(dscores + at) * factor - mean);
+      if (hide_self) dscore = Ints{} + (int32_t)(key + j) == own ? Vec{} : dscore;
+      store(scores + at, weight * factor);
+      store(dscores + at, dscore);
     }
   }
 

@@ -1,0 +1,170 @@
+// The kernel against attention written out in double, over a sweep of options, each tensor in memory of exactly its
+// size: what tests/native_check.sh builds with sanitizers, for other processors and with other compilers.
+
+#include "../local_attention/backends/native.cpp"
+
+#include <cstdio>
+#include <random>
+
+namespace {
+
+struct Case {
+  int64_t batch, heads, n_q, n_k, d, bucket, backward, forward, causal, offset;
+  bool mask, bias, emb, hide_self;
+  double rate;
+  int64_t groups() const { return batch * heads; }
+};
+
+struct Tensors {
+  std::vector<float> q, k, v, bias, emb, dout;
+  std::vector<char> mask;
+  int32_t seed;
+};
+
+bool kept(const Tensors &x, const Case &c, int64_t g, int64_t query, int64_t key) {
+  auto step = [](uint32_t y) { return y * (2 * y + 1); };
+  auto scrambled = [&](uint32_t y) {
+    y = step(y);
+    return step(y ^ (uint32_t)((int32_t)y >> 16));
+  };
+  const uint32_t row = scrambled(row_hash(g, query) ^ (uint32_t)x.seed);
+  return (int32_t)scrambled(row ^ column_hash(key)) >= (int32_t)((int64_t)(c.rate * 4294967296.) - 2147483648LL);
+}
+
+// out, dq, dk, dv, dbias, demb
+std::vector<std::vector<double>> wanted(const Case &c, const Tensors &x, double scale) {
+  const int64_t columns = c.backward + c.bucket + c.forward, period = c.bucket;
+  std::vector<std::vector<double>> to{std::vector<double>(x.q.size()), std::vector<double>(x.q.size()),
+                                      std::vector<double>(x.k.size()), std::vector<double>(x.k.size()),
+                                      std::vector<double>(x.bias.size()), std::vector<double>(x.emb.size())};
+  for (int64_t g = 0; g < c.groups(); ++g)
+    for (int64_t row = 0; row < c.n_q; ++row) {
+      const int64_t i = row + c.offset, start = i / c.bucket * c.bucket;
+      int64_t last = start + c.bucket - 1 + c.forward;
+      if (c.causal) last = std::min(last, i);
+      const float *q = &x.q[(g * c.n_q + row) * c.d], *dout = &x.dout[(g * c.n_q + row) * c.d];
+      double *out = &to[0][(g * c.n_q + row) * c.d], *dq = &to[1][(g * c.n_q + row) * c.d];
+      std::vector<int64_t> keys;
+      std::vector<double> scores, weights;
+      for (int64_t j = std::max<int64_t>(0, start - c.backward); j <= std::min(last, c.n_k - 1); ++j) {
+        if (c.mask && !x.mask[g / c.heads * c.n_k + j]) continue;
+        double s = 0;
+        for (int64_t e = 0; e < c.d; ++e) s += scale * q[e] * x.k[(g * c.n_k + j) * c.d + e];
+        if (c.bias) s += x.bias[(g % c.heads * period + i % period) * columns + j - start + c.backward];
+        for (int64_t e = 0; c.emb && e < c.d; ++e) s += q[e] * x.emb[(j - i + c.backward) * c.d + e];
+        if (c.hide_self && i == j) s = SELF_SCORE;
+        keys.push_back(j), scores.push_back(s);
+      }
+      if (keys.empty()) continue;
+      const double top = *std::max_element(scores.begin(), scores.end());
+      double sum = 0, dot = 0;
+      for (double s : scores) weights.push_back(std::exp(s - top)), sum += weights.back();
+      for (double &w : weights) w /= sum;
+      std::vector<double> dweights(keys.size()), factor(keys.size(), 1);
+      for (size_t at = 0; at < keys.size(); ++at) {
+        const int64_t j = keys[at];
+        if (c.rate > 0) factor[at] = kept(x, c, g, i, j) ? 1 / (1 - c.rate) : 0;
+        for (int64_t e = 0; e < c.d; ++e) {
+          const int64_t place = (g * c.n_k + j) * c.d + e;
+          out[e] += factor[at] * weights[at] * x.v[place];
+          to[3][place] += factor[at] * weights[at] * dout[e];
+          dweights[at] += factor[at] * dout[e] * x.v[place];
+        }
+        dot += weights[at] * dweights[at];
+      }
+      for (size_t at = 0; at < keys.size(); ++at) {
+        const int64_t j = keys[at];
+        const double ds = c.hide_self && i == j ? 0 : weights[at] * (dweights[at] - dot);
+        if (c.bias) to[4][(g % c.heads * period + i % period) * columns + j - start + c.backward] += ds;
+        for (int64_t e = 0; e < c.d; ++e) {
+          dq[e] += scale * ds * x.k[(g * c.n_k + j) * c.d + e];
+          to[2][(g * c.n_k + j) * c.d + e] += scale * ds * q[e];
+          if (c.emb) dq[e] += ds * x.emb[(j - i + c.backward) * c.d + e];
+          if (c.emb) to[5][(j - i + c.backward) * c.d + e] += ds * q[e];
+        }
+      }
+    }
+  return to;
+}
+
+// The largest difference, as a share of the largest number of its tensor.
+double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) {
+  std::normal_distribution<float> normal;
+  auto draw = [&](int64_t size) {
+    std::vector<float> x(size);
+    for (float &y : x) y = normal(random);
+    return x;
+  };
+  const int64_t columns = c.backward + c.bucket + c.forward, queries = c.groups() * c.n_q * c.d;
+  const double scale = 1 / std::sqrt((double)c.d);
+  Tensors x{draw(queries), draw(c.groups() * c.n_k * c.d), draw(c.groups() * c.n_k * c.d),
+            draw(c.bias ? c.heads * c.bucket * columns : 1), draw(c.emb ? columns * c.d : 1), draw(queries),
+            std::vector<char>(c.mask ? c.batch * c.n_k : 1), (int32_t)random()};
+  for (char &real : x.mask) real = random() % 3 > 0;
+  for (std::vector<float> *of : {&x.emb, &x.dout})
+    for (float &y : *of) y *= (float)scale;  // that products with them are of size 1
+  std::vector<int64_t> numbers{c.groups(), c.n_q, c.n_k, c.d, c.bucket, c.backward, c.forward, c.causal, c.offset,
+                               c.mask ? c.batch : 0, c.bias ? c.heads : 1, c.bias ? c.bucket : 1,
+                               c.bias ? columns : 0, c.backward, c.emb ? columns : 0, c.hide_self, threads, level, 0, 0};
+  std::memcpy(&numbers[18], &scale, 8), std::memcpy(&numbers[19], &c.rate, 8);
+  auto empty = [](size_t size) { return std::vector<float>(size, NAN); };
+  std::vector<float> out = empty(x.q.size()), statistics = empty(2 * c.groups() * c.n_q), dq = empty(x.q.size()),
+                     dk = empty(x.k.size()), dv = empty(x.k.size()), dbias = empty(x.bias.size()),
+                     demb = empty(x.emb.size());
+  void *forward[] = {x.q.data(), x.k.data(), x.v.data(), x.mask.data(), x.bias.data(), x.emb.data(), &x.seed,
+                     numbers.data(), out.data(), statistics.data()};
+  void *backward[] = {x.q.data(), x.k.data(), x.v.data(), x.mask.data(), x.bias.data(), x.emb.data(), &x.seed,
+                      numbers.data(), out.data(), statistics.data(), x.dout.data(), dq.data(), dk.data(), dv.data(),
+                      dbias.data(), demb.data()};
+  if (attention_forward(10, forward, 0, 0, 0, 0, 0) || attention_backward(16, backward, 0, 0, 0, 0, 0)) return INFINITY;
+  const auto truth = wanted(c, x, scale);
+  const std::vector<float> *got[] = {&out, &dq, &dk, &dv, &dbias, &demb};
+  double worst = 0;
+  for (int i = 0; i < 6; ++i) {
+    if ((i == 4 && !c.bias) || (i == 5 && !c.emb)) continue;
+    double largest = 1, error = 0;
+    for (size_t at = 0; at < truth[i].size(); ++at) {
+      largest = std::max(largest, std::fabs(truth[i][at]));
+      const double difference = std::fabs((*got[i])[at] - truth[i][at]);
+      error = std::isnan(difference) ? INFINITY : std::max(error, difference);
+    }
+    worst = std::max(worst, error / largest);
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main(int count, char **arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 400;
+  std::mt19937 random(7);
+  auto pick = [&](std::initializer_list<int64_t> choices) { return choices.begin()[random() % choices.size()]; };
+  for (int64_t level = 0; level <= attention_level(); ++level) {
+    double worst = 0;
+    for (int number = 0; number < cases; ++number) {
+      Case c{};
+      c.batch = pick({1, 2}), c.heads = pick({1, 3});
+      c.n_q = pick({1, 2, 15, 16, 17, 63, 64, 65, 100, 131, 300, 700}), c.d = pick({1, 3, 8, 16, 20, 64, 257});
+      c.bucket = pick({1, 1, 7, 16, 40, 64}), c.backward = pick({0, 1, 2, 5}) * c.bucket + (c.bucket == 1) * pick({0, 3, 90});
+      c.causal = pick({0, 1});
+      c.forward = c.causal ? 0 : c.bucket == 1 ? pick({-1, 0, 5, 80}) : pick({0, 1}) * c.bucket;
+      c.offset = pick({0, 0, 5, 64}), c.n_k = c.n_q + c.offset;
+      if (c.n_q > 200) c.d = std::min<int64_t>(c.d, 20);  // the plain way is slow
+      c.mask = random() % 3 == 0, c.bias = random() % 3 == 0, c.hide_self = random() % 4 == 0;
+      const bool columns = c.backward + c.bucket + c.forward > 0;
+      c.bias = c.bias && columns, c.emb = c.bucket == 1 && columns && random() % 3 == 0;
+      c.rate = random() % 4 ? 0 : 0.3;
+      const double error = run(c, level, 1 + number % 3, random);
+      worst = std::max(worst, error);
+      if (!(error < 1e-5)) {
+        std::printf("case %d at level %d: off by %g of the largest number\n", number, (int)level, error);
+        std::printf("batch %d heads %d n %d %d d %d span %d %d %d %d offset %d mask %d bias %d emb %d hide_self %d rate %g\n",
+                    (int)c.batch, (int)c.heads, (int)c.n_q, (int)c.n_k, (int)c.d, (int)c.bucket, (int)c.backward,
+                    (int)c.forward, (int)c.causal, (int)c.offset, c.mask, c.bias, c.emb, c.hide_self, c.rate);
+        return 1;
+      }
+    }
+    std::printf("level %d: %d cases, the worst off by %.1e of the largest number\n", (int)level, cases, worst);
+  }
+  return 0;
+}
