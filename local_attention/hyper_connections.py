@@ -34,6 +34,7 @@ def reduce(streams):
 def add_output(streams, out, beta):
     """Streams `(b, n, count, d)` plus `out (b, n, d)`, times `beta (b * n, count, 1)`."""
     b, n, dim = out.shape
+    out = ops.cast(out, streams.dtype)  # a layer may have been cast to half precision, and what goes past it not
     return streams + _product(beta, out.reshape(b * n, 1, dim)).reshape(streams.shape)
 
 
