@@ -14,7 +14,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .attend import Float32
 
-_product, _product_of_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)
+# Primitives: outside a graph, the gradient of `ops.matmul` with many rows takes six times as long as that of MatMul.
+_matmul, _product, _product_of_transposed = ops.MatMul(), ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)
 
 
 def expand(x, count):
@@ -95,21 +96,19 @@ class HyperConnection(Float32):
     def construct(self, streams):
         b, n, count, dim = streams.shape
         rows = ops.cast(streams, ms.float32).reshape(-1, dim)
-        squares = ops.matmul(ops.square(rows), ops.ones((dim, 1), ms.float32))
+        squares = _matmul(ops.square(rows), ops.ones((dim, 1), ms.float32))
         inverse = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
-        gain = (self.norm.gamma + 1.) * dim ** 0.5  # of the norm, put into the small matrices and not the many rows
-        alpha = self._weights(rows, inverse, gain, self.dynamic_alpha_fn, self.dynamic_alpha_scale, self.static_alpha)
-        beta = self._weights(rows, inverse, gain, self.dynamic_beta_fn.reshape(-1, 1), self.dynamic_beta_scale,
-                             self.static_beta.reshape(-1, 1))
+        gain = (self.norm.gamma + 1.) * dim ** 0.5  # of the norm, put into a small matrix and not the many rows
+        functions = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape(-1, 1)), 1) * gain.reshape(-1, 1)
+        scales = ops.cat((ops.tile(self.dynamic_alpha_scale, (1 + count,)), self.dynamic_beta_scale))
+        static = ops.cat((self.static_alpha, self.static_beta.reshape(-1, 1)), 1)
+        dynamic = _tanh(_matmul(rows, functions) * inverse).reshape(b * n, count, 2 + count)
+        weights = dynamic * scales + static
+        alpha, beta = weights[:, :, :-1], weights[:, :, -1:]
         rows = rows.reshape(b * n, count, dim)
         taken = _product_of_transposed(alpha[:, :, :1], rows).reshape(b, n, dim)
         passed = _product_of_transposed(alpha[:, :, 1:], rows).reshape(b, n, count, dim)
         return ops.cast(taken, streams.dtype), ops.cast(passed, streams.dtype), ops.cast(beta, streams.dtype)
-
-    def _weights(self, rows, inverse, gain, function, scale, static):
-        """tanh of a function `(d, k)` of the norm of rows, times `scale`, plus static weights: `(tokens, s, k)`."""
-        out = ops.matmul(rows, function * gain.reshape(-1, 1)) * inverse
-        return _tanh(out).reshape(-1, *static.shape) * scale + static
 
 
 class HyperConnections(nn.Cell):
