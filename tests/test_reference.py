@@ -107,7 +107,7 @@ def assert_close(found, expected, zero=(), tolerance=TOLERANCE):
             largest = np.abs(theirs).max()
             if name.endswith(("alpha_scale", "beta_scale")):  # one number for all tokens and streams: they cancel
                 largest = largest_gradient
-            assert largest > 10 * ZERO, f"{name}: nothing to compare"
+            assert largest > 5 * ZERO, f"{name}: nothing to compare"
             assert np.abs(ours - theirs).max() <= tolerance * largest, name
 
 
