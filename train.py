@@ -19,7 +19,7 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
 
-from local_attention import LocalTransformer  # noqa: E402
+from local_attention import LocalMHA, LocalTransformer  # noqa: E402
 
 try:
     import matplotlib
@@ -67,6 +67,8 @@ def make_parser():
     add("--depth", count, 2, "layers")
     add("--heads", count, 2, "attention heads")
     add("--dim-head", count, 64, "width of a head")
+    add("--num-residual-streams", count, 1, "residual streams; above 1, with hyper-connections")
+    add("--global-layers", count, None, "layers, by number from 1, with full attention before them", nargs="+")
     add("--learning-rate", real, 4e-3, "at its highest, after the warm-up")
     add("--warmup", count, 30, "steps until then; afterwards it falls along a cosine to a tenth")
     add("--clip", real, 1.0, "largest global norm of a gradient")
@@ -94,7 +96,7 @@ def read_settings(arguments):
         return settings, folder
     if not checkpoint.exists():
         sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
-    saved = json.loads((folder / "settings.json").read_text())
+    saved = {**vars(parser.parse_args([])), **json.loads((folder / "settings.json").read_text())}
     parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
@@ -197,9 +199,15 @@ class Trainer:
         self.settings = settings
         self.step = 0
         ms.set_seed(settings.seed)
+        heads = dict(dim=settings.dim, heads=settings.heads, dim_head=settings.dim_head, causal=True)
+        full = None
+        if settings.global_layers:  # one window, as long as the sequence
+            full = LocalMHA(
+                window_size=settings.seq_len, look_backward=0, exact_windowsize=False, prenorm=True, **heads)
         self.model = LocalTransformer(
-            num_tokens=256, max_seq_len=settings.seq_len, dim=settings.dim, depth=settings.depth, causal=True,
-            local_attn_window_size=settings.window_size, heads=settings.heads, dim_head=settings.dim_head)
+            **heads, num_tokens=256, max_seq_len=settings.seq_len, depth=settings.depth,
+            local_attn_window_size=settings.window_size, num_residual_streams=settings.num_residual_streams,
+            global_attn_layer=full, layers_insert_global_attn=settings.global_layers)
         self.optimizer = nn.Adam(self.model.trainable_params(), learning_rate=settings.learning_rate, beta2=0.99)
         self._each = ops.HyperMap()
         compiled = ms.jit if settings.mode == "graph" else lambda function: function

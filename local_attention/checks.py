@@ -94,8 +94,3 @@ def fraction(owner, name, value):
     if not 0 <= number(owner, name, value) <= 1:
         raise value_error(owner, name, "a number in [0, 1]", value)
     return float(value)
-
-
-def not_yet(owner, what):
-    """What the interface has a place for and this release does not do."""
-    return NotImplementedError(f"For '{owner}', {what} is not part of this release.")

@@ -1,6 +1,9 @@
 """Blocks of local attention, and a language model made of them."""
+import copy
+import inspect
 import math
 from functools import lru_cache
+from numbers import Integral
 
 import mindspore as ms
 import numpy as np
@@ -11,6 +14,7 @@ from mindspore.ops import constexpr
 from . import checks
 from .attend import Float32
 from .cache import attend_cached, checked_cache, first_cache
+from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .local_attention import LocalAttention, l2norm
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
@@ -336,8 +340,11 @@ class LocalMHA(nn.Cell):
 
 
 @constexpr
-def _check_cacheable(owner, causal, masked):
+def _check_cacheable(owner, causal, masked, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
+    if not global_takes_cache:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'global_attn_layer' is not "
+                                 "causal or its 'construct' does not take both", "a cache")
     if not causal:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
     if masked:
@@ -367,6 +374,54 @@ def _checked_mask(owner, mask, shape):
     return shape
 
 
+def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
+    """The rules of global layers: the numbers, from 0, of the layers that one stands before, in order."""
+    if layer is None:
+        if numbers is not None:
+            raise checks.value_error(owner, "layers_insert_global_attn", "None without 'global_attn_layer'", numbers)
+        return ()
+    if not isinstance(layer, nn.Cell):
+        raise checks.type_error(owner, "global_attn_layer", "a Cell", layer)
+    if sequence_parallel:
+        raise checks.value_error(owner, "global_attn_layer", "None with 'sequence_parallel', where it would see the "
+                                 "tokens of one rank", type(layer).__name__)
+    if numbers is None:
+        return tuple(range(depth))
+    name, rule = "layers_insert_global_attn", f"a tuple of numbers of layers, from 1 to {depth}"
+    if not isinstance(numbers, (tuple, list, range)):
+        raise checks.type_error(owner, name, rule, numbers)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise checks.type_error(owner, name, rule, number)
+        if not 1 <= number <= depth:
+            raise checks.value_error(owner, name, rule, number)
+    return tuple(sorted({int(number) - 1 for number in numbers}))
+
+
+def _takes(layer):
+    """Whether a global layer takes a mask, and whether it keeps a cache; one that is not there does both."""
+    if layer is None:
+        return True, True
+    taken = inspect.signature(layer.construct).parameters
+    return "mask" in taken, "cache" in taken and "return_cache" in taken and getattr(layer, "causal", True)
+
+
+@constexpr
+def _checked_shape(owner, out, shape):
+    """The rule of what a global layer returns, a tensor as `checks.described`, and its shape: used, as in a graph, what
+    is not used may come after what it should come before."""
+    is_tensor = isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], tuple)
+    if not is_tensor or out[0] != shape:
+        raise checks.value_error(owner, "global_attn_layer", "a Cell that returns a Tensor of its input's shape "
+                                 f"{shape}", out[0] if is_tensor else type(out).__name__)
+    return shape
+
+
+def _given_back(x, out, beta):
+    """A residual connection, or hyper-connection: what went past a part of a layer, and its output."""
+    return x + out if beta is None else add_output(x, out, beta)
+
+
 class LocalTransformer(nn.Cell):
     r"""
     A language model of local attention: embeddings, layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
@@ -391,9 +446,15 @@ class LocalTransformer(nn.Cell):
         xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
         use_dynamic_pos_bias (bool): Whether a learned bias of the distance takes the place of rotary embedding, xpos
             included. Default: ``False`` .
-        global_attn_layer (Cell): Not part of this release. Default: ``None`` .
-        layers_insert_global_attn (tuple): Not part of this release. Default: ``None`` .
-        num_residual_streams (int): 1; others are not part of this release. Default: ``1`` .
+        global_attn_layer (Cell): From vectors :math:`(b, n, dim)` to as many, with a residual connection around it;
+            attention to all tokens, a memory, anything. Copies of it, each with parameters of its own, stand before
+            local layers. If its `construct` takes `mask`, it is given the model's; if it takes `cache` and
+            `return_cache` as :class:`LocalMHA` does, the model can be decoded with a cache, of which this layer's part
+            is a tuple of Tensors. Default: ``None`` .
+        layers_insert_global_attn (tuple): The numbers, from 1 to `depth`, of the layers with such a copy before them;
+            ``None`` is all of them. Default: ``None`` .
+        num_residual_streams (int): Above 1, the residual connections become hyper-connections of that many streams
+            (Zhu et al., 2024). Default: ``1`` .
         kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`.
 
     Inputs:
@@ -417,7 +478,7 @@ class LocalTransformer(nn.Cell):
         TypeError: If an argument or input is of another type or dtype.
         ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
             or a loss is asked of a model without tokens or of fewer than 2.
-        NotImplementedError: If what is not part of this release is asked for.
+        NotImplementedError: If `sequence_parallel` is asked for.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -450,10 +511,9 @@ class LocalTransformer(nn.Cell):
         checks.boolean(owner, "use_dynamic_pos_bias", use_dynamic_pos_bias)
         if use_dynamic_pos_bias and dim < 2:
             raise checks.value_error(owner, "dim", "at least 2 with 'use_dynamic_pos_bias'", dim)
-        if global_attn_layer is not None or layers_insert_global_attn is not None:
-            raise checks.not_yet(owner, "a global attention layer")
-        if checks.positive_int(owner, "num_residual_streams", num_residual_streams) != 1:
-            raise checks.not_yet(owner, "'num_residual_streams' other than 1")
+        global_numbers = _global_numbers(owner, global_attn_layer, layers_insert_global_attn, depth,
+                                         kwargs.get("sequence_parallel"))
+        self.num_residual_streams = checks.positive_int(owner, "num_residual_streams", num_residual_streams)
 
         if num_tokens is not None:
             self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(1.))
@@ -467,6 +527,16 @@ class LocalTransformer(nn.Cell):
                      xpos_scale_base=xpos_scale_base, use_rotary_pos_emb=not use_dynamic_pos_bias, **kwargs),
             FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
+        # where among the caches, after those of the local blocks, that of each layer's global layer is; 0 without one
+        self.global_places = tuple(depth + global_numbers.index(number) if number in global_numbers else 0
+                                   for number in range(depth))
+        self.global_layers = nn.CellList([copy.deepcopy(global_attn_layer) if place else nn.Identity()
+                                          for place in self.global_places if global_numbers])
+        self.cached_cells = depth + len(global_numbers)
+        self.global_takes_mask, self.global_takes_cache = _takes(global_attn_layer)
+        self.hyper_connections = None
+        if num_residual_streams > 1:
+            self.hyper_connections = HyperConnections(num_residual_streams, dim, depth, global_numbers)
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
         self._step = None
 
@@ -475,10 +545,10 @@ class LocalTransformer(nn.Cell):
                              checks.described(mask), return_loss)
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
-            _check_cacheable(self.cls_name, self.causal, mask is not None)
+            _check_cacheable(self.cls_name, self.causal, mask is not None, self.global_takes_cache)
         if cache is not None:
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
-            _check_cached_call(self.cls_name, n, seen, len(layers), len(self.layers), return_loss)
+            _check_cached_call(self.cls_name, n, seen, len(layers), self.cached_cells, return_loss)
             x = x[:, seen:]
         labels = None
         if return_loss:
@@ -497,21 +567,50 @@ class LocalTransformer(nn.Cell):
         return (x, (layers, attn_bias, n)) if return_cache else x
 
     def _through_layers(self, x, mask, attn_bias, layers, return_cache):
-        """Every block in turn, with its cache where there are `layers` of them, and the caches that come next."""
-        caches = []
+        """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
+        the local blocks, and after them those of the global layers."""
+        caches, global_caches = [], []
+        if self.hyper_connections is not None:
+            x = expand(x, self.num_residual_streams)
         for number in range(len(self.layers)):
             attn, ff = self.layers[number]
-            out = attn(x, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
+            place = self.global_places[number]
+            if place > 0:
+                taken, x, beta = self._taken(x, number, 2)
+                out = self._global(self.global_layers[number], taken, mask, None if layers is None else layers[place],
+                                   return_cache)
+                if return_cache:
+                    out, cache = out
+                    global_caches.append(cache)
+                x = _given_back(x, out.reshape(_checked_shape(self.cls_name, checks.described(out), taken.shape)), beta)
+            taken, x, beta = self._taken(x, number, 0)
+            out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
                        return_cache=return_cache)
             if return_cache:
                 out, cache = out
                 caches.append(cache)
-            x = x + out
-            x = x + ff(x)
-        return x, tuple(caches)
+            x = _given_back(x, out, beta)
+            taken, x, beta = self._taken(x, number, 1)
+            x = _given_back(x, ff(taken), beta)
+        if self.hyper_connections is not None:
+            x = reduce(x)
+        return x, tuple(caches + global_caches)
 
-    def _compiled_step(self):
-        """`_next_logits`, compiled at its first call.
+    def _taken(self, x, number, part):
+        """What a part of a layer (0: local, 1: feed-forward, 2: global) works on, and what its output is added to."""
+        if self.hyper_connections is None:
+            return x, x, None
+        if part == 2:
+            return self.hyper_connections.global_layers[number](x)
+        return self.hyper_connections.layers[number][part](x)
+
+    def _global(self, layer, x, mask, cache, return_cache):
+        if cache is not None or return_cache:
+            return layer(x, cache=cache, return_cache=return_cache)
+        return layer(x, mask=mask) if self.global_takes_mask else layer(x)
+
+    def _compiled_step(self, sizes):
+        """`_next_logits`, compiled at its first call; `sizes` says how many Tensors each cache is of.
 
         A function around it, as a Cell with a compiled method is compiled to that method wherever it is called later;
         kept beside whose it is, as a copy of the model has a step of its own.
@@ -520,17 +619,22 @@ class LocalTransformer(nn.Cell):
             model = self
 
             def step(token, attn_bias, *flat):
-                return model._next_logits(token, attn_bias, *flat)
+                return model._next_logits(token, attn_bias, sizes, *flat)
             self._step = id(self), ms.jit(step)
         return self._step[1]
 
-    def _next_logits(self, token, attn_bias, *flat):
+    def _next_logits(self, token, attn_bias, sizes, *flat):
         """A step of decoding: logits of the token after `token (b, 1)`, and the caches as flat as they came.
 
         Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
         """
         position = flat[2]  # of every block: what follows from it alone is computed once
-        layers = [(flat[start], flat[start + 1], position) for start in range(0, len(flat), 3)]
+        depth = len(self.layers)
+        layers = [(flat[start], flat[start + 1], position) for start in range(0, 3 * depth, 3)]
+        start = 3 * depth
+        for size in sizes[depth:]:
+            layers.append(flat[start:start + size])
+            start += size
         x = self.token_emb(token) + self.pos_emb(position)
         x, layers = self._through_layers(x, None, attn_bias, layers, True)
         flat = []
@@ -551,7 +655,8 @@ class LocalTransformer(nn.Cell):
             filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
                 Default: ``0.9`` .
             use_kv_cache (bool): Whether a causal model without a mask computes each token once, in a step that is
-                compiled once for a batch size, as long as all fit in `max_seq_len`. Default: ``True`` .
+                compiled once for a batch size, as long as all fit in `max_seq_len`; not where a global layer keeps no
+                cache. Default: ``True`` .
             mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`; what is generated is real.
                 Default: ``None`` .
             callback (function): Called with the number of tokens generated so far after each of them.
@@ -573,18 +678,19 @@ class LocalTransformer(nn.Cell):
         modes = [(cell, cell.training) for _, cell in self.cells_and_names()]
         self.set_train(False)
         try:
-            attn_bias, flat = None, []
+            attn_bias, flat, sizes = None, [], ()
             for end in range(n, n + seq_len):
                 start = max(0, end - self.max_seq_len)
-                if start or not (use_kv_cache and self.causal and mask is None):
+                if start or not (use_kv_cache and self.causal and self.global_takes_cache and mask is None):
                     seen = slice(start, start + self._padded(end - start))
                     keys = None if self.causal and mask is None else Tensor(real[:, seen])
                     logits = self(Tensor(tokens[:, seen]), keys)[:, end - start - 1]
                 elif flat:
-                    logits, *flat = self._compiled_step()(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
+                    logits, *flat = self._compiled_step(sizes)(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
                 else:
                     logits, (layers, attn_bias, _) = self(Tensor(tokens[:, :end]), return_cache=True)
                     logits, flat = logits[:, -1], [x for layer in layers for x in layer]
+                    sizes = tuple(len(layer) for layer in layers)
                 if logits.dtype != ms.float32:
                     logits = ops.cast(logits, ms.float32)
                 tokens[:, end] = _sample(logits.asnumpy(), temperature, filter_thres)
@@ -611,6 +717,8 @@ class LocalTransformer(nn.Cell):
 
     def _padded(self, n):
         """A length of at least n: one for many n, as each new length is planned, and in Graph mode compiled, anew."""
+        if not self.global_takes_cache:  # nothing is known of what such a layer sees
+            return n
         step = min(self.local_attn_window_size, 1 << (n - 1).bit_length())
         return min(-(-n // step) * step, self.max_seq_len)
 

@@ -28,29 +28,46 @@ INV_FREQ = "attn_fn.rel_pos.inv_freq"
 NUMBERS = "fiub"  # NumPy's kinds of dtypes that hold them
 
 # Modules have the same paths on both sides. Of those at a path: what MindSpore calls a parameter, and what PyTorch.
-_LAYER = r"layers\.\d+\."
+_LAYER, _GLOBAL = r"layers\.\d+\.", r"global_layers\.\d+"
+_TREE = "hyper_connections."  # MindSpore's alone: the connections are beside what they connect
+_BLOCK, _CONNECTION = rf"({_LAYER}0\.|{_GLOBAL}\.)?", rf"{_TREE}({_LAYER}[01]|{_GLOBAL})"
 _TABLE = {
     r"(token|pos)_emb": {"embedding_table": "weight"},
-    rf"({_LAYER}0\.)?norm|{_LAYER}1\.0|to_logits\.0": {"gamma": "weight", "beta": "bias"},
-    rf"({_LAYER}0\.)?(to_qkv|to_out)|{_LAYER}1\.[14]|to_logits\.1": {"weight": "weight"},
-    rf"({_LAYER}0\.)?to_v_gate\.0|(dynamic_pos_bias\.)?mlp\.[024]": {"weight": "weight", "bias": "bias"},
-    rf"({_LAYER}0)?": {"q_scale": "q_scale", "k_scale": "k_scale"},
-    rf"({_LAYER}0\.)?attn_fn\.rel_pos": {"inv_freq": "inv_freq"},
+    rf"{_BLOCK}norm|{_LAYER}1\.0|to_logits\.0": {"gamma": "weight", "beta": "bias"},
+    rf"{_BLOCK}(to_qkv|to_out)|{_LAYER}1\.[14]|to_logits\.1": {"weight": "weight"},
+    rf"{_BLOCK}to_v_gate\.0|(dynamic_pos_bias\.)?mlp\.[024]": {"weight": "weight", "bias": "bias"},
+    rf"({_LAYER}0|{_GLOBAL})?": {"q_scale": "q_scale", "k_scale": "k_scale"},
+    rf"{_BLOCK}attn_fn\.rel_pos": {"inv_freq": "inv_freq"},
+    _CONNECTION: {name: name for name in ("static_alpha", "dynamic_alpha_fn", "dynamic_alpha_scale", "static_beta",
+                                          "dynamic_beta_fn", "dynamic_beta_scale")},
+    rf"{_CONNECTION}\.norm": {"gamma": "gamma"},
 }
-# Since hyper-connections, PyTorch's two halves of a layer are the branch of a residual, one level down.
-_HALF, _BRANCH = r"^(layers\.\d+\.[01])\.", r"^(layers\.\d+\.[01])\.branch\."
+_SCALAR = rf"({_TREE})?({_LAYER}[01]|{_GLOBAL})\.dynamic_(alpha|beta)_scale"  # by either name; here, of shape (1,)
+# Since hyper-connections, PyTorch has the connection at these paths, and what it connects one level down.
+_CONNECTED, _BRANCH = rf"^({_LAYER}[01]|{_GLOBAL})\.", rf"^({_LAYER}[01]|{_GLOBAL})\.branch\."
+# A global layer is any Cell. What the parameters of MindSpore's own Cells in it are called there; others, as here.
+_OF_CELLS = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
+             "moving_variance": "running_var"}
 
 
 def torch_name(name):
     """PyTorch's name for MindSpore's name of a weight, None for one that is not in the table."""
     renamed = _renamed(name, _TABLE.items())
-    return renamed and re.sub(_HALF, r"\1.branch.", renamed)
+    return renamed and _reconnected(renamed)
 
 
 def mindspore_name(name):
     """MindSpore's name for PyTorch's name of a weight, of any release; None for one that is not in the table."""
-    backwards = ((path, {theirs: ours for ours, theirs in names.items()}) for path, names in _TABLE.items())
-    return _renamed(re.sub(_BRANCH, r"\1.", name), backwards)
+    if name.startswith(_TREE):
+        return None
+    backwards = [(path, {theirs: ours for ours, theirs in names.items()}) for path, names in _TABLE.items()]
+    return _renamed(re.sub(_BRANCH, r"\1.", name), backwards) or _renamed(_TREE + name, backwards)
+
+
+def _reconnected(name):
+    if name.startswith(_TREE):
+        return name[len(_TREE):]
+    return re.sub(_CONNECTED, r"\1.branch.", name)
 
 
 def _renamed(name, table):
@@ -93,18 +110,20 @@ def load_torch_weights(cell, source, strict=True):
     """
     owner = "load_torch_weights"
     places = _places(owner, cell)
+    theirs = _torch_names(cell, places)
+    by_theirs = {name: ours for ours, name in theirs.items()}
     checks.boolean(owner, "strict", strict)
     values, misfits = {}, {}
     for name, value in _read(owner, source, _TORCH).items():
-        ours = mindspore_name(str(name))
+        ours = by_theirs.get(str(name)) or mindspore_name(str(name))
         if ours not in places:
             misfits[name] = "is left over"
         elif ours in values:
             misfits[name] = "is given twice"
         else:
-            values[ours], misfit = _fitted(value, places[ours])
+            values[ours], misfit = _fitted(value, places[ours], _torch_shape(ours, places[ours]))
             misfits.update({name: misfit} if misfit else {})
-    misfits.update((torch_name(ours), "is missing") for ours, place in places.items()
+    misfits.update((theirs[ours], "is missing") for ours, place in places.items()
                    if ours not in values and isinstance(place, Parameter))
     if strict and misfits:
         raise checks.value_error(owner, "source", f"the weights of this {type(cell).__name__}, each and no other",
@@ -119,7 +138,8 @@ def export_torch_weights(cell):
     """
     The weights of a model as the PyTorch package's `state_dict` holds them, `inv_freq` included.
 
-    The names are those of release 1.11.2; it loads them into a model with `num_residual_streams=1`.
+    The names are those of release 1.11.2, which loads them into a model of the same `num_residual_streams`. Of a global
+    layer they are the names here, save that parameters of MindSpore's own Cells, as of LayerNorm, go by PyTorch's.
 
     Args:
         cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
@@ -139,8 +159,9 @@ def export_torch_weights(cell):
         ['to_qkv.weight', 'to_out.weight', 'attn_fn.rel_pos.inv_freq']
     """
     places = _places("export_torch_weights", cell)
-    return {torch_name(ours): _array(place) if isinstance(place, Parameter) else place.inv_freq.astype(np.float32)
-            for ours, place in places.items()}
+    theirs = _torch_names(cell, places)
+    return {theirs[ours]: _array(place).reshape(_torch_shape(ours, place)) if isinstance(place, Parameter)
+            else place.inv_freq.astype(np.float32) for ours, place in places.items()}
 
 
 def _places(owner, cell):
@@ -152,15 +173,33 @@ def _places(owner, cell):
                if isinstance(part, SinusoidalEmbeddings)}}
 
 
-def _fitted(value, place):
-    """An entry as its place takes it and None, or None and why it does not fit."""
+def _torch_names(cell, places):
+    """PyTorch's name of every place by ours, which is the table's, save in global layers."""
+    cells = dict(cell.cells_and_names())
+
+    def theirs(ours):
+        if not ours.startswith("global_layers."):
+            return torch_name(ours)
+        path, _, last = ours.rpartition(".")
+        of_mindspore = type(cells[path]).__module__.startswith("mindspore.")
+        return _reconnected(f"{path}.{_OF_CELLS.get(last, last) if of_mindspore else last}")
+    return {ours: theirs(ours) for ours in places}
+
+
+def _torch_shape(ours, place):
+    if re.fullmatch(_SCALAR, ours):
+        return ()
+    return tuple(place.shape if isinstance(place, Parameter) else place.inv_freq.shape)
+
+
+def _fitted(value, place, shape):
+    """An entry, in PyTorch of a shape, as its place takes it and None, or None and why it does not fit."""
     array = _array(value)
     if array.dtype.kind not in NUMBERS:
         return None, f"is of type {type(value).__name__}"
-    shape = place.shape if isinstance(place, Parameter) else place.inv_freq.shape
-    if array.shape != tuple(shape):
-        return None, f"is of shape {array.shape} and not {tuple(shape)}"
-    return array if isinstance(place, SinusoidalEmbeddings) else Tensor(array, place.dtype), None
+    if array.shape != shape:
+        return None, f"is of shape {array.shape} and not {shape}"
+    return array if isinstance(place, SinusoidalEmbeddings) else Tensor(array.reshape(place.shape), place.dtype), None
 
 
 def _set(place, value):
@@ -311,12 +350,13 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
 
     A .ckpt has no `inv_freq` buffers, as models here compute them. PyTorch's side has, so they are added in reverse: of
     `dim_head`, or of the size of a `q_scale` where there is one; none for models of dynamic position bias and where
-    `dim_head` is 0. What is no weight of these models is an error, or with `partial` left out. Returns a report.
+    `dim_head` is 0. What is no weight of these models is an error, or with `partial` left out: of global layers, which
+    can be any Cell, those of a LocalMHA are known by name. Returns a report.
     """
     owner, here, there = "convert", _MINDSPORE, _TORCH
     formats, target_formats, rename = (here, there, torch_name) if reverse else (there, here, mindspore_name)
     write = _format(owner, "target", target, target_formats).write
-    arrays, misfits = _renamed_entries(_read(owner, source, formats), rename)
+    arrays, misfits = _renamed_entries(_read(owner, source, formats), rename, () if reverse else (1,))
     buffers = _frequencies(owner, arrays, dim_head) if reverse else _take_frequencies(arrays, misfits)
     if misfits and not partial:
         raise checks.value_error(owner, "source", "weights of these models and nothing else, unless 'partial'",
@@ -328,8 +368,8 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
     return report + (f"; left out: {', '.join(misfits)}" if misfits else "")
 
 
-def _renamed_entries(entries, rename):
-    """Arrays by their new names, and why each other entry is not among them."""
+def _renamed_entries(entries, rename, scalar):
+    """Arrays by their new names, of shape `scalar` if they are one, and why each other entry is not among them."""
     arrays, misfits = {}, {}
     for name, value in entries.items():
         new, array = rename(str(name)), _array(value)
@@ -338,7 +378,7 @@ def _renamed_entries(entries, rename):
         elif new in arrays:
             misfits[name] = "is given twice"
         else:
-            arrays[new] = array
+            arrays[new] = array.reshape(scalar) if re.fullmatch(_SCALAR, new) and array.size == 1 else array
     return arrays, misfits
 
 

@@ -4,7 +4,7 @@ import copy
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import ops
+from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
@@ -101,8 +101,41 @@ def test_one_compiled_step_serves_every_position():
 MODEL = dict(num_tokens=31, dim=20, depth=2, heads=HEADS, dim_head=10, local_attn_window_size=W, max_seq_len=40)
 
 
+def full(**settings):
+    """A global layer: attention to all that came before."""
+    return LocalMHA(**{**dict(dim=20, heads=HEADS, dim_head=10, window_size=40, look_backward=0, causal=True,
+                              exact_windowsize=False, prenorm=True), **settings})
+
+
+class Shared(nn.Cell):
+    """A global layer that sees tokens to come too, and has no cache."""
+
+    def construct(self, x, mask=None):
+        return x.mean(1, keep_dims=True).broadcast_to(x.shape)
+
+
+class Remembering(nn.Cell):
+    """A global layer with a cache of its own: the sum, and the number, of the tokens so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = ms.Parameter(ops.ones((20,), ms.float32) * 2, name="scale")
+
+    def construct(self, x, cache=None, return_cache=False):
+        before, count = (ops.zeros_like(x[:, :1]), ops.zeros((1, 1, 1), ms.float32)) if cache is None else cache
+        sums = before + ops.cumsum(x, 1)
+        counts = count + ops.arange(1, x.shape[1] + 1).astype(ms.float32).reshape(1, -1, 1)
+        out = sums / counts * self.scale
+        return (out, (sums[:, -1:], counts[:, -1:])) if return_cache else out
+
+
+GLOBAL = [dict(num_residual_streams=3), dict(global_attn_layer=full(), layers_insert_global_attn=(2,)),
+          dict(num_residual_streams=2, global_attn_layer=Remembering())]
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(use_xpos=True, qk_rmsnorm=True), dict(num_tokens=None),
-                                      dict(use_dynamic_pos_bias=True, exact_windowsize=False, look_backward=2)])
+                                      dict(use_dynamic_pos_bias=True, exact_windowsize=False, look_backward=2),
+                                      *GLOBAL])
 def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
     model = LocalTransformer(**{**MODEL, **settings})
     x = ops.randn((2, 40, 20)) if model.num_tokens is None else ops.randint(0, 31, (2, 40))
@@ -117,7 +150,7 @@ def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
     np.testing.assert_allclose(model(x[:, :33], cache=cache).asnumpy(), wanted[:, 30:33], atol=5e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False)])
+@pytest.mark.parametrize("settings", [dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False), GLOBAL[1]])
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     """Past `max_seq_len` too; the step is compiled once, for later calls as well."""
     model = LocalTransformer(**{**MODEL, **settings})
@@ -139,6 +172,13 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
     assert len(compiled) - before == 1  # the prompt alone
     np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
+
+
+def test_a_step_takes_a_cache_of_another_kind():
+    model = LocalTransformer(**{**MODEL, "depth": 1}, global_attn_layer=Remembering())
+    prime = ops.randint(0, 31, (2, 7))
+    wanted = model.generate(prime, 5, temperature=0, use_kv_cache=False).asnumpy()
+    np.testing.assert_array_equal(model.generate(prime, 5, temperature=0).asnumpy(), wanted)
 
 
 def test_a_model_that_has_generated_still_trains_compiled_and_so_does_its_copy():
@@ -193,6 +233,10 @@ def wrong(name):
         "a model's mask": lambda: model(tokens, mask=mask, return_cache=True),
         "a model's batch size": lambda: model(ops.ones((1, 9), ms.int32), cache=model_cache),
         "another depth": lambda: LocalTransformer(**{**MODEL, "depth": 1})(longer, cache=model_cache),
+        "a layer without a cache": lambda: LocalTransformer(
+            **MODEL, global_attn_layer=Shared())(longer, return_cache=True),
+        "a layer that is not causal": lambda: LocalTransformer(
+            **MODEL, global_attn_layer=full(causal=False))(longer, return_cache=True),
         "nothing new": lambda: model(tokens, cache=model_cache),
         "a loss": lambda: model(longer, cache=model_cache, return_loss=True),
     }
@@ -210,6 +254,8 @@ def wrong(name):
     ("a model's mask", "For 'LocalTransformer', 'mask' must be None with a cache"),
     ("a model's batch size", "'cache' must be .* this batch size"),
     ("another depth", "For 'LocalTransformer', 'cache' must be of 1 layers"),
+    ("a layer without a cache", "'cache' must be None.* where 'global_attn_layer' is not causal or its 'construct'"),
+    ("a layer that is not causal", "'cache' must be None.* where 'global_attn_layer' is not causal or its 'construct'"),
     ("nothing new", "For 'LocalTransformer', 'x' must be the whole sequence, longer than the 8 tokens"),
     ("a loss", "For 'LocalTransformer', 'return_loss' must be False with a cache"),
 ])

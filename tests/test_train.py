@@ -93,6 +93,16 @@ def test_steps_can_be_added(run):
         run("longer", "--resume", "--steps", "4")
 
 
+def test_streams_and_global_layers(run):
+    records = run("both", "--num-residual-streams", "2", "--global-layers", "1", "--steps", "2", "--mode", "pynative")
+    assert np.isfinite([record["loss"] for record in records]).all() and "sample" in records[-1]
+    assert len(run("both", "--resume", "--steps", "3", "--sample-len", "1")) == 3
+    with pytest.raises(SystemExit, match="--num-residual-streams is 2 in the run that --resume continues"):
+        run("both", "--resume", "--num-residual-streams", "1")
+    with pytest.raises(SystemExit, match=r"--global-layers is \[1\] in the run that --resume continues"):
+        run("both", "--resume", "--global-layers", "1", "1")
+
+
 def test_learning_rate_rises_and_falls():
     settings = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
     rates = [train.learning_rate(settings, step) for step in range(101)]
@@ -182,6 +192,7 @@ def test_wrong_options(arguments, message, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dim-head", "7"], "'dim_head' must be even"),
+    (["--global-layers", "1", "2"], "'layers_insert_global_attn' must be .* from 1 to 1, but got 2"),
     (["--seed", "-1"], "seed"),
 ])
 def test_what_the_model_refuses(arguments, message, tmp_path, run):

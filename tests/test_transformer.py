@@ -66,6 +66,19 @@ class NextToken(nn.Cell):
         return self.cell(x, mask=mask, return_loss=True)
 
 
+class Shared(nn.Cell):
+    """A projection of the mean of the tokens that a mask shows; it asks for nothing but the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(DIM, DIM)
+
+    def construct(self, x, mask=None):
+        shown = ops.ones(x.shape[:2], x.dtype) if mask is None else ops.cast(mask, x.dtype)
+        mean = (x * shown[..., None]).sum(1, keepdims=True) / shown.sum(1).reshape(-1, 1, 1)
+        return self.dense(mean).broadcast_to(x.shape)
+
+
 def trained():
     """Each class with parameters: a loss of it that training lowers, and its inputs."""
     x, target, mask = vectors(2, 17, DIM), vectors(2, 17, DIM), hidden(2, 17)
@@ -78,6 +91,7 @@ def trained():
         "transformer": (NextToken(model(qk_rmsnorm=True, depth=1)), tokens(2, 17), mask),
         "transformer with bias": (NextToken(model(use_dynamic_pos_bias=True, depth=1)), tokens(2, 17), mask),
         "transformer of vectors": (Regression(model(num_tokens=None, depth=1), target), x),
+        "transformer with a global layer": (NextToken(model(depth=1, global_attn_layer=Shared())), tokens(2, 17), mask),
     }
 
 
@@ -126,7 +140,8 @@ def loss_and_gradients(cell, x, compiled):
 
 
 @in_both_modes
-@pytest.mark.parametrize("settings", [{"qk_rmsnorm": True}, {"use_dynamic_pos_bias": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"qk_rmsnorm": True}, {"use_dynamic_pos_bias": True},
+                                      {"num_residual_streams": 3, "qk_rmsnorm": True}], ids=str)
 def test_half_precision_is_near_single(settings, compiled):
     """float16 has 11 bits: the products and sums of a layer are good to a few times 2**-11."""
     x, single = tokens(2, 17), model(depth=1, **settings)
@@ -146,7 +161,7 @@ def test_half_precision_is_near_single(settings, compiled):
 def test_automatic_mixed_precision_changes_the_loss_by_rounding_alone(level, compiled, tmp_path, monkeypatch):
     """With all that has a norm, a softmax or a mask in it: in float16, what hides a key would be an infinity."""
     monkeypatch.chdir(tmp_path)  # where MindSpore writes the network as it rewrote it
-    full = model(depth=1, qk_rmsnorm=True, shared_qk=True)
+    full = model(depth=1, qk_rmsnorm=True, shared_qk=True, num_residual_streams=2)
     x, mask = tokens(2, 13), hidden(2, 13)
     wanted = full(x, mask, return_loss=True).asnumpy()
     mixed = ms.amp.auto_mixed_precision(full, level)
@@ -327,6 +342,46 @@ def test_a_model_of_vectors_has_no_embeddings_and_no_logits():
     assert all(parameter.name.startswith("layers.") for parameter in cell.get_parameters())
 
 
+# Global layers
+
+
+def test_global_layers_stand_before_the_layers_of_their_numbers():
+    layer, x = Shared(), vectors(2, 17, DIM)
+    cell = model(num_tokens=None, depth=3, global_attn_layer=layer, layers_insert_global_attn=[3, 2, 3])
+    out = x
+    for number, (attn, ff) in enumerate(cell.layers):
+        if number > 0:
+            out = out + layer(out)
+        out = out + attn(out)
+        out = out + ff(out)
+    assert largest_error(cell(x), out) < 1e-5
+    every = [name for name, _ in model(depth=2, global_attn_layer=layer).parameters_and_names() if "global" in name]
+    assert sorted(every) == [f"global_layers.{number}.dense.{kind}" for number in (0, 1) for kind in ("bias", "weight")]
+    assert not any("global" in parameter.name for parameter in
+                   model(global_attn_layer=layer, layers_insert_global_attn=()).get_parameters())
+
+
+def test_global_layers_are_copies():
+    layer = Shared()
+    cell = model(depth=2, global_attn_layer=layer)
+    first, second = cell.global_layers
+    before, given = cell(tokens(2, 5) * 0 + 3).asnumpy(), layer.dense.weight.asnumpy().copy()
+    first.dense.weight.set_data(first.dense.weight * 2)
+    np.testing.assert_array_equal(second.dense.weight.asnumpy(), given)
+    np.testing.assert_array_equal(layer.dense.weight.asnumpy(), given)
+    assert largest_error(cell(tokens(2, 5) * 0 + 3), before) > 1e-3
+    names = [parameter.name for parameter in cell.get_parameters()]
+    assert len(names) == len(set(names)) and "global_layers.1.dense.weight" in names
+
+
+def test_a_global_layer_gets_the_mask_that_it_asks_for():
+    cell, x, mask = model(depth=1, global_attn_layer=Shared()), tokens(2, 19), hidden(2, 19)
+    other = Tensor(np.where(mask.asnumpy(), x.asnumpy(), tokens(2, 19).asnumpy()))
+    seen = mask.asnumpy()
+    np.testing.assert_array_equal(cell(x, mask=mask).asnumpy()[seen], cell(other, mask=mask).asnumpy()[seen])
+    assert largest_error(cell(x), cell(other)) > 1e-3
+
+
 # Generation
 
 
@@ -341,7 +396,8 @@ def greedy(cell, prime, seq_len, mask=None):
     return found[:, prime.shape[1]:]
 
 
-@pytest.mark.parametrize("settings", [{}, {"causal": False}, {"use_dynamic_pos_bias": True, "causal": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"causal": False}, {"use_dynamic_pos_bias": True, "causal": False},
+                                      {"num_residual_streams": 2, "global_attn_layer": Shared()}], ids=str)
 @pytest.mark.parametrize("n, masked", [(1, False), (7, True), (LONGEST + 2, False)])
 def test_greedy_generation(settings, n, masked):
     cell, prime = model(max_seq_len=13, depth=1, **settings), tokens(2, n)

@@ -9,7 +9,7 @@ import types
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Parameter, Tensor, nn
 
 from local_attention import (
     DynamicPositionBias,
@@ -26,7 +26,12 @@ CELLS = {
     "transformer with all": lambda: transformer(qk_rmsnorm=True, gate_values_per_head=True),
     "transformer with bias": lambda: transformer(use_dynamic_pos_bias=True),
     "transformer of vectors": lambda: transformer(num_tokens=None),
+    "transformer of streams": lambda: transformer(num_residual_streams=3, qk_rmsnorm=True,
+                                                  global_attn_layer=CELLS["mha with rmsnorm"](),
+                                                  layers_insert_global_attn=(2,)),
     "mha": lambda: LocalMHA(dim=DIM, window_size=WINDOW, heads=HEADS, dim_head=DIM_HEAD, prenorm=True),
+    "mha with rmsnorm": lambda: LocalMHA(dim=DIM, window_size=WINDOW, heads=HEADS, dim_head=DIM_HEAD, prenorm=True,
+                                         qk_rmsnorm=True),
     "mha without rotary": lambda: LocalMHA(dim=DIM, window_size=WINDOW, use_rotary_pos_emb=False),
     "bias": lambda: DynamicPositionBias(DIM, HEADS),
 }
@@ -68,6 +73,39 @@ def test_names_are_those_of_pytorch_s_state_dict():
     assert not any("inv_freq" in name for name in biased)
 
 
+def test_names_of_streams_and_global_layers():
+    """PyTorch's own order of nesting: a connection, in it its branch, in that the block."""
+    names = set(export_torch_weights(CELLS["transformer of streams"]()))
+    connections = ["layers.0.0.", "layers.0.1.", "layers.1.0.", "layers.1.1.", "global_layers.1."]
+    parts = ["static_alpha", "dynamic_alpha_fn", "dynamic_alpha_scale", "static_beta", "dynamic_beta_fn",
+             "dynamic_beta_scale", "norm.gamma"]
+    assert {name for name in names if ".branch." not in name and "layers." in name} == {
+        connection + part for connection in connections for part in parts}
+    assert {name for name in names if name.startswith("global_layers.1.branch.")} == {
+        f"global_layers.1.branch.{name}" for name in export_torch_weights(CELLS["mha with rmsnorm"]())}
+
+
+class Other(nn.Cell):
+    """A global layer with parameters of its own, and with Cells of MindSpore's that PyTorch names otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.memory, self.project = nn.LayerNorm((DIM,)), nn.Embedding(7, DIM), nn.Dense(DIM, DIM)
+        self.gamma = Parameter(Tensor(np.random.randn(DIM), ms.float32), name="gamma")
+
+
+def test_names_in_any_global_layer():
+    there, here = transformer(depth=1, global_attn_layer=Other()), transformer(depth=1, global_attn_layer=Other())
+    source, start = export_torch_weights(there), "global_layers.0.branch."
+    assert {name[len(start):]: array.shape for name, array in source.items() if "global" in name} == {
+        "norm.weight": (11,), "norm.bias": (11,), "memory.weight": (7, 11), "project.weight": (11, 11),
+        "project.bias": (11,), "gamma": (11,)}
+    assert load_torch_weights(here, source) == []
+    assert_same(parameters(here), parameters(there))
+    with pytest.raises(ValueError, match="'global_layers.0.branch.memory.weight' is missing"):
+        load_torch_weights(here, {name: array for name, array in source.items() if "memory" not in name})
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_names_go_both_ways(cell):
     for name, _ in CELLS[cell]().parameters_and_names():
@@ -75,10 +113,11 @@ def test_names_go_both_ways(cell):
 
 
 @pytest.mark.parametrize("name", ["", "weight", "norm", "gamma", "norm.gamma.weight", "layers.0.2.norm.weight",
-                                  "layers.0.0.norm.gamma", "layers.0.0.static_alpha", "layers.x.0.to_qkv.weight",
-                                  "module.token_emb.weight", "to_qkv.bias", "moments.token_emb.weight"])
+                                  "layers.0.2.norm.gamma", "layers.0.0.branch.static_alpha", "layers.x.0.to_qkv.weight",
+                                  "module.token_emb.weight", "to_qkv.bias", "moments.token_emb.weight",
+                                  "global_layers.0.branch.memory.weight", "hyper_connections.layers.0.0.static_alpha"])
 def test_names_of_other_things(name):
-    """Among them those of hyper-connections, of which one is called as our LayerNorm is."""
+    """Among them what is a parameter's name here, and of global layers what the table does not know."""
     assert module.mindspore_name(name) is None
 
 
@@ -285,7 +324,7 @@ def test_pytorch_s_files_are_read_without_running_their_code(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-@pytest.mark.parametrize("cell", ["transformer with all", "transformer with bias", "bias"])
+@pytest.mark.parametrize("cell", ["transformer with all", "transformer with bias", "bias", "transformer of streams"])
 def test_command(cell, suffix, tmp_path, capsys):
     there, here = CELLS[cell](), CELLS[cell]()
     source, middle, back = tmp_path / f"in{suffix}", tmp_path / "model.ckpt", tmp_path / f"out{suffix}"

@@ -14,6 +14,7 @@ are hidden by a mask of True (`settings["hidden"]`) where it would show them, an
 """
 import io
 import json
+import random
 import sys
 import zipfile
 from functools import partial
@@ -88,7 +89,11 @@ def random_weights(rng, *modules):
     for module in modules:
         weights |= {name: buffer.numpy() for name, buffer in module.state_dict().items()}
         for name, parameter in module.named_parameters():
-            if parameter.ndim < 2:
+            if name.endswith("static_alpha"):               # as they begin, which leaves the streams apart, and noise
+                weights[name] = parameter.detach().numpy().astype(np.float16) + normal(rng, *parameter.shape, scale=.2)
+            elif name.endswith(".gamma"):
+                weights[name] = normal(rng, *parameter.shape, scale=.2)
+            elif parameter.ndim < 2:
                 weights[name] = normal(rng, *parameter.shape, scale=.2, mean=0. if name.endswith("bias") else 1.)
             else:
                 fan_in = 1 if "emb" in name else parameter.shape[-1]
@@ -300,18 +305,40 @@ MODELS = {
 }
 
 
-def transformer_cases(rng, models, **sizes):
+# Residual streams and global layers: attention to all that came before, and a Cell that is none of this package's.
+FULL = MHA_SIZES | {"dim": MODEL["dim"], "window_size": MODEL["max_seq_len"], "look_backward": 0,
+                    "exact_windowsize": False, "causal": True, "prenorm": True}
+STREAMS = {
+    "streams": ({}, 17, False, (7,)),
+    "streams_global_other": ({"global_attn_layer": "norm, linear", "depth": 1}, 13, True, ()),
+    "streams_features": ({"num_tokens": None, "depth": 1}, 11, True, ()),
+    "streams_masked": ({"causal": False, "depth": 1}, 13, True, ()),
+    "streams_global": ({"global_attn_layer": FULL, "layers_insert_global_attn": [2]}, 17, False, (7,)),
+    "global": ({"global_attn_layer": FULL, "num_residual_streams": 1}, 16, False, (7,)),
+}
+
+
+def transformer_cases(rng, models, all_weights, **sizes):
+    """`all_weights`: settings of models that between them have every weight that one of `models` has."""
     sizes = MODEL | sizes
-    weights = random_weights(rng, LocalTransformer(**sizes, qk_rmsnorm=True, gate_values_per_head=True),
-                             LocalTransformer(**sizes, use_dynamic_pos_bias=True))
+    weights = random_weights(rng, *(transformer(**sizes | settings) for settings in all_weights))
     arrays = {f"weight/{name}": value for name, value in weights.items()}
     for name, (args, n, mask, primes) in models.items():
         add_transformer(arrays, name, weights, rng, sizes | args, n, mask, primes)
     return arrays
 
 
+def transformer(global_attn_layer=None, **args):
+    if isinstance(global_attn_layer, dict):
+        global_attn_layer = LocalMHA(**global_attn_layer)
+    elif global_attn_layer:
+        global_attn_layer = torch.nn.Sequential(torch.nn.LayerNorm(args["dim"]),
+                                                torch.nn.Linear(args["dim"], args["dim"]))
+    return LocalTransformer(global_attn_layer=global_attn_layer, **args)
+
+
 def add_transformer(arrays, name, weights, rng, args, n, mask, primes):
-    model = with_weights(LocalTransformer(**args), weights)
+    model = with_weights(transformer(**args), weights)
     spec = {"window_size": args["local_attn_window_size"], "causal": True, "exact_windowsize": True} | args
     causal, masks = spec["causal"], {}
     hidden = not mask and not causal
@@ -437,11 +464,12 @@ def main():
     torch.set_num_threads(1)
     save("local_attention.npz", attention_cases(np.random.default_rng(7)))
     save("mha.npz", mha_cases(np.random.default_rng(11)))
-    save("transformer.npz", transformer_cases(np.random.default_rng(13), MODELS))
+    save("transformer.npz", transformer_cases(np.random.default_rng(13), MODELS, [
+        {"qk_rmsnorm": True, "gate_values_per_head": True}, {"use_dynamic_pos_bias": True}]))
     save("functions.npz", function_cases(np.random.default_rng(17)))
-    # for the day there are num_residual_streams other than 1; no test reads it yet
-    streams = {"streams": ({}, 17, False, (7,)), "streams_masked": ({"causal": False, "depth": 1}, 13, True, ())}
-    save("transformer_streams.npz", transformer_cases(np.random.default_rng(19), streams, num_residual_streams=4))
+    random.seed(19)                                         # of it hyper-connections draws the stream it begins with
+    save("transformer_streams.npz", transformer_cases(np.random.default_rng(19), STREAMS, [
+        {"global_attn_layer": FULL}, {"global_attn_layer": "norm, linear", "depth": 1}], num_residual_streams=4))
 
 
 if __name__ == "__main__":
