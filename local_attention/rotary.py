@@ -127,7 +127,7 @@ def _embeddings(frequencies, n, scale_base):
 
 
 class _Rotation(Float32):
-    """`x * cos + rotate_half(x) * sin` with tables of the shape of x, and its inverse as its gradient."""
+    """`x * cos + rotate_half(x) * sin` with tables of the shape of x."""
 
     def __init__(self, frequencies, shape, start, power):
         super().__init__()
@@ -142,22 +142,13 @@ class _Rotation(Float32):
                               for table in (np.cos(angles), np.sin(angles)))
         half = np.eye(dim // 2)
         self.half = Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
-        self.split = ops.Split(0, groups // together)
-        self.concat = ops.Concat(0)
-        self.matmul, self.matmul_transposed = ops.MatMul(), ops.MatMul(transpose_b=True)
+        self.split, self.concat, self.matmul = ops.Split(0, groups // together), ops.Concat(0), ops.MatMul()
 
     def construct(self, x):
         parts = []
         for part in self.split(x.reshape(-1, x.shape[-1])):
             parts.append(ops.add(ops.mul(part, self.cos), ops.mul(self.matmul(part, self.half), self.sin)))
         return self.concat(parts).reshape(x.shape)
-
-    def bprop(self, x, out, dout):
-        parts = []
-        for part in self.split(dout.reshape(-1, x.shape[-1])):
-            parts.append(ops.add(ops.mul(part, self.cos),
-                                 self.matmul_transposed(ops.mul(part, self.sin), self.half)))
-        return (self.concat(parts).reshape(x.shape),)
 
 
 _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))

@@ -140,7 +140,7 @@ def loss_and_gradients(cell, x, compiled):
 
 
 @in_both_modes
-@pytest.mark.parametrize("settings", [{"qk_rmsnorm": True}, {"use_dynamic_pos_bias": True},
+@pytest.mark.parametrize("settings", [{}, {"qk_rmsnorm": True}, {"use_dynamic_pos_bias": True},
                                       {"num_residual_streams": 3, "qk_rmsnorm": True}], ids=str)
 def test_half_precision_is_near_single(settings, compiled):
     """float16 has 11 bits: the products and sums of a layer are good to a few times 2**-11."""
