@@ -1,10 +1,10 @@
 """Decoding: the keys and values of the last tokens, of one shape whatever was fed, and attention of new tokens to them.
 
 A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how
-many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Positions that matter
-are relative, so what is compiled for one step serves them all: only where the buckets begin, and how much of the cache
-is filled yet, depends on the position, which is a tensor. Into a compiled function a cache goes as
-`ms.mutable(cache)`: any other tuple is a constant there.
+many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Keys are kept as
+attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose scales would
+overflow. What is compiled for one step serves all positions, as a position is a tensor. Into a compiled function a
+cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
 """
 import mindspore as ms
 import numpy as np
@@ -18,9 +18,12 @@ from .local_attention import l2norm
 from .spec import WindowSpec
 
 
+_slice = ops.Slice()
+
+
 def capacity(windows):
     """How many tokens are kept."""
-    return windows.backward + windows.size
+    return windows.backward + windows.spec.bucket
 
 
 @constexpr
@@ -37,49 +40,68 @@ def _range(start, stop):
     return Tensor(np.arange(start, stop, dtype=np.int32))
 
 
-def first_cache(k, v, windows):
+def prepared(attn, q, k, positions):
+    """Queries and keys as attention takes them and as keys are kept."""
+    if attn.shared_qk:
+        k = l2norm(k)
+    if attn.rel_pos is not None and not attn.use_xpos:
+        dtype = k.dtype
+        q = ops.cast(attn.rel_pos.rotate_at(ops.cast(q, ms.float32), positions), dtype)
+        k = ops.cast(attn.rel_pos.rotate_at(ops.cast(k, ms.float32), positions), dtype)
+    return q, k
+
+
+def first_cache(attn, k, v):
     """The cache after a first call on `k, v (groups, n, d)`."""
     groups, n, head_dim = k.shape
-    missing = capacity(windows) - n
-    if missing > 0:
-        empty = ops.zeros((groups, missing, head_dim), k.dtype)
+    kept = capacity(attn.windows)
+    stay = min(n, kept)
+    if n > kept:
+        first, last = (0, n - kept, 0), (groups, kept, head_dim)
+        k, v = _slice(k, first, last), _slice(v, first, last)
+    k = prepared(attn, k, k, _range(n - stay, n))[1]
+    if n < kept:
+        empty = ops.zeros((groups, kept - n, head_dim), k.dtype)
         k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
-    last = _range(max(-missing, 0), max(-missing, 0) + capacity(windows))
-    return ops.gather(k, last, 1), ops.gather(v, last, 1), ops.full((1,), n, dtype=ms.int32)
+    return k, v, ops.full((1,), n, dtype=ms.int32)
 
 
 def attend_cached(attn, q, k, v, cache, attn_bias=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
-    m = q.shape[1]
+    groups, m, head_dim = q.shape
+    kept = capacity(attn.windows)
     old_k, old_v, position = cache
+    q, k = prepared(attn, q, k, position + _range(0, m))
+    if m == 1:
+        first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
+        k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)
+        return _next_token(attn, q, k, v, position, attn_bias), (k, v, position + 1)
     k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
-    attend_next = _next_token if m == 1 else _next_tokens
-    out = attend_next(attn, q, k, v, position, attn_bias)
-    last = _range(m, m + capacity(attn.windows))
-    return out, (ops.gather(k, last, 1), ops.gather(v, last, 1), position + m)
+    out = _next_tokens(attn, q, k, v, position, attn_bias)
+    first, last = (0, m, 0), (groups, kept, head_dim)
+    return out, (_slice(k, first, last), _slice(v, first, last), position + m)
 
 
 def _next_token(attn, q, k, v, position, attn_bias):
-    """One query against the whole cache. What it does not see is hidden by a bias and not by a mask: a mask would also
-    erase what masked keys hold, in case it is NaN, and here that is tokens out of sight or zeros."""
+    """One query against the whole cache, its own key the last. What it does not see is hidden by a bias and not by a
+    mask: a mask would also erase what masked keys hold, in case it is NaN, and here that is tokens out of sight or
+    zeros."""
     windows = attn.windows
-    dtype, kept = q.dtype, capacity(windows)
+    dtype, last = q.dtype, capacity(windows) - 1
+    index = _range(0, last + 1)
     place = position % windows.size  # of the query in its window
-    index = _range(0, kept + 1)
-    seen = kept - (place + windows.backward if not windows.exact else windows.backward)
-    unseen = index < ops.maximum(kept - position, seen)
-    if attn.shared_qk:
-        k = l2norm(k)
-    if attn.rel_pos is not None:
+    seen = 0 if windows.exact else last - windows.backward - place
+    unseen = index < ops.maximum(last - position, seen)
+    if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-        q = attn.rel_pos.rotate(q, kept, (kept - kept // 2, 1) if attn.use_xpos else None)
-        k = attn.rel_pos.rotate(k, 0, (kept // 2, -1) if attn.use_xpos else None)
+        q = attn.rel_pos.rotate(q, last, (last - last // 2, 1))
+        k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
-        columns = ops.clamp(index - kept + place + windows.backward, 0, windows.span - 1)
+        columns = ops.clamp(index - last + place + windows.backward, 0, windows.span - 1)
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
-    out = attend(q, k, v, _all_before(kept), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
-                 bias=_hide(unseen, attn_bias), bias_backward=kept, hide_self=attn.shared_qk,
-                 dropout=attn.dropout if attn.training else 0., offset=kept, backend=attn.backend)
+    out = attend(q, k, v, _all_before(last), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
+                 bias=_hide(unseen, attn_bias), bias_backward=last, hide_self=attn.shared_qk,
+                 dropout=attn.dropout if attn.training else 0., offset=last, backend=attn.backend)
     return ops.cast(out, dtype)
 
 
@@ -100,14 +122,17 @@ def _all_before(kept):
 
 
 def _next_tokens(attn, q, k, v, position, attn_bias):
-    """Several queries: the sequence from the start of a window on, as long as it can be, through `attn` itself."""
+    """Several queries after what is kept: the sequence from the start of a window on, as long as it can be, through
+    what a call on all of it goes through."""
     windows, m = attn.windows, q.shape[1]
+    dtype, kept = q.dtype, k.shape[1] - m
     place = position % windows.size
-    n = windows.backward + windows.size - 1 + m
-    index = _range(0, n)
+    index = _range(0, windows.backward + windows.size - 1 + m)
     own = windows.backward + place  # where the first new token stands
-    real = ops.logical_and(index >= own - position, index < own + m)
-    keys = ops.clamp(index + (windows.size - place), 0, k.shape[1] - 1)
-    q = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1)
-    out = attn(q, ops.gather(k, keys, 1), ops.gather(v, keys, 1), mask=real[None], attn_bias=attn_bias)
-    return ops.gather(out, own + _range(0, m), 1)
+    real = ops.logical_and(index >= own - ops.clamp(position, 0, kept), index < own + m)
+    keys = ops.clamp(index + (kept - own), 0, k.shape[1] - 1)
+    q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
+    if attn.use_xpos:
+        q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+    out = attn.attend_prepared(q, k, v, windows, real[None], attn_bias)
+    return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

@@ -294,6 +294,13 @@ class LocalAttention(nn.Cell):
             k = l2norm(k)
         if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+        if self.rel_pos is not None and not self.use_xpos:
+            q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # the end of the span, relative to k
+        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias), dtype).reshape(shape)
+
+    def attend_prepared(self, q, k, v, windows, mask, attn_bias):
+        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows."""
+        groups, n, head_dim = q.shape
         offset = 0
         if self.use_xpos:
             q, k, v, mask = fold(q, k, v, mask, windows)
@@ -301,11 +308,7 @@ class LocalAttention(nn.Cell):
             start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
-        elif self.rel_pos is not None:
-            q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # that same place, relative to k
         out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
                      dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
-        if self.use_xpos:
-            out = unfold(out, groups, n)
-        return ops.cast(out, dtype).reshape(shape)
+        return unfold(out, groups, n) if self.use_xpos else out

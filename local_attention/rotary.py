@@ -3,6 +3,7 @@
 The functions under upstream's names give upstream's results. `SinusoidalEmbeddings.rotate` is what LocalAttention
 runs: a rotation is relative, so each token is rotated once, by its own position, before any windowing.
 """
+import math
 from functools import lru_cache
 
 import mindspore as ms
@@ -112,6 +113,10 @@ class SinusoidalEmbeddings(nn.Cell):
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
         return _rotation(self.frequencies, x.shape, start, power)(x)
 
+    def rotate_at(self, x, positions):
+        """Rotate `x (g, n, dim)`, float32, whose tokens stand at `positions`, int32 `(n,)`: what only a step knows."""
+        return _rotation_at(self.frequencies)(x, positions)
+
 
 def _xpos_base(dim):
     """What xpos raises to a power of the position, float64 `(dim / 2,)`, in (0, 1)."""
@@ -124,6 +129,12 @@ def _embeddings(frequencies, n, scale_base):
     if scale_base is not None:
         scale = np.tile(_xpos_base(2 * len(frequencies)) ** ((np.arange(n) - n // 2)[:, None] / scale_base), 2)
     return Tensor(np.tile(angles, 2).astype(np.float32)), Tensor(scale.astype(np.float32))
+
+
+def _rotate_half(dim):
+    """`rotate_half` as a matrix that rows are multiplied with."""
+    half = np.eye(dim // 2)
+    return Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
 
 
 class _Rotation(Float32):
@@ -140,8 +151,7 @@ class _Rotation(Float32):
                        if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
         self.cos, self.sin = (Tensor(np.tile(scale * table, (together, 1)).astype(np.float32))
                               for table in (np.cos(angles), np.sin(angles)))
-        half = np.eye(dim // 2)
-        self.half = Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
+        self.half = _rotate_half(dim)
         self.split, self.concat, self.matmul = ops.Split(0, groups // together), ops.Concat(0), ops.MatMul()
 
     def construct(self, x):
@@ -152,3 +162,24 @@ class _Rotation(Float32):
 
 
 _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))
+
+
+class _RotationAt(Float32):
+    """The same at positions that are a Tensor, by angles in 2**-32 of a turn: their products wrap as turns do.
+
+    So an angle is as good at any position; rounding changes a frequency by less than 1e-9, the same for all tokens.
+    """
+
+    def __init__(self, frequencies):
+        super().__init__()
+        units = np.round(np.array(frequencies) / (2 * np.pi) * 2**32).astype(np.int64).astype(np.int32)
+        self.units, self.half = Tensor(np.tile(units, 2)[None]), _rotate_half(2 * len(frequencies))
+
+    def construct(self, x, positions):
+        units = ops.cast(ops.mul(positions.reshape(-1, 1), self.units), ms.float32)
+        angles = ops.mul(units, 2 * math.pi / 2**32)
+        turned = ops.matmul(x.reshape(-1, x.shape[-1]), self.half).reshape(x.shape)
+        return ops.add(ops.mul(x, ops.cos(angles)), ops.mul(turned, ops.sin(angles)))
+
+
+_rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
