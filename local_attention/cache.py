@@ -40,14 +40,14 @@ def _range(start, stop):
     return Tensor(np.arange(start, stop, dtype=np.int32))
 
 
-def prepared(attn, q, k, positions):
-    """Queries and keys as attention takes them and as keys are kept."""
+def prepared(attn, q, k, position):
+    """Queries and keys from a position on, as attention takes them and as keys are kept."""
     if attn.shared_qk:
         k = l2norm(k)
     if attn.rel_pos is not None and not attn.use_xpos:
         dtype = k.dtype
-        q = ops.cast(attn.rel_pos.rotate_at(ops.cast(q, ms.float32), positions), dtype)
-        k = ops.cast(attn.rel_pos.rotate_at(ops.cast(k, ms.float32), positions), dtype)
+        q = ops.cast(attn.rel_pos.rotate_at(ops.cast(q, ms.float32), position), dtype)
+        k = ops.cast(attn.rel_pos.rotate_at(ops.cast(k, ms.float32), position), dtype)
     return q, k
 
 
@@ -59,7 +59,7 @@ def first_cache(attn, k, v):
     if n > kept:
         first, last = (0, n - kept, 0), (groups, kept, head_dim)
         k, v = _slice(k, first, last), _slice(v, first, last)
-    k = prepared(attn, k, k, _range(n - stay, n))[1]
+    k = prepared(attn, k, k, n - stay)[1]
     if n < kept:
         empty = ops.zeros((groups, kept - n, head_dim), k.dtype)
         k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
@@ -71,7 +71,7 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
     groups, m, head_dim = q.shape
     kept = capacity(attn.windows)
     old_k, old_v, position = cache
-    q, k = prepared(attn, q, k, position + _range(0, m))
+    q, k = prepared(attn, q, k, position)
     if m == 1:
         first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
         k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)

@@ -113,9 +113,12 @@ class SinusoidalEmbeddings(nn.Cell):
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
         return _rotation(self.frequencies, x.shape, start, power)(x)
 
-    def rotate_at(self, x, positions):
-        """Rotate `x (g, n, dim)`, float32, whose tokens stand at `positions`, int32 `(n,)`: what only a step knows."""
-        return _rotation_at(self.frequencies)(x, positions)
+    def rotate_at(self, x, position):
+        """Rotate `x (g, n, dim)`, float32, whose tokens stand at `position, position + 1, …`, which is an int, or a
+        Tensor, int32 `(1,)`, where a step of decoding finds out."""
+        if isinstance(position, int):
+            return _rotation(_rounded(self.frequencies), x.shape, position, None)(x)
+        return _rotation_at(self.frequencies, x.shape[1])(x, position)
 
 
 def _xpos_base(dim):
@@ -164,19 +167,27 @@ class _Rotation(Float32):
 _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))
 
 
+def _in_turns(frequencies):
+    """Frequencies in 2**-32 of a turn, int32, which products with positions wrap around in as turns do: an angle is as
+    good at any position, and rounding changes the distance between two tokens by less than 1e-9 of it."""
+    return np.round(np.array(frequencies) / (2 * np.pi) * 2**32).astype(np.int64).astype(np.int32)
+
+
+@constexpr
+def _rounded(frequencies):
+    return tuple((_in_turns(frequencies).astype(np.float64) * (2 * np.pi / 2**32)).tolist())
+
+
 class _RotationAt(Float32):
-    """The same at positions that are a Tensor, by angles in 2**-32 of a turn: their products wrap as turns do.
+    """The same for n tokens from a position on that is a Tensor."""
 
-    So an angle is as good at any position; rounding changes a frequency by less than 1e-9, the same for all tokens.
-    """
-
-    def __init__(self, frequencies):
+    def __init__(self, frequencies, n):
         super().__init__()
-        units = np.round(np.array(frequencies) / (2 * np.pi) * 2**32).astype(np.int64).astype(np.int32)
-        self.units, self.half = Tensor(np.tile(units, 2)[None]), _rotate_half(2 * len(frequencies))
+        self.units = Tensor(np.tile(_in_turns(frequencies), 2)[None])
+        self.half, self.after = _rotate_half(2 * len(frequencies)), Tensor(np.arange(n, dtype=np.int32)[:, None])
 
-    def construct(self, x, positions):
-        units = ops.cast(ops.mul(positions.reshape(-1, 1), self.units), ms.float32)
+    def construct(self, x, position):
+        units = ops.cast(ops.mul(ops.add(self.after, position), self.units), ms.float32)
         angles = ops.mul(units, 2 * math.pi / 2**32)
         turned = ops.matmul(x.reshape(-1, x.shape[-1]), self.half).reshape(x.shape)
         return ops.add(ops.mul(x, ops.cos(angles)), ops.mul(turned, ops.sin(angles)))

@@ -7,6 +7,7 @@ from mindspore import Tensor, ops
 import oracle
 from local_attention import LocalAttention, WindowSpec
 from local_attention.local_attention import l2norm, look_around, pad_to_multiple
+from local_attention.rotary import SinusoidalEmbeddings
 
 B, H, D, W = 2, 3, 10, 7
 LENGTHS = [1, W - 1, W, W + 1, 3 * W - 1, 3 * W, 3 * W + 1]
@@ -69,6 +70,17 @@ def test_rotary_turns_queries_and_keys_by_their_distance(settings, mode):
     q, k, v = (x.reshape(B * H, 23, D) for x in inputs(23))
     wanted = oracle.attention(turned(q, attn.look_forward * W), turned(k), v, attn.spec, D ** -0.5)
     np.testing.assert_allclose(outputs(attn, (q, k, v), mode)[0], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("start", [0, 12345, 10**9])
+def test_a_step_of_decoding_rotates_as_well_at_any_position(start):
+    """Products of queries and keys depend on their distance alone, wherever they stand and however that is said."""
+    rel_pos, x = SinusoidalEmbeddings(10), ops.randn((3, 7, 10))
+    near = rel_pos.rotate(x).asnumpy()
+    for position in (start, Tensor([start], ms.int32)):
+        far = rel_pos.rotate_at(x, position).asnumpy()
+        np.testing.assert_allclose(far @ far.swapaxes(1, 2), near @ near.swapaxes(1, 2), atol=1e-5)
+        assert start == 0 or np.abs(far - near).max() > 1e-2
 
 
 def test_rotary_far_into_a_sequence_is_as_right_as_at_its_start():
