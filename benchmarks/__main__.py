@@ -1,40 +1,46 @@
-"""Attention against named peers, call by call in turn: `python -m benchmarks --peer-python OTHER_ENV/bin/python`.
+"""This package in turn with named peers: `python -m benchmarks attention --peer-python OTHER_ENV/bin/python`.
 
-Every answer is compared before anything is timed. Milliseconds are medians with the middle half's range behind them; a
-ratio is the median of the ratios of neighbouring calls.
+Each side has a process of its own. Answers are compared before anything is timed; then the sides are called in turn.
+Milliseconds are medians with the middle half's range behind them; a ratio is the median of those of neighbouring calls.
+Memory is the peak of a side's whole process. A peer that does not start is reported.
+
+The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and both), `long` (16,384 tokens), `options`
+(this package alone: a mask, a bias, windows in place of moving spans, dropout, each against none), `sliding` (128 keys
+each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights), `decode` (128 tokens after 512).
 """
 import argparse
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor
 
-from local_attention import LocalAttention, sliding_window_attention
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STANDARD = dict(kind="attention", shape=(2, 8, 2048, 64), window=512, sliding=None, backward=False, mode="graph",
+                backend=None, options=())
 
-PEERS = ("lucidrains", "flex", "sdpa")
 
+class Side:
+    """A process that makes one call for each line it is sent."""
 
-class Peer:
-    """A peer's process, and the answers it gave."""
-
-    def __init__(self, python, name, span, backward, inputs, folder):
-        outputs = str(pathlib.Path(folder) / f"{name}.npy")
-        script = pathlib.Path(__file__).with_name("peer.py")
-        elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # not our namesake
+    def __init__(self, python, folder, **spec):
+        self.name, self.output = spec["name"], pathlib.Path(folder) / f"{spec['name']}-{len(os.listdir(folder))}.npz"
+        spec = {**spec, "outputs": str(self.output)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}
+        if python != sys.executable:
+            del environment["PYTHONPATH"]  # not our namesake
         self.process = subprocess.Popen(
-            [python, str(script), json.dumps([name, *span, backward, inputs, outputs])], cwd=folder, env=elsewhere,
+            [python, str(ROOT / "benchmarks" / "side.py"), json.dumps(spec)], cwd=folder, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        if not self.process.stdout.readline().startswith("ready"):
-            raise RuntimeError(f"the peer {name} did not start in {python}")
-        self.answers = np.load(outputs)
+        if self.process.stdout.readline() != "ready\n":
+            self.process.wait()
+            raise RuntimeError(f"{self.name} does not run this in {python}")
+        self.answers = list(np.load(self.output).values())
 
     def __call__(self):
         self.process.stdin.write("\n")
@@ -42,35 +48,17 @@ class Peer:
         return float(self.process.stdout.readline())
 
     def close(self):
+        """Ends the process; its peak memory in bytes."""
         self.process.stdin.close()
+        memory = int(self.process.stdout.readline())
         self.process.wait(timeout=60)
+        return memory
 
 
-def ours(span, sliding, backward, mode, backend, arrays):
-    """A call of ours and its answers, for queries that see so many keys before and after themselves."""
-    before, after = span
-    causal = None if sliding else LocalAttention(before, causal=True, exact_windowsize=True, backend=backend)
-
-    def attn(q, k, v):
-        if causal is not None:
-            return causal(q, k, v)
-        return sliding_window_attention(q, k, v, window_size_left=before, window_size_right=after + 1, backend=backend)
-    q, k, v, dout = map(Tensor, arrays)
-
-    def forward(q, k, v):
-        return attn(q, k, v)
-
-    def weighted(q, k, v):
-        return (attn(q, k, v) * dout).sum()
-    function = ms.grad(weighted, (0, 1, 2)) if backward else forward
-    function = ms.jit(function) if mode == "graph" else function
-
-    def call():
-        start = time.perf_counter()
-        result = function(q, k, v)
-        answers = [x.asnumpy() for x in (result if backward else (result,))]
-        return (time.perf_counter() - start) * 1e3, answers
-    return call
+def verify(ours, theirs, tolerance):
+    error = max(np.abs(a.astype(np.float64) - b).max() for a, b in zip(ours.answers, theirs.answers))
+    if not error <= tolerance:
+        raise RuntimeError(f"the answers of {theirs.name} differ by {error:.1e}, nothing timed")
 
 
 def spread(times):
@@ -78,46 +66,167 @@ def spread(times):
     return f"{middle:.1f} ms ({low:.1f} … {high:.1f})"
 
 
+def compare(what, ours, theirs, repeat, tolerance):
+    """A line and a record of one comparison; both sides are ended."""
+    try:
+        if tolerance is not None:
+            verify(ours, theirs, tolerance)
+        pairs = [(ours(), theirs()) for _ in range(repeat)]
+    finally:
+        memory = [side.close() / 2**30 for side in (ours, theirs)]
+    mine, others = zip(*pairs)
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"{what}: {spread(mine)}, {memory[0]:.2f} GiB; {theirs.name} {spread(others)}, {memory[1]:.2f} GiB: "
+          f"{ratio:.2f} times as fast", flush=True)
+    return {"what": what, "ms": statistics.median(mine), "GiB": memory[0], "peer": theirs.name,
+            "peer ms": statistics.median(others), "peer GiB": memory[1], "ratio": ratio}
+
+
+class Runner:
+    """Comparisons of one run, on inputs in one folder."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder, self.records = args, folder, []
+
+    def side(self, name, python, **spec):
+        return Side(python, self.folder, name=name, **spec)
+
+    def attention(self, what, peers, repeat=None, **spec):
+        """Our attention against each peer; None for a peer is our own attention on the standard workload."""
+        spec = {**STANDARD, "backend": self.args.backend, "mode": self.args.mode, **spec}
+        inputs = pathlib.Path(self.folder) / f"inputs-{'-'.join(map(str, spec['shape']))}.npy"
+        if not inputs.exists():
+            np.save(inputs, np.random.default_rng(0).standard_normal((4, *spec["shape"])).astype(np.float32))
+        spec["inputs"] = str(inputs)
+        for name in peers:
+            try:
+                ours = self.side("here", sys.executable, **spec)
+                try:
+                    plain = {**spec, "options": (), "name": "here"}
+                    theirs = (self.side(name, self.args.peer_python, **spec) if name else
+                              Side(sys.executable, self.folder, **plain))
+                except RuntimeError:
+                    ours.close()
+                    raise
+                # sdpa sees the whole past and our own plain call other keys: costs to compare, not answers
+                tolerance = None if name in (None, "sdpa") else 1e-3
+                self.records.append(compare(f"{what}, {'forward+backward' if spec['backward'] else 'forward'}", ours,
+                                            theirs, repeat or self.args.repeat, tolerance))
+            except RuntimeError as error:
+                print(f"{what}: {error}", flush=True)
+
+    def model(self, what, tolerance, repeat, **spec):
+        spec["weights"] = str(pathlib.Path(self.folder) / f"weights-{spec['kind']}.npz")
+        theirs = self.side("lucidrains", self.args.peer_python, **spec)
+        ours = self.side("here", sys.executable, **spec)
+        self.records.append(compare(what, ours, theirs, repeat, tolerance))
+
+
+def matmul_rate():
+    """Multiply-adds a second of MindSpore's own product of two large matrices."""
+    import time
+
+    import mindspore as ms
+    from mindspore import Tensor, ops
+    ms.runtime.launch_blocking()
+    a = Tensor(np.ones((2048, 2048), np.float32))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        ops.matmul(a, a).asnumpy()
+        times.append(time.perf_counter() - start)
+    return 2048**3 / min(times)
+
+
+def of_matmul_rate(record, shape, window, backward):
+    """What share of the matmul rate goes into the products of the window: two forward, seven with backward."""
+    groups, n, head_dim = shape[0] * shape[1], *shape[2:]
+    seen = sum(min(i, window) + 1 for i in range(n))
+    return groups * seen * head_dim * (7 if backward else 2) / (record["ms"] / 1e3) / matmul_rate()
+
+
+def plot(records, file):
+    """Time and memory against the sequence length."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "GiB"), ("ms, forward + backward", "GiB, peak")):
+        for peer, prefix in (("here", ""), ("lucidrains", "peer ")):
+            points = [(record["n"], record[prefix + key]) for record in records
+                      if "n" in record and prefix + key in record]
+            if points:
+                axes.plot(*zip(*points), "o-", label="local_attention for MindSpore" if peer == "here" else
+                          "local-attention for PyTorch")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axes.set_xticks([2**k for k in range(11, 18, 2)], [f"{2**k // 1024}k" for k in range(11, 18, 2)], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=.3)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def scaling(runner):
+    """Alone where the peer would need more memory than a machine of this size has."""
+    for k in range(11, 18):
+        shape = (1, 8, 2**k, 64)
+        if k <= 14:
+            runner.attention(f"{2**k} tokens", ["lucidrains"], repeat=5, shape=shape, backward=True)
+        else:
+            inputs = pathlib.Path(runner.folder) / "inputs.npy"
+            np.save(inputs, np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32))
+            side = runner.side("here", sys.executable, **{**STANDARD, "shape": shape, "backward": True,
+                                                          "mode": runner.args.mode, "inputs": str(inputs)})
+            times = [side() for _ in range(5)]
+            runner.records.append({"what": f"{2**k} tokens", "ms": statistics.median(times),
+                                   "GiB": side.close() / 2**30})
+            print(f"{2**k} tokens, forward+backward: {spread(times)}, {runner.records[-1]['GiB']:.2f} GiB", flush=True)
+        if runner.records and runner.records[-1]["what"].startswith(str(2**k)):
+            runner.records[-1]["n"] = 2**k
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="+",
+                        choices=("attention", "long", "options", "sliding", "scaling", "train", "decode"))
     parser.add_argument("--peer-python", required=True, help="the interpreter of an environment with torch and peers")
-    parser.add_argument("--peers", default="lucidrains", help=f"comma-separated, of {', '.join(PEERS)}")
-    parser.add_argument("--shape", type=int, nargs=4, default=(2, 8, 2048, 64), metavar=("B", "H", "N", "D"))
-    parser.add_argument("--window", type=int, default=512, help="of LocalAttention, causal and exact")
-    parser.add_argument("--sliding", type=int, nargs=2, metavar=("LEFT", "RIGHT"),
-                        help="sliding_window_attention in its place, with these window sizes")
-    parser.add_argument("--modes", default="graph", help="comma-separated, of graph, pynative")
-    parser.add_argument("--backend", help="by name; the fastest if left out")
+    parser.add_argument("--peers", default="lucidrains,flex,sdpa", help="of attention: comma-separated")
+    parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="of ours")
+    parser.add_argument("--backend", help="of ours, by name; the fastest if left out")
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("--plot", help="a .png of time and memory against the sequence length, with `scaling`")
+    parser.add_argument("--json", help="where all records are written")
     args = parser.parse_args()
-    arrays = np.random.default_rng(0).standard_normal((4, *args.shape)).astype(np.float32)
-    span = (args.sliding[0], args.sliding[1] - 1) if args.sliding else (args.window, 0)
-    print(f"MindSpore {ms.__version__}, B H N D = {tuple(args.shape)}, float32, "
-          f"{span[0]} keys before each query, itself, and {span[1]} after it")
+    from importlib.metadata import version
+    print(f"MindSpore {version('mindspore')}, Python {platform.python_version()}, "
+          f"{len(os.sched_getaffinity(0))} cores, float32")
+    peers = args.peers.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        inputs = str(pathlib.Path(folder) / "inputs.npy")
-        np.save(inputs, arrays)
-        for backward in (False, True):
-            for mode in args.modes.split(","):
-                for name in args.peers.split(","):
-                    call = ours(span, args.sliding is not None, backward, mode, args.backend, arrays)
-                    try:
-                        peer = Peer(args.peer_python, name, span, backward, inputs, folder)
-                    except RuntimeError as error:
-                        print(error)
-                        continue
-                    answers = call()[1]
-                    wanted = peer.answers[1:] if backward else peer.answers
-                    error = max(np.abs(a - b).max() for a, b in zip(answers, wanted))
-                    what = f"{'forward+backward' if backward else 'forward'}, {mode}, against {name}"
-                    if error > 1e-3 and name != "sdpa":  # sdpa sees the whole past: a cost to compare, not an answer
-                        sys.exit(f"{what}: answers differ by {error:.1e}, nothing timed")
-                    call(), peer()
-                    pairs = [(call()[0], peer()) for _ in range(args.repeat)]
-                    peer.close()
-                    mine, theirs = zip(*pairs)
-                    print(f"{what}: {spread(mine)}, {name} {spread(theirs)}: "
-                          f"{statistics.median(b / a for a, b in pairs):.2f} times as fast", flush=True)
+        runner = Runner(args, folder)
+        for workload in args.workloads:
+            for backward in (False, True):
+                if workload == "attention":
+                    before = len(runner.records)
+                    runner.attention("standard", peers, backward=backward)
+                    if len(runner.records) > before:
+                        share = of_matmul_rate(runner.records[before], STANDARD["shape"], STANDARD["window"], backward)
+                        print(f"the products of the window at {share:.0%} of MindSpore's matmul rate")
+                elif workload == "long":
+                    runner.attention("16,384 tokens", peers[:1], repeat=5, shape=(1, 8, 16384, 64), backward=backward)
+                elif workload == "options":
+                    for option in ("mask", "bias", "aligned", "dropout"):
+                        runner.attention(f"with {option}", [None], options=[option], backward=backward)
+                elif workload == "sliding":
+                    runner.attention("sliding 128 + 128", ["flex"], sliding=(128, 128), backward=backward)
+            if workload == "scaling":
+                scaling(runner)
+            elif workload == "train":
+                runner.model("training step", 1e-2, args.repeat, kind="train", batch=(2, 1025))
+            elif workload == "decode":
+                runner.model("128 tokens after 512", 0, 7, kind="decode", prompt=512, new=128)
+        if args.plot:
+            plot(runner.records, args.plot)
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(runner.records, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""One side of a comparison in a process of its own: for each line it is sent, one call and its milliseconds.
+
+Run by `python -m benchmarks`, never by hand. The side `here` needs MindSpore and this package; `lucidrains` needs torch
+and the PyTorch package local-attention, which has our import name and so an environment of its own; `flex` and `sdpa`
+need torch.
+"""
+import json
+import resource
+import sys
+import time
+
+import numpy as np
+
+MODEL = dict(num_tokens=256, dim=512, depth=6, heads=8, max_seq_len=1024, causal=True, local_attn_window_size=256,
+             num_residual_streams=1)  # 20M weights
+
+
+def here(spec):
+    """Our attention: LocalAttention with a window, sliding_window_attention with a span."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from local_attention import LocalAttention, sliding_window_attention
+    options = spec["options"]
+    *inputs, dout = map(Tensor, np.load(spec["inputs"]))
+    batch, heads, n, _ = inputs[0].shape
+    window = spec["window"]
+    mask, bias = None, None
+    if "mask" in options:
+        mask = Tensor(np.arange(n) < np.linspace(n * 3 // 4, n, batch).astype(int)[:, None])
+    if "bias" in options:
+        bias = Tensor(np.random.default_rng(1).standard_normal((heads, window, 2 * window)).astype(np.float32))
+        inputs.append(bias)
+    if spec["sliding"]:
+        left, right = spec["sliding"]
+
+        def attn(q, k, v, *_):
+            return sliding_window_attention(q, k, v, window_size_left=left, window_size_right=right,
+                                            backend=spec["backend"])
+    else:
+        cell = LocalAttention(window, causal=True, exact_windowsize="aligned" not in options, backend=spec["backend"],
+                              dropout=0.1 if "dropout" in options else 0.)
+        cell.set_train("dropout" in options)
+
+        def attn(q, k, v, *bias):
+            return cell(q, k, v, mask=mask, attn_bias=bias[0] if bias else None)
+
+    def forward(*inputs):
+        return attn(*inputs)
+
+    def both(*inputs):
+        out = attn(*inputs)
+        return (out * dout).sum(), out
+    function = ms.value_and_grad(both, tuple(range(len(inputs))), has_aux=True) if spec["backward"] else forward
+    function = ms.jit(function) if spec["mode"] == "graph" else function
+
+    def call():
+        result = function(*inputs)
+        answers = [result[0][1], *result[1][:3]] if spec["backward"] else [result]
+        return [x.asnumpy() for x in answers]  # which waits: MindSpore's calls return before they are done
+    return call
+
+
+def torch_attention(spec):
+    """The call of a peer on (q, k, v), causal where it is given a window."""
+    import torch
+    if spec["name"] == "lucidrains":
+        from local_attention import LocalAttention
+        return LocalAttention(spec["window"], causal=True, exact_windowsize=True)
+    before, after = (spec["sliding"][0], spec["sliding"][1] - 1) if spec["sliding"] else (spec["window"], 0)
+    if spec["name"] == "sdpa":
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=after == 0)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch, head, i, j):
+        return (j <= i + after) & (i - j <= before)
+    n = spec["shape"][2]
+    compiled, mask = torch.compile(flex_attention), create_block_mask(seen, None, None, n, n, device="cpu")
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+
+
+def peer(spec):
+    import torch
+    q, k, v, dout = (torch.from_numpy(x).requires_grad_(spec["backward"]) for x in np.load(spec["inputs"]))
+    attn = torch_attention(spec)
+
+    def call():
+        with torch.set_grad_enabled(spec["backward"]):
+            out = attn(q, k, v)
+            answers = [out, *torch.autograd.grad(out, (q, k, v), dout)] if spec["backward"] else [out]
+        return [x.detach().numpy() for x in answers]
+    return call
+
+
+def tokens(shape):
+    return np.random.default_rng(0).integers(0, MODEL["num_tokens"], shape)
+
+
+def here_model(spec):
+    """A training step, or tokens decoded after a prompt."""
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    from local_attention import LocalTransformer, load_torch_weights
+    ms.runtime.launch_blocking()  # as a script that owns its process may: see train.py
+    model = LocalTransformer(**MODEL)
+    load_torch_weights(model, spec["weights"])
+    if spec["kind"] == "decode":
+        prime = Tensor(tokens((1, spec["prompt"])).astype(np.int32))
+        return lambda: [model.generate(prime, spec["new"], temperature=0.).asnumpy()]
+    x, optimizer = Tensor(tokens(spec["batch"]).astype(np.int32)), nn.Adam(model.trainable_params(), 1e-4)
+
+    def loss(x):
+        return model(x, return_loss=True)
+    gradient = ms.value_and_grad(loss, None, model.trainable_params())
+
+    def step(x):
+        loss, grads = gradient(x)
+        optimizer(grads)
+        return loss
+    step = ms.jit(step)
+    model.set_train()
+    return lambda: [step(x).asnumpy()]
+
+
+def peer_model(spec):
+    import torch
+    from local_attention import LocalTransformer
+    torch.manual_seed(0)
+    model = LocalTransformer(**MODEL)
+    np.savez(spec["weights"], **{name: x.numpy() for name, x in model.state_dict().items()})
+    if spec["kind"] == "decode":
+        prime = torch.from_numpy(tokens((1, spec["prompt"])))
+        model.eval()
+        return lambda: [model.generate(prime, spec["new"], temperature=0., use_kv_cache=True).numpy()]
+    x, optimizer = torch.from_numpy(tokens(spec["batch"])), torch.optim.Adam(model.parameters(), 1e-4)
+
+    def step():
+        loss = model(x, return_loss=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return [loss.detach().numpy()]
+    return step
+
+
+def main():
+    spec = json.loads(sys.argv[1])
+    make = {("attention", True): here, ("attention", False): peer}.get(
+        (spec["kind"], spec["name"] == "here"), here_model if spec["name"] == "here" else peer_model)
+    call = make(spec)
+    np.savez(spec["outputs"], *call())
+    call()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call()
+        print((time.perf_counter() - start) * 1e3, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+if __name__ == "__main__":
+    main()
