@@ -267,7 +267,8 @@ class LocalAttention(nn.Cell):
             attn_bias (bool): Whether the call has a bias. Default: ``False`` .
 
         Returns:
-            str, a line for each backend, the multiply-adds and the bytes of scores.
+            str, a line for each backend, the multiply-adds, the bytes of scores and of inputs and output, and what a
+            compiled function compiles anew for.
         """
         checks.positive_int("LocalAttention.explain", "n", n)
         windows, head_dim = self.windows, self.rotary_dim or 64
@@ -277,7 +278,8 @@ class LocalAttention(nn.Cell):
         return explain(Problem(
             self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
             batch=groups if self.use_xpos else int(mask), bias_backward=windows.backward, hide_self=self.shared_qk,
-            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset), self.backend)
+            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset,
+            dropout=self.dropout if self.training else 0.), self.backend)
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         if mask is None:
@@ -296,9 +298,9 @@ class LocalAttention(nn.Cell):
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         if self.rel_pos is not None and not self.use_xpos:
             q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # the end of the span, relative to k
-        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias), dtype).reshape(shape)
+        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, dtype), dtype).reshape(shape)
 
-    def attend_prepared(self, q, k, v, windows, mask, attn_bias):
+    def attend_prepared(self, q, k, v, windows, mask, attn_bias, dtype=None):
         """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows."""
         groups, n, head_dim = q.shape
         offset = 0
@@ -310,5 +312,5 @@ class LocalAttention(nn.Cell):
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
+                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend, dtype=dtype)
         return unfold(out, groups, n) if self.use_xpos else out
