@@ -12,7 +12,8 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32
+from .attend import Float32, draw_seed
+from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cache import attend_cached, checked_cache, first_cache
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .local_attention import LocalAttention, l2norm
@@ -141,6 +142,27 @@ def _halves(owner, x):
     return (*shape[:-1], shape[-1] // 2), math.prod(shape[:-1]), shape[-1] // 2
 
 
+class _Dropout(nn.Cell):
+    """Dropout in training that a seed repeats: which numbers `nn.Dropout` drops on CPU depends on its threads too."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def construct(self, x):
+        if self.rate == 0 or not self.training:
+            return x
+        rows, columns = _hashes(x.shape)
+        keep = keep_factors(seeded_rows(rows, draw_seed()), columns, self.rate)
+        return ops.mul(x, ops.cast(keep.reshape(x.shape), x.dtype))
+
+
+@constexpr
+def _hashes(shape):
+    rows = row_hash([0], np.arange(math.prod(shape[:-1])))
+    return Tensor(rows.reshape(-1, 1)), Tensor(column_hash(np.arange(shape[-1])))
+
+
 class FeedForward(nn.SequentialCell):
     r"""
     The feed-forward half of a layer: LayerNorm, a projection to twice `int(dim * mult * 2 / 3)`, GEGLU, dropout, back.
@@ -177,7 +199,7 @@ class FeedForward(nn.SequentialCell):
         if inner < 1:
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
         super().__init__(nn.LayerNorm((dim,), epsilon=EPSILON), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
-                         nn.Dropout(p=checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
+                         _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
 
 
 class DynamicPositionBias(nn.Cell):
