@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .any_length import attend_any_length, unknown
 from .attend import Float32, Problem, attend, check_backend, explain
 from .rotary import SinusoidalEmbeddings
 from .spec import WindowSpec
@@ -102,19 +103,20 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_
     for name, x in (("k", k), ("v", v)):
         checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
     *leading, n, head_dim = shape
-    groups = math.prod(leading)
+    groups = None if None in leading else math.prod(leading)
     if rotary_dim not in (None, head_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
-    if not autopad and n % windows.size:
+    known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    if known and not autopad and n % windows.size:
         raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) without "
                                  "'autopad'", n)
     if mask is not None:
         batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
-        if rest != [n] or batch == 0 or groups % batch:
+        if rest != [n] or batch == 0 or (known and groups % batch):
             raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
     if attn_bias is not None:
         heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        if rest != [windows.size, windows.span] or heads == 0 or groups % heads:
+        if rest != [windows.size, windows.span] or heads == 0 or (groups or 0) % heads:
             raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span}), heads a "
                                      f"divisor of {groups}", attn_bias[0])
     return groups, windows
@@ -289,6 +291,8 @@ class LocalAttention(nn.Cell):
             checks.described(k), checks.described(v), checks.described(mask), checks.described(attn_bias), window_size)
         if groups == 0:
             return q
+        if unknown(q.shape):
+            return self._any_length(q, k, v, mask, attn_bias, windows)
         shape, dtype = q.shape, q.dtype
         n, head_dim = shape[-2:]
         q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
@@ -314,3 +318,15 @@ class LocalAttention(nn.Cell):
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
                      dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend, dtype=dtype)
         return unfold(out, groups, n) if self.use_xpos else out
+
+    def _any_length(self, q, k, v, mask, attn_bias, windows):
+        """A call in a graph that is compiled for every length, `autopad` or not."""
+        flat = (-1, q.shape[-2], q.shape[-1])
+        rotary = None
+        if self.rel_pos is not None:
+            rotary = self.rel_pos.frequencies, self.rel_pos.scale_base if self.use_xpos else None, windows.forward
+        k = l2norm(k) if self.shared_qk else k
+        return attend_any_length(
+            "LocalAttention", q.reshape(flat), k.reshape(flat), v.reshape(flat), windows.spec,
+            q.shape[-1] ** -0.5 if self.scale is None else self.scale, mask, attn_bias, windows.backward,
+            self.shared_qk, self.dropout if self.training else 0., rotary, self.backend).reshape(q.shape)

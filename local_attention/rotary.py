@@ -137,20 +137,24 @@ def _rotate_half(dim):
     return Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
 
 
+def rotation_tables(frequencies, start, n, power=None):
+    """Cosines and sines for the positions `start … start + n - 1`, float64 `(n, dim)`, times xpos's scales."""
+    angles, scale = np.tile(np.outer(np.arange(start, start + n), frequencies), 2), 1.
+    if power is not None:
+        scale = np.tile(_xpos_base(2 * len(frequencies)) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
+    return scale * np.cos(angles), scale * np.sin(angles)
+
+
 class _Rotation(Float32):
     """`x * cos + rotate_half(x) * sin` with tables of the shape of x."""
 
     def __init__(self, frequencies, shape, start, power):
         super().__init__()
         groups, n, dim = shape
-        angles = np.tile(np.outer(np.arange(start, start + n), frequencies), 2)
-        scale = 1.
-        if power is not None:
-            scale = np.tile(_xpos_base(dim) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
         together = max(size for size in range(1, groups + 1)
                        if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
-        self.cos, self.sin = (Tensor(np.tile(scale * table, (together, 1)).astype(np.float32))
-                              for table in (np.cos(angles), np.sin(angles)))
+        self.cos, self.sin = (Tensor(np.tile(table, (together, 1)).astype(np.float32))
+                              for table in rotation_tables(frequencies, start, n, power))
         self.half = _rotate_half(dim)
         self.split, self.concat, self.matmul = ops.Split(0, groups // together), ops.Concat(0), ops.MatMul()
 

@@ -196,6 +196,59 @@ def test_export_of_a_model(tmp_path):
     np.testing.assert_allclose(again(x).asnumpy(), model(x).asnumpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [dict(use_xpos=True, look_forward=2),
+                                      dict(shared_qk=True, exact_windowsize=True, causal=True)], ids=["xpos", "shared"])
+def test_export_of_attention_for_every_length(settings, tmp_path):
+    attn = LocalAttention(7, dim=10, **settings)  # `autopad` or not
+    x, mask = Tensor(shape=[None, 3, None, 10], dtype=ms.float32), Tensor(shape=[None, None], dtype=ms.bool_)
+    again = exported(attn, tmp_path / "attention", x, x, x, mask)
+    for b, n in ((2, 1), (1, 14), (2, 293)):
+        q, k, v = (ops.randn((b, 3, n, 10)) for _ in range(3))
+        mask = np.random.rand(b, n) < .6
+        k = ops.masked_fill(k, Tensor(~mask)[:, None, :, None], float("nan"))
+        wanted = LocalAttention(7, dim=10, autopad=True, **settings)(q, k, v, Tensor(mask))
+        np.testing.assert_allclose(again(q, k, v, Tensor(mask)).asnumpy(), wanted.asnumpy(), atol=1e-5)
+
+
+def test_export_of_a_model_for_every_length(tmp_path):
+    every = dict(qk_rmsnorm=True, gate_values_per_head=True, use_dynamic_pos_bias=True, max_seq_len=300)
+    model = LocalTransformer(**{**SETTINGS, **every})
+    again = exported(model, tmp_path / "model", Tensor(shape=[None, None], dtype=ms.int32))
+    for x in (tokens(2, 1), tokens(1, 10), tokens(2, 293)):
+        np.testing.assert_allclose(again(x).asnumpy(), model(x).asnumpy(), atol=1e-5)
+
+
+def test_one_compilation_trains_at_every_length():
+    rate, network = 0.1, NextToken(max_seq_len=300)
+    initial = {name: value.asnumpy().copy() for name, value in network.parameters_dict().items()}
+    inputs = [tokens(2, n) for n in (5, 12, 290)]
+    wanted = []
+    for x in inputs:
+        loss, grads = ms.value_and_grad(network, None, network.trainable_params())(x)
+        wanted.append((loss.asnumpy(), [grad.asnumpy() for grad in grads]))
+    with mode("graph"):
+        step = nn.TrainOneStepCell(network, nn.SGD(network.trainable_params(), rate))
+        step.set_inputs(Tensor(shape=[2, None], dtype=ms.int32))
+        for x, (loss, grads) in zip(inputs, wanted):
+            np.testing.assert_allclose(step(x).asnumpy(), loss, rtol=1e-5)
+            for parameter, grad in zip(network.trainable_params(), grads):
+                moved = (initial[parameter.name] - parameter.asnumpy()) / rate
+                np.testing.assert_allclose(moved, grad, atol=2e-5)
+                assert np.abs(grad).max() > 0
+                parameter.set_data(Tensor(initial[parameter.name]))
+        assert len(step.compile_cache) == 1
+
+
+@pytest.mark.parametrize("attn, message", [
+    (LocalAttention(5, dropout=0.1).set_train(), "'dropout' must be 0 in training in a graph for every length"),
+    (LocalAttention(5, backend="dense"), "'backend' must be None in a graph for every length, but got 'dense'."),
+])
+def test_what_a_graph_for_every_length_cannot_do(attn, message):
+    with mode("graph"), pytest.raises(ValueError, match=message):
+        attn.set_inputs(*[Tensor(shape=[2, None, 10], dtype=ms.float32)] * 3)
+        attn(*[ops.ones((2, 10, 10))] * 3)
+
+
 QUIET = """
 import mindspore as ms, numpy as np
 from mindspore import Tensor, nn, ops
@@ -206,10 +259,9 @@ def loss(x):
     return model(x, return_loss=True)
 step = ms.value_and_grad(loss, None, model.trainable_params())
 step(x)[0].asnumpy(), ms.jit(step)(x)[0].asnumpy(), model.generate(x[:, :5], 3).asnumpy()
-for dtype in (ms.float32, ms.float16, ms.bfloat16):
+for dtype in (ms.float16, ms.bfloat16):
     q = ops.randn((2, 3, 20, 10)).astype(dtype)
-    for settings in ({}, dict(dim=10), dict(dim=10, use_xpos=True), dict(shared_qk=True, exact_windowsize=True)):
-        LocalAttention(5, **settings)(q, q, q).astype(ms.float32).asnumpy()
+    LocalAttention(5, dim=10, use_xpos=True, shared_qk=True)(q, q, q).astype(ms.float32).asnumpy()
     sliding_window_attention(q, q, q, dropout_rate=.1, seed=3).astype(ms.float32).asnumpy()
 ms.export(model, x, file_name="model", file_format="MINDIR")
 """
