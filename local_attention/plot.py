@@ -1,4 +1,4 @@
-"""Pictures of who may see whom and of who looks at whom; matplotlib, which is optional, is imported as they are drawn."""
+"""Pictures of who may see whom and of who looks at whom; matplotlib, which is optional, is imported as one is drawn."""
 import numpy as np
 from mindspore import Tensor, ops
 

@@ -171,7 +171,7 @@ def _per_group(x, groups):
 def _padded(x):
     """Heads of a multiple of 16 dimensions: zeros change no product."""
     missing = -x.shape[-1] % 16
-    return x if missing == 0 else ops.cat((x, ops.zeros(x.shape[:-1] + (missing,), x.dtype)), -1)
+    return x if missing == 0 else ops.cat((x, ops.cast(ops.zeros(x.shape[:-1] + (missing,), ms.float32), x.dtype)), -1)
 
 
 def _by_head(x, heads):
