@@ -195,6 +195,19 @@ def test_a_block_that_computes_in_float16_takes_it(mode, on_ascend):
     np.testing.assert_allclose(out.astype(ms.float32).asnumpy(), wanted, atol=2e-2)
 
 
+def test_decoding_in_float16_takes_it(on_ascend):
+    block = LocalMHA(dim=12, window_size=W, dim_head=D, heads=HEADS, causal=True)
+    x = Tensor(np.random.randn(2, 23, 12).astype(np.float32))
+    wanted = block(x).asnumpy()
+    block.to_float(ms.float16)
+    _, cache = block(x[:, :20], return_cache=True)
+    for at in range(20, 23):
+        on_ascend.clear()
+        out, cache = block(x[:, at:at + 1], cache=cache, return_cache=True)
+        assert [call["shape"][2] for call in on_ascend] == [1]
+        np.testing.assert_allclose(out.astype(ms.float32).asnumpy(), wanted[:, at:at + 1], atol=2e-2)
+
+
 def test_sliding_window_attention_takes_it(on_ascend):
     q, k, v = (Tensor(np.random.randn(2, HEADS, 23, D).astype(np.float16)) for _ in range(3))
     out = sliding_window_attention(q, k, v, window_size_left=5, window_size_right=3)

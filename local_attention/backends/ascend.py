@@ -81,8 +81,9 @@ def fold(problem):
     spec, n_q, n_k, offset = problem.spec, problem.n_q, problem.n_k, problem.offset
     backward, forward = min(spec.backward, offset + n_q), min(spec.forward, n_k)
     unit = max(spec.bucket, problem.bias_period)
-    rows = unit * max(1, max(ROWS, (backward + spec.bucket + forward) // 2) // unit)
-    starts = np.arange(offset // rows, (offset + n_q - 1) // rows + 1)[:, None] * rows
+    units = -(-(offset % unit + n_q) // unit)
+    rows = unit * min(units, max(1, max(ROWS, (backward + spec.bucket + forward) // 2) // unit))
+    starts = offset // unit * unit + np.arange(0, units * unit, rows)[:, None]
     keys = starts - backward + np.arange(rows + backward + forward)
     return starts + np.arange(rows), keys[:, _within(keys, n_k).any(0)]
 
@@ -154,7 +155,7 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
         real_shift=bias, attn_mask=ops.logical_and(mask, ops.logical_not(nothing)), scalar_value=scale,
         input_layout="BNSD", sparse_mode=0)
     out = ops.masked_fill(out, nothing, 0.).reshape(blocks, problem.groups, rows, -1).swapaxes(0, 1)
-    first = problem.offset % rows
+    first = problem.offset % max(problem.spec.bucket, problem.bias_period)  # where in its block the first query stands
     return out.reshape(problem.groups, blocks * rows, -1)[:, first:first + problem.n_q, :problem.head_dim]
 
 
