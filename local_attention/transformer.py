@@ -631,7 +631,8 @@ class LocalTransformer(nn.Cell):
                 if return_cache:
                     out, cache = out
                     global_caches.append(cache)
-                x = _given_back(x, out.reshape(_checked_shape(self.cls_name, checks.described(out), taken.shape)), beta)
+                shape = _checked_shape(self.cls_name, checks.described(out), taken.shape)
+                x = _given_back(x, out if unknown(shape) else out.reshape(shape), beta)
             taken, x, beta = self._taken(x, number, 0)
             out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
                        return_cache=return_cache)

@@ -13,7 +13,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 from mindspore.train import Callback, CheckpointConfig, LossMonitor, Model, ModelCheckpoint, TimeMonitor
 
-from local_attention import LocalAttention, LocalTransformer
+from local_attention import LocalAttention, LocalMHA, LocalTransformer
 from local_attention.backends import native
 
 SETTINGS = dict(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10, local_attn_window_size=5)
@@ -211,7 +211,9 @@ def test_export_of_attention_for_every_length(settings, tmp_path):
 
 
 def test_export_of_a_model_for_every_length(tmp_path):
-    every = dict(qk_rmsnorm=True, gate_values_per_head=True, use_dynamic_pos_bias=True, max_seq_len=300)
+    full = LocalMHA(dim=12, heads=3, dim_head=10, window_size=300, look_backward=0, exact_windowsize=False, causal=True)
+    every = dict(qk_rmsnorm=True, gate_values_per_head=True, use_dynamic_pos_bias=True, max_seq_len=300,
+                 num_residual_streams=2, global_attn_layer=full)
     model = LocalTransformer(**{**SETTINGS, **every})
     again = exported(model, tmp_path / "model", Tensor(shape=[None, None], dtype=ms.int32))
     for x in (tokens(2, 1), tokens(1, 10), tokens(2, 293)):
