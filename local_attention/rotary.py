@@ -156,13 +156,20 @@ class _Rotation(Float32):
         self.cos, self.sin = (Tensor(np.tile(table, (together, 1)).astype(np.float32))
                               for table in rotation_tables(frequencies, start, n, power))
         self.half = _rotate_half(dim)
-        self.split, self.concat, self.matmul = ops.Split(0, groups // together), ops.Concat(0), ops.MatMul()
+        self.parts = groups // together
+        self.split, self.concat, self.matmul = ops.Split(0, self.parts), ops.Concat(0), ops.MatMul()
 
     def construct(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        if self.parts == 1:  # MindSpore warns of the gradient of a Concat of one
+            return self._turned(rows).reshape(x.shape)
         parts = []
-        for part in self.split(x.reshape(-1, x.shape[-1])):
-            parts.append(ops.add(ops.mul(part, self.cos), ops.mul(self.matmul(part, self.half), self.sin)))
+        for part in self.split(rows):
+            parts.append(self._turned(part))
         return self.concat(parts).reshape(x.shape)
+
+    def _turned(self, rows):
+        return ops.add(ops.mul(rows, self.cos), ops.mul(self.matmul(rows, self.half), self.sin))
 
 
 _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))
