@@ -10,7 +10,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .backends.dense import HIDDEN, SELF_SCORE
-from .rotary import rotation_tables
+from .rotary import rotation_matrix, rotation_tables
 
 ROWS = 128  # queries in a block, at least
 
@@ -44,8 +44,7 @@ def _block(owner, spec, period, head_dim, rotary, bias_columns, bias_backward, h
             q_power, k_power = ((start - middle) / scale_base, 1 / scale_base), (middle / scale_base, -1 / scale_base)
         tables = tuple(tuple(Tensor(table.astype(np.float32)) for table in rotation_tables(frequencies, *place))
                        for place in ((start, rows, q_power), (0, len(keys), k_power)))
-        half, zero = np.eye(head_dim // 2), np.zeros((head_dim // 2,) * 2)
-        tables = (*tables[0], *tables[1], Tensor(np.block([[zero, half], [-half, zero]]).astype(np.float32)))
+        tables = (*tables[0], *tables[1], rotation_matrix(head_dim))
     return (rows, Tensor(queries.astype(np.int32)), Tensor(keys.astype(np.int32)),
             Tensor(spec.visible(queries, keys).astype(np.float32)), Tensor(add), bias_index, tables)
 

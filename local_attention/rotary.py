@@ -131,7 +131,7 @@ def _embeddings(frequencies, n, scale_base):
     return Tensor(np.tile(angles, 2).astype(np.float32)), Tensor(scale.astype(np.float32))
 
 
-def _rotate_half(dim):
+def rotation_matrix(dim):
     """`rotate_half` as a matrix that rows are multiplied with."""
     half = np.eye(dim // 2)
     return Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
@@ -155,7 +155,7 @@ class _Rotation(Float32):
                        if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
         self.cos, self.sin = (Tensor(np.tile(table, (together, 1)).astype(np.float32))
                               for table in rotation_tables(frequencies, start, n, power))
-        self.half = _rotate_half(dim)
+        self.half = rotation_matrix(dim)
         self.parts = groups // together
         self.split, self.concat, self.matmul = ops.Split(0, self.parts), ops.Concat(0), ops.MatMul()
 
@@ -184,7 +184,7 @@ class _RotationAt(Float32):
     def __init__(self, frequencies):
         super().__init__()
         units = np.round(np.array(frequencies) / (2 * np.pi) * 2**32).astype(np.int64).astype(np.int32)
-        self.units, self.half = Tensor(np.tile(units, 2)[None]), _rotate_half(2 * len(frequencies))
+        self.units, self.half = Tensor(np.tile(units, 2)[None]), rotation_matrix(2 * len(frequencies))
 
     def construct(self, x, positions):
         units = ops.cast(ops.mul(positions.reshape(-1, 1), self.units), ms.float32)
