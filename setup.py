@@ -40,7 +40,7 @@ setup(
     ext_modules=[NATIVE],
     python_requires=">=3.9,<3.13",
     # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
-    install_requires=["mindspore>=2.10.0", "numpy>=1.25,<2"],
+    install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2"],
     extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff"]},
     classifiers=[
         "Intended Audience :: Developers",

@@ -1,7 +1,8 @@
 """Train a byte-level `LocalTransformer` on real text and sample from it: `python train.py`.
 
 Without `--data` the text is the source of the Python standard library on this machine. A run writes into a folder of
-its own: settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines and the loss curve.
+its own: settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines, the loss curve and a
+picture of what its heads look at.
 """
 import argparse
 import gzip
@@ -20,6 +21,7 @@ import numpy as np  # noqa: E402
 from mindspore import Tensor, nn, ops  # noqa: E402
 
 from local_attention import LocalMHA, LocalTransformer  # noqa: E402
+from local_attention.plot import attention_weights, plot_weights  # noqa: E402
 
 try:
     import matplotlib
@@ -292,6 +294,13 @@ def draw_curve(path, records, entropy):
     pyplot.close(figure)
 
 
+def draw_heads(path, model, text):
+    """What each head of each layer looks at, over a text."""
+    figure = plot_weights(attention_weights(model, Tensor(text[None].astype(np.int32))))
+    figure.suptitle("query by key; a column for each head, a row for each layer")
+    figure.savefig(path, dpi=120)
+
+
 class Interrupt:
     """Remembers Ctrl-C or a request to terminate, so that the step at hand is finished and saved first."""
 
@@ -360,6 +369,7 @@ def run(settings, folder):
             if step % settings.save_every == 0 or last or interrupt.seen:
                 trainer.save(checkpoint)
     draw_curve(folder / "curve.png", records, entropy)
+    draw_heads(folder / "heads.png", trainer.model, validation_text[:min(256, settings.seq_len)])
     return trainer.step, records, entropy
 
 

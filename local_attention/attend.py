@@ -9,11 +9,10 @@ from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .backends import blocked, dense, native
+from .backends import ascend, blocked, dense, native
 from .spec import WindowSpec
 
-BACKENDS = {"native": native, "blocked": blocked, "dense": dense}  # in order of preference
-NOT_YET = {"ascend": "is not part of this release"}
+BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "dense": dense}  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Problem:
     batch: int = 0  # rows of the key mask, 0 where there is none
     bias_shape: Optional[tuple] = None  # (heads, period, columns)
     bias_backward: int = 0  # how many positions before its period a bias's first column stands
+    bias_is_constant: bool = False  # whether no gradient of it is wanted
     by_offset: bool = False  # whether embeddings of the offsets from query to key are scored
     hide_self: bool = False
     dropout: float = 0.
@@ -53,24 +53,22 @@ class Problem:
 
 def refusals(problem):
     """Why each backend cannot run a problem, None for one that can."""
-    return {**{name: module.why_not(problem) for name, module in BACKENDS.items()}, **NOT_YET}
+    return {name: module.why_not(problem) for name, module in BACKENDS.items()}
 
 
 def choose(problem, backend=None):
     """The name of the backend that runs a problem: the one asked for, else the first that can."""
-    reasons = refusals(problem)
     if backend is None:
-        return next(name for name in BACKENDS if reasons[name] is None)
-    check_backend("attend", backend)
-    if reasons[backend] is not None:
-        raise ValueError(f"For 'attend', the backend '{backend}' cannot run this call: it {reasons[backend]}.")
+        return next(name for name in BACKENDS if BACKENDS[name].why_not(problem) is None)
+    reason = BACKENDS[check_backend("attend", backend)].why_not(problem)
+    if reason is not None:
+        raise ValueError(f"For 'attend', the backend '{backend}' cannot run this call: it {reason}.")
     return backend
 
 
 def check_backend(owner, backend):
-    names = (*BACKENDS, *NOT_YET)
-    if backend is not None and backend not in names:
-        raise checks.value_error(owner, "backend", f"None or one of {', '.join(names)}", repr(backend))
+    if backend is not None and backend not in BACKENDS:
+        raise checks.value_error(owner, "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
     return backend
 
 
@@ -101,21 +99,22 @@ _run = _Run()
 
 
 @lru_cache(maxsize=64)
-def _prepared(problem, backend):
-    module = BACKENDS[choose(problem, backend)]
-    return module.run, module.prepare(problem)
+def _prepared(problem, name):
+    module = BACKENDS[name]
+    return module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ())
 
 
 @constexpr
-def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, by_offset, hide_self, dropout,
-            offset, backend):
+def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, bias_is_constant, by_offset,
+            hide_self, dropout, offset, backend):
     groups, n_q, head_dim = q_shape
-    return _prepared(Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
-                             bias_shape, bias_backward, by_offset, hide_self, dropout, offset), backend)
+    problem = Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
+                      bias_shape, bias_backward, bias_is_constant, by_offset, hide_self, dropout, offset)
+    return _prepared(problem, choose(problem, backend))
 
 
 def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
-           dropout=0., seed=None, offset=0, backend=None):
+           dropout=0., seed=None, offset=0, backend=None, dtype=None, bias_is_constant=False):
     """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
@@ -130,19 +129,25 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
         hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
         dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
         backend (str): By name, or None for the fastest that can.
+        dtype (mindspore.dtype): The precision that is called for, where it is not q's: of what was rotated in float32.
+        bias_is_constant (bool): Whether no gradient of the bias is wanted.
 
     Returns:
         Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
     """
     if 0 in q.shape:
         return q
-    run, constants = _chosen(spec, scale, q.shape, k.shape[1], q.dtype, None if key_mask is None else key_mask.shape,
-                             None if bias is None else bias.shape, bias_backward, rel_pos_emb is not None, hide_self,
-                             dropout, offset, backend)
+    run, constants, as_given = _chosen(
+        spec, scale, q.shape, k.shape[1], q.dtype if dtype is None else dtype,
+        None if key_mask is None else key_mask.shape, None if bias is None else bias.shape, bias_backward,
+        bias_is_constant, rel_pos_emb is not None, hide_self, dropout, offset, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
-    out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),
-               _in_float32(rel_pos_emb), seed)
+    if as_given:
+        out = run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
+    else:
+        out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),
+                   _in_float32(rel_pos_emb), seed)
     return ops.cast(out, q.dtype)
 
 
@@ -157,12 +162,17 @@ def draw_seed():
 
 
 def explain(problem, backend=None):
-    """In words: which backend runs a problem, why each other one does not, and what it works on."""
+    """In words: which backend runs a problem, why each other one does not, what it works on, and what compiles anew."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
+    elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k) * problem.head_dim
+    size = 2 if problem.dtype in ascend.AS_GIVEN else 4
     instead = f"could run it, but {chosen} {'was asked for' if backend else 'comes first'}"
     lines = [f"{chosen}: runs this"]
     lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
     lines += [f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
-              f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once"]
+              f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once",
+              f"q, k, v and the output: {elements:,} numbers ({size * elements:,} bytes)",
+              "compiles anew for: another shape or dtype of an input, a mask or bias where there was none or none where"
+              " there was one, training in place of evaluation or the reverse"]
     return "\n".join(lines)

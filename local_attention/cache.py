@@ -101,7 +101,8 @@ def _next_token(attn, q, k, v, position, attn_bias):
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
     out = attend(q, k, v, _all_before(last), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
                  bias=_hide(unseen, attn_bias), bias_backward=last, hide_self=attn.shared_qk,
-                 dropout=attn.dropout if attn.training else 0., offset=last, backend=attn.backend)
+                 dropout=attn.dropout if attn.training else 0., offset=last, backend=attn.backend, dtype=dtype,
+                 bias_is_constant=attn_bias is None)
     return ops.cast(out, dtype)
 
 

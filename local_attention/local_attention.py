@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .any_length import attend_any_length, unknown
 from .attend import Float32, Problem, attend, check_backend, explain
 from .rotary import SinusoidalEmbeddings
 from .spec import WindowSpec
@@ -102,19 +103,20 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_
     for name, x in (("k", k), ("v", v)):
         checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
     *leading, n, head_dim = shape
-    groups = math.prod(leading)
+    groups = None if None in leading else math.prod(leading)
     if rotary_dim not in (None, head_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
-    if not autopad and n % windows.size:
+    known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    if known and not autopad and n % windows.size:
         raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) without "
                                  "'autopad'", n)
     if mask is not None:
         batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
-        if rest != [n] or batch == 0 or groups % batch:
+        if rest != [n] or batch == 0 or (known and groups % batch):
             raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
     if attn_bias is not None:
         heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        if rest != [windows.size, windows.span] or heads == 0 or groups % heads:
+        if rest != [windows.size, windows.span] or heads == 0 or (groups or 0) % heads:
             raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span}), heads a "
                                      f"divisor of {groups}", attn_bias[0])
     return groups, windows
@@ -267,7 +269,8 @@ class LocalAttention(nn.Cell):
             attn_bias (bool): Whether the call has a bias. Default: ``False`` .
 
         Returns:
-            str, a line for each backend, the multiply-adds and the bytes of scores.
+            str, a line for each backend, the multiply-adds, the bytes of scores and of inputs and output, and what a
+            compiled function compiles anew for.
         """
         checks.positive_int("LocalAttention.explain", "n", n)
         windows, head_dim = self.windows, self.rotary_dim or 64
@@ -277,7 +280,8 @@ class LocalAttention(nn.Cell):
         return explain(Problem(
             self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
             batch=groups if self.use_xpos else int(mask), bias_backward=windows.backward, hide_self=self.shared_qk,
-            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset), self.backend)
+            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset,
+            dropout=self.dropout if self.training else 0.), self.backend)
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         if mask is None:
@@ -287,6 +291,8 @@ class LocalAttention(nn.Cell):
             checks.described(k), checks.described(v), checks.described(mask), checks.described(attn_bias), window_size)
         if groups == 0:
             return q
+        if unknown(q.shape):
+            return self._any_length(q, k, v, mask, attn_bias, windows)
         shape, dtype = q.shape, q.dtype
         n, head_dim = shape[-2:]
         q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
@@ -296,9 +302,9 @@ class LocalAttention(nn.Cell):
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         if self.rel_pos is not None and not self.use_xpos:
             q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # the end of the span, relative to k
-        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias), dtype).reshape(shape)
+        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, dtype), dtype).reshape(shape)
 
-    def attend_prepared(self, q, k, v, windows, mask, attn_bias):
+    def attend_prepared(self, q, k, v, windows, mask, attn_bias, dtype=None):
         """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows."""
         groups, n, head_dim = q.shape
         offset = 0
@@ -310,5 +316,17 @@ class LocalAttention(nn.Cell):
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
+                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend, dtype=dtype)
         return unfold(out, groups, n) if self.use_xpos else out
+
+    def _any_length(self, q, k, v, mask, attn_bias, windows):
+        """A call in a graph that is compiled for every length, `autopad` or not."""
+        flat = (-1, q.shape[-2], q.shape[-1])
+        rotary = None
+        if self.rel_pos is not None:
+            rotary = self.rel_pos.frequencies, self.rel_pos.scale_base if self.use_xpos else None, windows.forward
+        k = l2norm(k) if self.shared_qk else k
+        return attend_any_length(
+            "LocalAttention", q.reshape(flat), k.reshape(flat), v.reshape(flat), windows.spec,
+            q.shape[-1] ** -0.5 if self.scale is None else self.scale, mask, attn_bias, windows.backward,
+            self.shared_qk, self.dropout if self.training else 0., rotary, self.backend).reshape(q.shape)

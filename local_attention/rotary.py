@@ -134,10 +134,18 @@ def _embeddings(frequencies, n, scale_base):
     return Tensor(np.tile(angles, 2).astype(np.float32)), Tensor(scale.astype(np.float32))
 
 
-def _rotate_half(dim):
+def rotation_matrix(dim):
     """`rotate_half` as a matrix that rows are multiplied with."""
     half = np.eye(dim // 2)
     return Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
+
+
+def rotation_tables(frequencies, start, n, power=None):
+    """Cosines and sines for the positions `start … start + n - 1`, float64 `(n, dim)`, times xpos's scales."""
+    angles, scale = np.tile(np.outer(np.arange(start, start + n), frequencies), 2), 1.
+    if power is not None:
+        scale = np.tile(_xpos_base(2 * len(frequencies)) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
+    return scale * np.cos(angles), scale * np.sin(angles)
 
 
 class _Rotation(Float32):
@@ -146,22 +154,25 @@ class _Rotation(Float32):
     def __init__(self, frequencies, shape, start, power):
         super().__init__()
         groups, n, dim = shape
-        angles = np.tile(np.outer(np.arange(start, start + n), frequencies), 2)
-        scale = 1.
-        if power is not None:
-            scale = np.tile(_xpos_base(dim) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
         together = max(size for size in range(1, groups + 1)
                        if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
-        self.cos, self.sin = (Tensor(np.tile(scale * table, (together, 1)).astype(np.float32))
-                              for table in (np.cos(angles), np.sin(angles)))
-        self.half = _rotate_half(dim)
-        self.split, self.concat, self.matmul = ops.Split(0, groups // together), ops.Concat(0), ops.MatMul()
+        self.cos, self.sin = (Tensor(np.tile(table, (together, 1)).astype(np.float32))
+                              for table in rotation_tables(frequencies, start, n, power))
+        self.half = rotation_matrix(dim)
+        self.parts = groups // together
+        self.split, self.concat, self.matmul = ops.Split(0, self.parts), ops.Concat(0), ops.MatMul()
 
     def construct(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        if self.parts == 1:  # MindSpore warns of the gradient of a Concat of one
+            return self._turned(rows).reshape(x.shape)
         parts = []
-        for part in self.split(x.reshape(-1, x.shape[-1])):
-            parts.append(ops.add(ops.mul(part, self.cos), ops.mul(self.matmul(part, self.half), self.sin)))
+        for part in self.split(rows):
+            parts.append(self._turned(part))
         return self.concat(parts).reshape(x.shape)
+
+    def _turned(self, rows):
+        return ops.add(ops.mul(rows, self.cos), ops.mul(self.matmul(rows, self.half), self.sin))
 
 
 _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))
@@ -184,7 +195,7 @@ class _RotationAt(Float32):
     def __init__(self, frequencies, n):
         super().__init__()
         self.units = Tensor(np.tile(_in_turns(frequencies), 2)[None])
-        self.half, self.after = _rotate_half(2 * len(frequencies)), Tensor(np.arange(n, dtype=np.int32)[:, None])
+        self.half, self.after = rotation_matrix(2 * len(frequencies)), Tensor(np.arange(n, dtype=np.int32)[:, None])
 
     def construct(self, x, position):
         units = ops.cast(ops.mul(ops.add(self.after, position), self.units), ms.float32)

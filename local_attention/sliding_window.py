@@ -24,6 +24,8 @@ def _checked(owner, q, k, v, mask, rel_pos_emb, left, right, dropout_rate, backe
         raise checks.value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
     for name, x in (("k", k), ("v", v)):
         checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    if None in shape:
+        raise checks.value_error(owner, "q", "of a shape that is known where a graph is compiled", shape)
     *leading, n, head_dim = shape
     if mask is not None:
         got = checks.tensor(owner, "mask", mask, ("Bool",))

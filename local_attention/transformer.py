@@ -12,7 +12,9 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32
+from .any_length import unknown
+from .attend import Float32, draw_seed
+from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cache import attend_cached, checked_cache, first_cache
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .local_attention import LocalAttention, l2norm
@@ -128,6 +130,8 @@ class GEGLU(nn.Cell):
 
     def construct(self, x):
         shape, count, half = _halves(self.cls_name, checks.described(x))
+        if unknown(shape):
+            return ops.mul(x[..., :half], ops.gelu(x[..., half:]))
         x, gate = ops.chunk(_reorder((count, 2), (1, 0))(x.reshape(-1, half)), 2)
         return ops.mul(x, ops.gelu(gate)).reshape(shape)
 
@@ -138,7 +142,31 @@ def _halves(owner, x):
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
     if not shape or shape[-1] % 2 or 0 in shape:
         raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
-    return (*shape[:-1], shape[-1] // 2), math.prod(shape[:-1]), shape[-1] // 2
+    count = None if None in shape else math.prod(shape[:-1])
+    return (*shape[:-1], shape[-1] // 2), count, shape[-1] // 2
+
+
+class _Dropout(nn.Cell):
+    """Dropout in training that a seed repeats: which numbers `nn.Dropout` drops on CPU depends on its threads too."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def construct(self, x):
+        if self.rate == 0 or not self.training:
+            return x
+        rows, columns = _hashes(x.shape)
+        keep = keep_factors(seeded_rows(rows, draw_seed()), columns, self.rate)
+        return ops.mul(x, ops.cast(keep.reshape(x.shape), x.dtype))
+
+
+@constexpr
+def _hashes(shape):
+    if None in shape:
+        raise checks.value_error("FeedForward", "dropout", "0 in training in a graph for every length", "another")
+    rows = row_hash([0], np.arange(math.prod(shape[:-1])))
+    return Tensor(rows.reshape(-1, 1)), Tensor(column_hash(np.arange(shape[-1])))
 
 
 class FeedForward(nn.SequentialCell):
@@ -177,7 +205,7 @@ class FeedForward(nn.SequentialCell):
         if inner < 1:
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
         super().__init__(nn.LayerNorm((dim,), epsilon=EPSILON), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
-                         nn.Dropout(p=checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
+                         _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
 
 
 class DynamicPositionBias(nn.Cell):
@@ -313,9 +341,11 @@ class LocalMHA(nn.Cell):
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
         b, n = _checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
         if cache is not None or return_cache:
-            _check_cacheable(self.cls_name, self.causal, mask is not None)
+            _check_cacheable(self.cls_name, self.causal, mask is not None, n)
         if self.norm is not None:
             x = self.norm(x)
+        if unknown((b, n)):
+            return self._any_length(x, mask, attn_bias)
         qkv = self.to_qkv(x).reshape(-1, self.dim_head)
         q, k, v = ops.chunk(_reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
         if self.qk_rmsnorm:
@@ -340,8 +370,21 @@ class LocalMHA(nn.Cell):
         return (out, cache) if return_cache else out
 
 
+    def _any_length(self, x, mask, attn_bias):
+        """A call, past its norm, in a graph that is compiled for every length."""
+        b, n, _ = x.shape
+        q, k, v = ops.split(self.to_qkv(x).reshape(b, n, 3 * self.heads, self.dim_head), self.heads, 2)
+        if self.qk_rmsnorm:
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
+        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias)
+        out = out.swapaxes(1, 2)
+        if self.to_v_gate is not None:
+            out = ops.mul(out, ops.sigmoid(self.to_v_gate(x))[..., None])
+        return self.to_out(out.reshape(b, n, self.heads * self.dim_head))
+
+
 @constexpr
-def _check_cacheable(owner, causal, masked, global_takes_cache=True):
+def _check_cacheable(owner, causal, masked, n, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
     if not global_takes_cache:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'global_attn_layer' is not "
@@ -350,6 +393,8 @@ def _check_cacheable(owner, causal, masked, global_takes_cache=True):
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
     if masked:
         raise checks.value_error(owner, "mask", "None with a cache", "a mask")
+    if n is None:
+        raise checks.value_error(owner, "cache", "None in a graph for every length, and 'return_cache' False", "one")
 
 
 @constexpr
@@ -546,7 +591,7 @@ class LocalTransformer(nn.Cell):
                              checks.described(mask), return_loss)
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
-            _check_cacheable(self.cls_name, self.causal, mask is not None, self.global_takes_cache)
+            _check_cacheable(self.cls_name, self.causal, mask is not None, n, self.global_takes_cache)
         if cache is not None:
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
             _check_cached_call(self.cls_name, n, seen, len(layers), self.cached_cells, return_loss)
@@ -556,7 +601,10 @@ class LocalTransformer(nn.Cell):
             x, labels = x[:, :-1], x[:, 1:]
             mask = None if mask is None else mask[:, :-1]
         if self.num_tokens is not None:
-            x = self.token_emb(x) + self.pos_emb(_positions(b, seen, n))
+            if unknown((b, n)):  # which max_seq_len has to be at least: a compiled graph does not look
+                x = self.token_emb(x) + self.pos_emb(ops.arange(0, x.shape[1], 1))[None]
+            else:
+                x = self.token_emb(x) + self.pos_emb(_positions(b, seen, n))
         if self.dynamic_pos_bias is not None and attn_bias is None:
             size, before = self.windows.size, self.windows.backward
             attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
@@ -583,7 +631,8 @@ class LocalTransformer(nn.Cell):
                 if return_cache:
                     out, cache = out
                     global_caches.append(cache)
-                x = _given_back(x, out.reshape(_checked_shape(self.cls_name, checks.described(out), taken.shape)), beta)
+                shape = _checked_shape(self.cls_name, checks.described(out), taken.shape)
+                x = _given_back(x, out if unknown(shape) else out.reshape(shape), beta)
             taken, x, beta = self._taken(x, number, 0)
             out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
                        return_cache=return_cache)
@@ -744,6 +793,8 @@ def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss):
             raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
         return _checked_block(owner, dim, x, mask)
     b, n = _checked_tokens(owner, "x", x, mask)
+    if n is None:
+        return b, n
     if return_loss and n < 2:
         raise checks.value_error(owner, "x", "of at least 2 tokens for a loss", n)
     if n - return_loss > max_seq_len:

@@ -85,7 +85,7 @@ CONSTRUCTORS = [
     (attention, {"dim": 8, "use_xpos": True, "window_size": 1}, ValueError,
      "'xpos_scale_base' must be a positive number, but got 0."),
     (attention, {"backend": "fast"}, ValueError,
-     "'backend' must be None or one of native, blocked, dense, ascend, but got 'fast'."),
+     "'backend' must be None or one of ascend, native, blocked, dense, but got 'fast'."),
     (attention, {"sequence_parallel": True}, NotImplementedError, "'sequence_parallel' is not part of this release."),
     (spec, {"bucket": 0}, ValueError, "For 'WindowSpec', 'bucket' must be a positive int, but got 0."),
     (spec, {"backward": -1}, ValueError, "'backward' must be a non-negative int, but got -1."),
@@ -202,7 +202,7 @@ CALLS = [
     (lambda: attention(dim=6), (vectors(2, 10, 4),) * 3, {}, ValueError,
      "'q' must be of head dimension 6, the rotary embedding's, but got 4."),
     (lambda: attention(backend="ascend"), (vectors(2, 10, 4),) * 3, {}, ValueError,
-     "the backend 'ascend' cannot run this call: it is not part of this release."),
+     "the backend 'ascend' cannot run this call: it runs on Ascend alone, and the device is CPU."),
 
     (transformer, (tokens(7),), {}, ValueError,
      "For 'LocalTransformer', 'x' must be of shape (batch, n), not empty, but got (7,)."),

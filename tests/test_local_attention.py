@@ -230,7 +230,12 @@ def test_explain_names_every_backend_and_the_work():
         assert f"\n{name}: " in text
     computed = sum(min(512 + 128, 128 * (block + 1)) * 128 for block in range(16))
     assert f"multiply-adds: {2 * 64 * computed:,} forward" in text and f"{4 * computed:,} bytes" in text
+    numbers = 4 * 2048 * 64
+    assert f"q, k, v and the output: {numbers:,} numbers ({4 * numbers:,} bytes)" in text
+    assert text.splitlines()[-1].startswith("compiles anew for: another shape or dtype of an input, a mask")
     assert LocalAttention(7, backend="dense").explain(70).startswith("dense: runs this")
+    half = LocalAttention(7, dim=10).explain(70, dtype=ms.float16)
+    assert f"({2 * 4 * 70 * 10:,} bytes)" in half and "\nascend: runs on Ascend alone, and the device is CPU\n" in half
 
 
 def test_look_around_sets_windows_beside_their_neighbours():

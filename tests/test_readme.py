@@ -1,4 +1,5 @@
-"""Every Python block of the README runs as it stands, in order, each section on its own."""
+"""Every Python block of the README, in both languages, and of docs/model_zoo.md runs as it stands, in order, each
+section on its own."""
 import re
 import runpy
 from pathlib import Path
@@ -6,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "model_zoo.md"]  # the Chinese README's blocks are the English one's
 
 
 def sections():
     """(file, section, its code): the code keeps its place in the file, so that a traceback names the README's lines."""
-    for path in sorted(ROOT.glob("README*.md")):
+    for path in PAGES:
         lines = path.read_text(encoding="utf-8").splitlines()
         title, code, language = path.name, [""] * len(lines), None
         for number, line in enumerate(lines):
@@ -40,6 +42,33 @@ def test_block(path, title, code, tmp_path, monkeypatch):
 
 
 def test_links_to_files():
-    for path in ROOT.glob("README*.md"):
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{path.name} links to {target}"
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def outline(path):
+    """Sections and code blocks of a page: the level of every title, and every block with its title above it."""
+    title, block, levels, blocks = "", None, [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            if block is not None:
+                blocks.append((title, "\n".join(block)))
+            block = [line] if block is None else None
+        elif block is not None:
+            block.append(line)
+        elif line.startswith("#"):
+            title = line
+            levels.append(line.split()[0])
+    return levels, blocks
+
+
+def test_both_languages_have_the_same_sections_and_code():
+    (levels, blocks), (levels_cn, blocks_cn) = (outline(ROOT / name) for name in ("README.md", "README_CN.md"))
+    english, chinese = [code for _, code in blocks], [code for _, code in blocks_cn]
+    lacking = [f"{title}: {code.splitlines()[1]} …" for title, code in blocks if code not in chinese]
+    surplus = [f"{title}: {code.splitlines()[1]} …" for title, code in blocks_cn if code not in english]
+    assert not lacking, "README_CN.md lacks the blocks of README.md in " + "; ".join(lacking)
+    assert not surplus, "README_CN.md has blocks that README.md lacks, in " + "; ".join(surplus)
+    assert chinese == english, "the blocks of README_CN.md stand in another order than README.md's"
+    assert levels_cn == levels, "the sections of README_CN.md are not those of README.md"

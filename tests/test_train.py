@@ -71,8 +71,9 @@ def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
 def test_what_a_run_leaves_behind(run, tmp_path, capsys):
     records = run("new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "checkpoint.ckpt", "curve.png", "metrics.jsonl", "settings.json"]
-    assert (tmp_path / "new" / "curve.png").read_bytes().startswith(b"\x89PNG")
+        "checkpoint.ckpt", "curve.png", "heads.png", "metrics.jsonl", "settings.json"]
+    for name in ("curve.png", "heads.png"):
+        assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "new" / "settings.json").read_text())
     assert settings["seq_len"] == 24 and settings["learning_rate"] == train.make_parser().get_default("learning_rate")
     assert [record["step"] for record in records if "validation" in record] == [2, 4, 6, 8]

@@ -5,6 +5,7 @@ package is installed if a C++ compiler is there; `why_not` says so where it is n
 """
 import ctypes
 import os
+import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -52,10 +53,21 @@ def threads():
     return asked if asked > 0 else max(1, min(cores, ms.get_context("runtime_num_threads")))
 
 
+def exporting():
+    """Whether what calls this is compiled to be exported, to where this library is not: a graph does not tell, but
+    `mindspore.export` is then among the callers."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "mindspore.train.serialization":
+        frame = frame.f_back
+    return frame is not None
+
+
 def why_not(problem):
     """Why it cannot run a problem, None where it can."""
     if ms.get_context("device_target") != "CPU":
         return "runs on CPU alone"
+    if exporting():
+        return "is a library of this machine, which an exported graph would look for where it runs"
     return library()[1]
 
 

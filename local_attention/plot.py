@@ -1,0 +1,124 @@
+"""Pictures of who may see whom and of who looks at whom; matplotlib, which is optional, is imported as one is drawn."""
+import numpy as np
+from mindspore import Tensor, ops
+
+from . import checks
+from .local_attention import LocalAttention
+from .spec import WindowSpec
+
+
+def attention_weights(model, *inputs):
+    """
+    The weights that every :class:`LocalAttention` in a model gives its keys, in one call of it without dropout.
+
+    Args:
+        model (Cell): A Cell with LocalAttention somewhere in it, or one itself.
+        inputs (Tensor): What it is called with.
+
+    Returns:
+        list of arrays :math:`(..., n, n)`, one for each call of a LocalAttention in their order; a row, of one query,
+        sums to 1, or to 0 where it sees nothing.
+
+    Raises:
+        ValueError: If there is no LocalAttention in the model.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import LocalMHA
+        >>> from local_attention.plot import attention_weights
+        >>> block = LocalMHA(dim=16, window_size=4, heads=2, dim_head=8, causal=True)
+        >>> print(attention_weights(block, ops.randn((1, 10, 16)))[0].shape)
+        (1, 2, 10, 10)
+    """
+    cells = [cell for _, cell in model.cells_and_names() if isinstance(cell, LocalAttention)]
+    if not cells:
+        raise checks.value_error("attention_weights", "model", "one with a LocalAttention", type(model).__name__)
+    calls, modes = [], [(cell, cell.training) for _, cell in model.cells_and_names()]
+
+    def note(cell, args, kwargs):
+        calls.append((cell, args, kwargs))
+    hooks = [cell.register_forward_pre_hook(note, with_kwargs=True) for cell in cells]
+    model.set_train(False)
+    try:
+        model(*inputs)
+        for hook in hooks:
+            hook.remove()
+        return [_weights(cell, *args, **kwargs) for cell, args, kwargs in calls]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for cell, training in modes:
+            cell.training = training
+
+
+def _weights(attn, q, k, v, *args, **kwargs):
+    """With values that are 1 for one key and 0 for others, the output is the weights: of as many keys as a head is wide
+    at a time."""
+    n, width = q.shape[-2:]
+    columns = []
+    for start in range(0, n, width):
+        one_hot = Tensor(np.eye(n, width, -start, np.float32)).astype(v.dtype)
+        columns.append(attn(q, k, ops.broadcast_to(one_hot, v.shape), *args, **kwargs).astype("float32").asnumpy())
+    return np.concatenate(columns, -1)[..., :n]
+
+
+def plot_mask(spec, n, axes=None):
+    """
+    Draw which keys (columns) each query (row) of an `n`-token sequence sees.
+
+    Args:
+        spec (WindowSpec): As `attn.spec` is.
+        n (int): Length of the sequence.
+        axes (matplotlib.axes.Axes): Where to draw; ``None`` is a figure of its own. Default: ``None`` .
+
+    Returns:
+        matplotlib.axes.Axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `spec` is not a WindowSpec or `n` not an int.
+        ValueError: If `n` is not positive.
+    """
+    if not isinstance(spec, WindowSpec):
+        raise checks.type_error("plot_mask", "spec", "a WindowSpec", spec)
+    positions = np.arange(checks.positive_int("plot_mask", "n", n))
+    axes = _figure(1, 1, 4).axes[0] if axes is None else axes
+    axes.imshow(spec.visible(positions, positions), cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
+    axes.set(xlabel="key", ylabel="query")
+    return axes
+
+
+def plot_weights(weights):
+    """
+    Draw weights, a row of pictures for each call and a column for each head: query by key, darker for more.
+
+    Args:
+        weights (list): As `attention_weights` gives them; of a batch, the first sequence is drawn.
+
+    Returns:
+        matplotlib.figure.Figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    weights = [np.asarray(each).reshape(-1, *each.shape[-3:])[0] if each.ndim > 2 else each[None] for each in weights]
+    figure = _figure(len(weights), max(len(each) for each in weights), 2.4)
+    for row, each in enumerate(weights):
+        for axes, head in zip(figure.axes[row * len(figure.axes) // len(weights):], each):
+            axes.imshow(head, cmap="magma_r", vmin=0, interpolation="nearest")
+    return figure
+
+
+def _figure(rows, columns, size):
+    """A figure outside of pyplot, which would keep it, with bare axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("local_attention.plot needs matplotlib, which is not installed here.") from error
+    figure = Figure(figsize=(columns * size, rows * size), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set(xticks=[], yticks=[])
+    return figure
