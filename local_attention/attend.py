@@ -33,6 +33,7 @@ class Problem:
     hide_self: bool = False
     dropout: float = 0.
     offset: int = 0  # the position of the first query among the keys
+    origin: tuple = (0, 0)  # which group and position of a larger problem dropout counts the first ones here as
 
     @property
     def heads(self):
@@ -108,14 +109,15 @@ def _prepared(problem, backend):
 
 @constexpr
 def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, by_offset, hide_self, dropout,
-            offset, backend):
+            offset, origin, backend):
     groups, n_q, head_dim = q_shape
     return _prepared(Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
-                             bias_shape, bias_backward, by_offset, hide_self, dropout, offset), backend)
+                             bias_shape, bias_backward, by_offset, hide_self, dropout, offset, origin),
+                     backend)
 
 
 def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
-           dropout=0., seed=None, offset=0, backend=None):
+           dropout=0., seed=None, offset=0, origin=(0, 0), backend=None):
     """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
@@ -129,6 +131,9 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
             and added for the key at position `i + r - backward`.
         hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
         dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
+        offset (int): The position of the first query among the keys.
+        origin (tuple): The group and the position that the first ones are of the whole that this is a part of: the
+            parts of a whole drop, by one seed, what the whole does.
         backend (str): By name, or None for the fastest that can.
 
     Returns:
@@ -138,7 +143,7 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
         return q
     run, constants = _chosen(spec, scale, q.shape, k.shape[1], q.dtype, None if key_mask is None else key_mask.shape,
                              None if bias is None else bias.shape, bias_backward, rel_pos_emb is not None, hide_self,
-                             dropout, offset, backend)
+                             dropout, offset, origin, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
     out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),

@@ -96,7 +96,7 @@ class Fused(nn.Cell):
         self.numbers = Tensor(np.array([
             problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
             spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
-            problem.hide_self, threads(), level, *real], np.int64))
+            problem.hide_self, threads(), level, *problem.origin, *real], np.int64))
         forward = {"out": FLOATS, "statistics": FLOATS}
         self.forward = _custom("attention_forward", INPUTS, forward)
         self.backward = _custom("attention_backward", {**INPUTS, **forward, "dout": FLOATS},
