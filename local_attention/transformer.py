@@ -542,9 +542,6 @@ class LocalTransformer(nn.Cell):
             FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
         self.group = self.layers[0][0].attn_fn.group
-        if self.group is not None and global_attn_layer is not None:
-            raise checks.value_error(owner, "global_attn_layer", "None with 'sequence_parallel', where it would see one "
-                                     "slice of the sequence", type(global_attn_layer).__name__)
         if num_tokens is not None:
             self.cross_entropy = _CrossEntropy(ignore_index, self.group)
         # where among the caches, after those of the local blocks, that of each layer's global layer is; 0 without one
