@@ -493,7 +493,6 @@ class LocalTransformer(nn.Cell):
         TypeError: If an argument or input is of another type or dtype.
         ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
             or a loss is asked of a model without tokens or of fewer than 2.
-        NotImplementedError: If `sequence_parallel` is asked for.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
