@@ -321,8 +321,10 @@ class LocalAttention(nn.Cell):
         return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, offset), dtype).reshape(shape)
 
     def attend_prepared(self, q, k, v, windows, mask, attn_bias, offset=0):
-        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows; the
-        first query stands at key `offset`."""
+        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows.
+
+        The first query stands at key `offset`.
+        """
         groups, n, head_dim = q.shape
         rank = 0 if self.group is None else self.group.rank
         origin = (0, rank * n - offset)
@@ -337,27 +339,3 @@ class LocalAttention(nn.Cell):
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
                      dropout=self.dropout if self.training else 0., offset=offset, origin=origin, backend=self.backend)
         return unfold(out, groups, n) if self.use_xpos else out
-        if self.use_xpos:
-            q, k, v, mask = fold(q, k, v, mask, windows, offset)
-            if self.group is not None:
-                origin = (self.group.rank * q.shape[0], 0)
-            offset, middle = windows.backward, windows.span // 2
-            start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
-            q = self.rel_pos.rotate(q, start, (start - middle, 1))
-            k = self.rel_pos.rotate(k, 0, (middle, -1))
-<<<<<<< HEAD
-        out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
-                     key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend)
-        return unfold(out, groups, n) if self.use_xpos else out
-=======
-        elif self.rel_pos is not None:
-            q = self.rel_pos.rotate(q, offset + windows.forward)  # that same place, relative to k
-            k = self.rel_pos.rotate(k)
-        out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
-                     key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, origin=origin, backend=self.backend)
-        if self.use_xpos:
-            out = unfold(out, groups, n)
-        return ops.cast(out, dtype).reshape(shape)
->>>>>>> 567c820 (Sequence parallel: a halo exchange with its own gradient, the loss across ranks, gradients averaged in one buffer)
