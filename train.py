@@ -3,6 +3,8 @@
 Without `--data` the text is the source of the Python standard library on this machine. A run writes into a folder of
 its own: settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines, the loss curve and a
 picture of what its heads look at.
+
+`msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on batches of its own.
 """
 import argparse
 import gzip
@@ -12,15 +14,45 @@ import os
 import signal
 import sys
 import sysconfig
+import threading
+import time
+import zlib
 from pathlib import Path
+
+
+def name_if_dead():
+    """Go on in a child, and say which rank it was if that dies: msrun knows processes alone, and ends the others."""
+    rank, parent = os.environ.get("RANK_ID", "of this process"), os.getpid()
+    child = os.fork()
+    if child == 0:
+        def watch():
+            while os.getppid() == parent:
+                time.sleep(1)
+            print(f"train.py: the parent of rank {rank} was killed, and so it ends.", file=sys.stderr, flush=True)
+            os._exit(1)
+        threading.Thread(target=watch, daemon=True).start()
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != 0:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        print(f"train.py: rank {rank} {how}, which ends the run; --resume continues from its last checkpoint.",
+              file=sys.stderr, flush=True)
+    os._exit(status if status >= 0 else 128 - status)
+
+
+if __name__ == "__main__" and os.environ.get("MS_ROLE") == "MS_WORKER":
+    name_if_dead()  # before MindSpore starts threads, which a child would not have
 
 os.environ.setdefault("GLOG_v", "3")  # errors only; MindSpore reads it as it is imported
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from mindspore import Tensor, nn, ops  # noqa: E402
+from mindspore import Tensor, communication, nn, ops  # noqa: E402
 
 from local_attention import LocalMHA, LocalTransformer  # noqa: E402
+from local_attention.parallel import AverageGradients  # noqa: E402
 from local_attention.plot import attention_weights, plot_weights  # noqa: E402
 
 try:
@@ -61,7 +93,7 @@ def make_parser():
     add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
     parser.add_argument("--resume", action="store_true", help="continue the run of --out, or the newest in runs/")
     add("--steps", count, 800, "optimizer steps")
-    add("--batch-size", count, 4, "sequences in a batch")
+    add("--batch-size", count, 4, "sequences in a batch, of each process")
     add("--grad-accum", count, 1, "batches whose gradients are averaged for a step")
     add("--seq-len", count, 256, "bytes in a sequence")
     add("--window-size", count, 64, "window of the local attention")
@@ -83,6 +115,7 @@ def make_parser():
     add("--save-every", count, 200, "steps between checkpoints")
     add("--device", str, "CPU", "where to train", choices=("CPU", "GPU", "Ascend"))
     add("--mode", str, "graph", "compiled steps, or eager ones", choices=("graph", "pynative"))
+    parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1)
     return parser
 
 
@@ -98,7 +131,10 @@ def read_settings(arguments):
         return settings, folder
     if not checkpoint.exists():
         sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
-    saved = {**vars(parser.parse_args([])), **json.loads((folder / "settings.json").read_text())}
+    saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
+    if settings.ranks != saved["ranks"]:
+        sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
+                 "cannot: they would see other batches.")
     parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
@@ -113,6 +149,38 @@ def run_folder(out, resume):
         return Path(out)
     newest = max((int(path.name) for path in Path("runs").glob("*") if path.name.isdecimal()), default=0)
     return Path("runs", str(newest if resume else newest + 1))
+
+
+# ---- processes
+
+class Ranks:
+    """The processes that train together, of which this one has a number. Under msrun alone is there more than one."""
+
+    def __init__(self, count):
+        self.rank, self.count = 0, count
+        if "MS_ROLE" in os.environ:
+            communication.init()
+            self.rank = communication.get_rank()
+
+    def mean(self, *values):
+        """Of numbers, over the processes."""
+        if self.count == 1:
+            return values
+        return (ops.AllReduce()(Tensor(values, ms.float32)) / self.count).asnumpy().tolist()
+
+    def agree(self, values):
+        """Ends every process if they were not given the same; `values` are by the names to call them by."""
+        if self.count == 1:
+            return
+        text = np.frombuffer(json.dumps(values).encode(), np.uint8).astype(np.int32)
+        lengths = ops.AllGather()(Tensor([len(text)], ms.int32)).asnumpy()
+        texts = ops.AllGather()(Tensor(np.resize(text, lengths.max()))).asnumpy().reshape(self.count, -1)
+        first, *others = (json.loads(text[:length].astype(np.uint8).tobytes()) for text, length in zip(texts, lengths))
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other.get(name) != value:
+                    sys.exit(f"train.py: {name} is {value} for rank 0 and {other.get(name)} for rank {rank}, but must "
+                             "be the same for all.")
 
 
 # ---- data
@@ -171,18 +239,23 @@ def sequences(text, starts, length):
     return Tensor(text[np.asarray(starts)[:, None] + np.arange(length)].astype(np.int32))
 
 
-def training_batches(text, settings, step):
-    """The batches of one step, a function of seed and step alone: a resumed run sees what it would have seen."""
+def training_batches(text, settings, step, rank=0):
+    """The batches of one step, a function of seed and step alone: a resumed run sees what it would have seen. Those of
+    several processes, side by side, are the batches of one."""
     starts = np.random.default_rng((settings.seed, step)).integers(
-        0, len(text) - settings.seq_len, (settings.grad_accum, settings.batch_size))
-    return [sequences(text, row, settings.seq_len + 1) for row in starts]
+        0, len(text) - settings.seq_len, (settings.grad_accum, settings.ranks * settings.batch_size))
+    return batches_of(text, starts, settings, rank)
 
 
-def validation_batches(text, settings):
+def validation_batches(text, settings, rank=0):
     """Sequences evenly spread over the validation text, the same at every validation."""
-    shape = settings.validate_batches, settings.batch_size
+    shape = settings.validate_batches, settings.ranks * settings.batch_size
     starts = np.linspace(0, len(text) - settings.seq_len - 1, math.prod(shape)).astype(int).reshape(shape)
-    return [sequences(text, row, settings.seq_len + 1) for row in starts]
+    return batches_of(text, starts, settings, rank)
+
+
+def batches_of(text, starts, settings, rank):
+    return [sequences(text, row, settings.seq_len + 1) for row in np.split(starts, settings.ranks, 1)[rank]]
 
 
 # ---- training
@@ -211,6 +284,7 @@ class Trainer:
             local_attn_window_size=settings.window_size, num_residual_streams=settings.num_residual_streams,
             global_attn_layer=full, layers_insert_global_attn=settings.global_layers)
         self.optimizer = nn.Adam(self.model.trainable_params(), learning_rate=settings.learning_rate, beta2=0.99)
+        self.average = AverageGradients() if settings.ranks > 1 else None
         self._each = ops.HyperMap()
         compiled = ms.jit if settings.mode == "graph" else lambda function: function
         self.loss = compiled(self._loss)
@@ -230,6 +304,8 @@ class Trainer:
         return self._each(ops.add, total, gradients)
 
     def _update(self, gradients):
+        if self.average is not None:
+            gradients = self.average(gradients)
         return self.optimizer(ops.clip_by_global_norm(gradients, self.settings.clip))
 
     def train_step(self, batches):
@@ -262,7 +338,7 @@ class Trainer:
         """Weights, optimizer state and step; the file under its own name is always a whole one."""
         temporary = path.with_name("checkpoint.tmp.ckpt")
         ms.save_checkpoint(self.optimizer, str(temporary), append_dict={"step": self.step})
-        os.replace(temporary, path)
+        replace(temporary, path)
 
     def load(self, path):
         values = ms.load_checkpoint(str(path))
@@ -272,12 +348,34 @@ class Trainer:
             sys.exit(f"train.py: {path} does not belong to this model: {', '.join([*missing, *left_over])}.")
 
 
+    def checksum(self):
+        """Of the weights and the optimizer's state."""
+        total = 0
+        for parameter in self.optimizer.get_parameters():
+            total = zlib.crc32(parameter.asnumpy().tobytes(), total)
+        return total
+
+
 # ---- what a run leaves behind
+
+def replace(temporary, path):
+    """A file that is written in another's place: it has that one's name once it is all there, and not before."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    replace(temporary, path)
+
 
 def read_metrics(path, step):
     """The records of a run up to `step`: what an interrupted run logged after its checkpoint is done again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if record["step"] <= step]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is not all there
+    return [record for record in records if record["step"] <= step]
 
 
 def draw_curve(path, records, entropy):
@@ -323,7 +421,7 @@ def printable(text):
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in decoded)
 
 
-def run(settings, folder):
+def run(settings, folder, ranks):
     train_text, validation_text = read_text(settings.data, settings.seq_len)
     entropy = order_0_entropy(validation_text)
     try:
@@ -335,41 +433,50 @@ def run(settings, folder):
         trainer.load(checkpoint)
     if trainer.step > settings.steps:
         sys.exit(f"train.py: the run is at step {trainer.step} already, after --steps {settings.steps}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(vars(settings), indent=2) + "\n")
-
-    weights = sum(parameter.size for parameter in trainer.model.trainable_params())
-    print(f"Training on {len(train_text):,} bytes of {settings.data or 'the Python standard library'}, "
-          f"validating on {len(validation_text):,}, whose order-0 entropy is {entropy:.3f} bits per byte.\n"
-          f"{weights:,} weights, {settings.device}, {settings.mode} mode; results go to {folder}.")
-
-    validation = validation_batches(validation_text, settings)
-    prime = validation_text[:min(128, settings.seq_len)]
+    ranks.agree({**{f"--{name.replace('_', '-')}": value for name, value in vars(settings).items()},
+                 "the run's folder": str(folder), "the step of the checkpoint": trainer.step,
+                 "the checksum of the text": zlib.crc32(validation_text, zlib.crc32(train_text)),
+                 "the checksum of the weights": trainer.checksum()})
+    first = ranks.rank == 0
     records = read_metrics(folder / "metrics.jsonl", trainer.step)
-    step_tokens = settings.grad_accum * settings.batch_size * settings.seq_len
-    with open(folder / "metrics.jsonl", "w", buffering=1) as log, Interrupt() as interrupt, \
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "settings.json", json.dumps(vars(settings), indent=2) + "\n")
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        weights = sum(parameter.size for parameter in trainer.model.trainable_params())
+        together = f", {ranks.count} processes" if ranks.count > 1 else ""
+        print(f"Training on {len(train_text):,} bytes of {settings.data or 'the Python standard library'}, "
+              f"validating on {len(validation_text):,}, whose order-0 entropy is {entropy:.3f} bits per byte.\n"
+              f"{weights:,} weights, {settings.device}, {settings.mode} mode{together}; results go to {folder}.")
+
+    validation = validation_batches(validation_text, settings, ranks.rank)
+    prime = validation_text[:min(128, settings.seq_len)]
+    step_tokens = settings.grad_accum * settings.ranks * settings.batch_size * settings.seq_len
+    with open(folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1) as log, Interrupt() as interrupt, \
             tqdm(total=settings.steps * step_tokens, initial=trainer.step * step_tokens, unit="token",
-                 unit_scale=True) as bar:
-        for record in records:
-            print(json.dumps(record), file=log)
-        while trainer.step < settings.steps and not interrupt.seen:
-            record = {"loss": trainer.train_step(training_batches(train_text, settings, trainer.step))}
+                 unit_scale=True, disable=not first) as bar:
+        stopped = False
+        while trainer.step < settings.steps and not stopped:
+            loss = trainer.train_step(training_batches(train_text, settings, trainer.step, ranks.rank))
+            loss, stopped = ranks.mean(loss, interrupt.seen)  # all of them stop where one is asked to
             bar.update(step_tokens)
             step, last = trainer.step, trainer.step == settings.steps
-            record = {"step": step, **record}
+            record = {"step": step, "loss": loss}
             if step % settings.validate_every == 0 or last:
-                record["validation"] = trainer.validate(validation)
+                record["validation"], = ranks.mean(trainer.validate(validation))
             bar.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name != "step"})
-            if step % settings.sample_every == 0 or last:
+            if step % settings.sample_every == 0 or last:  # by all: on CPU, none waits longer than ten seconds
                 record["sample"] = printable(trainer.sample(prime))
-                bar.write(f"--- step {step}, after the validation text's …{printable(prime[-40:].tobytes())!r}:\n"
-                          f"{record['sample']}\n---")
+                if first:
+                    bar.write(f"--- step {step}, after the validation text's …{printable(prime[-40:].tobytes())!r}:\n"
+                              f"{record['sample']}\n---")
             records.append(record)
             print(json.dumps(record), file=log)
-            if step % settings.save_every == 0 or last or interrupt.seen:
+            if first and (step % settings.save_every == 0 or last or stopped):
                 trainer.save(checkpoint)
-    draw_curve(folder / "curve.png", records, entropy)
-    draw_heads(folder / "heads.png", trainer.model, validation_text[:min(256, settings.seq_len)])
+    if first:
+        draw_curve(folder / "curve.png", records, entropy)
+        draw_heads(folder / "heads.png", trainer.model, validation_text[:min(256, settings.seq_len)])
     return trainer.step, records, entropy
 
 
@@ -381,7 +488,10 @@ def main(arguments=None):
         sys.exit(f"train.py: --device {settings.device} is not available: {str(error).splitlines()[0]}")
     if settings.device == "CPU":
         ms.runtime.launch_blocking()  # on few cores, the queue of asynchronous launches costs more than it saves
-    step, records, entropy = run(settings, folder)
+    ranks = Ranks(settings.ranks)
+    step, records, entropy = run(settings, folder, ranks)
+    if ranks.rank > 0:
+        return
     if step < settings.steps:
         print(f"Stopped after step {step}; --resume --out {folder} continues.")
         return

@@ -33,6 +33,7 @@ class Problem:
     hide_self: bool = False
     dropout: float = 0.
     offset: int = 0  # the position of the first query among the keys
+    origin: tuple = (0, 0)  # which group and position of a larger problem dropout counts the first ones here as
 
     @property
     def heads(self):
@@ -106,15 +107,15 @@ def _prepared(problem, name):
 
 @constexpr
 def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, bias_is_constant, by_offset,
-            hide_self, dropout, offset, backend):
+            hide_self, dropout, offset, origin, backend):
     groups, n_q, head_dim = q_shape
     problem = Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
-                      bias_shape, bias_backward, bias_is_constant, by_offset, hide_self, dropout, offset)
+                      bias_shape, bias_backward, bias_is_constant, by_offset, hide_self, dropout, offset, origin)
     return _prepared(problem, choose(problem, backend))
 
 
 def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
-           dropout=0., seed=None, offset=0, backend=None, dtype=None, bias_is_constant=False):
+           dropout=0., seed=None, offset=0, origin=(0, 0), backend=None, dtype=None, bias_is_constant=False):
     """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
@@ -128,6 +129,9 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
             and added for the key at position `i + r - backward`.
         hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
         dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
+        offset (int): The position of the first query among the keys.
+        origin (tuple): The group and the position that the first ones are of the whole that this is a part of: the
+            parts of a whole drop, by one seed, what the whole does.
         backend (str): By name, or None for the fastest that can.
         dtype (mindspore.dtype): The precision that is called for, where it is not q's: of what was rotated in float32.
         bias_is_constant (bool): Whether no gradient of the bias is wanted.
@@ -140,7 +144,7 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
     run, constants, as_given = _chosen(
         spec, scale, q.shape, k.shape[1], q.dtype if dtype is None else dtype,
         None if key_mask is None else key_mask.shape, None if bias is None else bias.shape, bias_backward,
-        bias_is_constant, rel_pos_emb is not None, hide_self, dropout, offset, backend)
+        bias_is_constant, rel_pos_emb is not None, hide_self, dropout, offset, origin, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
     if as_given:

@@ -135,5 +135,5 @@ def _next_tokens(attn, q, k, v, position, attn_bias):
     q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-    out = attn.attend_prepared(q, k, v, windows, real[None], attn_bias)
+    out = attn.attend_prepared(q, k, v, windows, real[None], attn_bias, dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from . import checks
+from . import checks, parallel
 from .any_length import attend_any_length, unknown
 from .attend import Float32, Problem, attend, check_backend, explain
 from .rotary import SinusoidalEmbeddings
@@ -82,16 +82,17 @@ class Windows:
     def spec(self):
         return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal)
 
-    def folded(self, n):
+    def folded(self, n, n_k=None, offset=0):
         """The sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
-        `(windows, span)`, and which of the keys exist."""
+        `(windows, span)`, and which of the keys exist, the first query being at key `offset` of `n_k`."""
+        n_k = n if n_k is None else n_k
         starts = np.arange(0, n, self.size)[:, None]
-        keys = starts - self.backward + np.arange(self.span)
-        return np.minimum(starts + np.arange(self.size), n - 1), np.clip(keys, 0, n - 1), (0 <= keys) & (keys < n)
+        keys = offset + starts - self.backward + np.arange(self.span)
+        return np.minimum(starts + np.arange(self.size), n - 1), np.clip(keys, 0, n_k - 1), (0 <= keys) & (keys < n_k)
 
 
 @constexpr
-def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_bias, window_size):
+def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, q, k, v, mask, attn_bias, window_size):
     """The rules of a call: how many groups it has, and its windows."""
     if window_size is not None:
         if not use_xpos:
@@ -107,6 +108,16 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_
     if rotary_dim not in (None, head_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
     known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    if group is not None:
+        if not known:
+            raise checks.value_error(owner, "q", "of a known shape with 'sequence_parallel'", tuple(shape))
+        if n % windows.size:
+            raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) with "
+                                     "'sequence_parallel'", n)
+        reach = max(windows.backward, windows.forward)
+        if group.size > 1 and n < reach:
+            raise checks.value_error(owner, "q", f"of a length of at least {reach} on each of the {group.size} ranks, "
+                                     "as no further than to the next one does 'sequence_parallel' look", n)
     if known and not autopad and n % windows.size:
         raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) without "
                                  "'autopad'", n)
@@ -123,16 +134,16 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, q, k, v, mask, attn_
 
 
 @constexpr
-def _fold_indices(windows, n):
-    queries, keys, real = windows.folded(n)
+def _fold_indices(windows, n, n_k, offset):
+    queries, keys, real = windows.folded(n, n_k, offset)
     return (len(queries), Tensor(queries.reshape(-1).astype(np.int32)), Tensor(keys.reshape(-1).astype(np.int32)),
             Tensor(real.reshape(1, -1)))
 
 
-def fold(q, k, v, mask, windows):
+def fold(q, k, v, mask, windows, offset=0):
     """Windows as further batch entries, for positions that are counted anew in each: q `(windows * g, size, d)`, k and
-    v `(windows * g, span, d)`, and a mask of the keys that are real."""
-    count, queries, keys, real = _fold_indices(windows, q.shape[1])
+    v `(windows * g, span, d)`, and a mask of the keys that are real. The first query stands at key `offset`."""
+    count, queries, keys, real = _fold_indices(windows, q.shape[1], k.shape[1], offset)
     if mask is not None:
         real = ops.logical_and(ops.gather(mask, keys, 1), real)
     real = real.reshape(-1, count, windows.span).swapaxes(0, 1).reshape(-1, windows.span)
@@ -181,7 +192,13 @@ class LocalAttention(nn.Cell):
         xpos_scale_base (float): In positions; ``None`` is :math:`\lfloor W/2 \rfloor`. Default: ``None`` .
         backend (str): What computes it, by name: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None``
             is the fastest that can. Default: ``None`` .
-        sequence_parallel (bool): Not part of this release. Default: ``False`` .
+        sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are one rank's slice of sequences that
+            the ranks of a communication group hold together, in the order of their ranks: ``True`` is all ranks, a
+            str the name of a group of `mindspore.communication.create_group`. Keys, values and mask of the neighbours
+            are exchanged as far as spans reach, and their gradients on the way back. All ranks call it with slices of
+            one length `n`. It is a multiple of W, with `autopad` too, and at least :math:`W \cdot look\_backward` and
+            :math:`W \cdot look\_forward`. In one compiled function, two calls of which neither depends on the other
+            may be ordered differently on different ranks: put those into two. Default: ``False`` .
 
     Inputs:
         - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
@@ -198,9 +215,8 @@ class LocalAttention(nn.Cell):
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.
-        ValueError: If an argument is out of its range, shapes do not agree, or the sequence is no multiple of the
-            window without `autopad`.
-        NotImplementedError: If `sequence_parallel` is asked for.
+        ValueError: If an argument is out of its range, shapes do not agree, the sequence is no multiple of the window
+            without `autopad`, or, with `sequence_parallel`, there is no such group or a slice is too short.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -237,8 +253,7 @@ class LocalAttention(nn.Cell):
         self.scale = None if scale is None else checks.number(owner, "scale", scale)
         self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
         self.backend = check_backend(owner, backend)
-        if checks.boolean(owner, "sequence_parallel", sequence_parallel):
-            raise NotImplementedError(f"For '{owner}', 'sequence_parallel' is not part of this release.")
+        self.group = parallel.sequence_group(owner, sequence_parallel)
 
         if rel_pos_emb_config is not None:
             if not isinstance(rel_pos_emb_config, (tuple, list)) or not rel_pos_emb_config:
@@ -274,21 +289,26 @@ class LocalAttention(nn.Cell):
         """
         checks.positive_int("LocalAttention.explain", "n", n)
         windows, head_dim = self.windows, self.rotary_dim or 64
-        groups, n_q, n_k, offset = 1, n, n, 0
+        groups, n_q, n_k, offset, halo = 1, n, n, 0, ""
+        if self.group is not None:
+            offset, after = self.group.before(windows.backward), self.group.after(windows.forward)
+            n_k = offset + n + after
+            halo = f"\nhalo: {offset + after} keys and values of other ranks, whatever n"
         if self.use_xpos:
             groups, n_q, n_k, offset = len(windows.folded(n)[0]), windows.size, windows.span, windows.backward
         return explain(Problem(
             self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
             batch=groups if self.use_xpos else int(mask), bias_backward=windows.backward, hide_self=self.shared_qk,
             bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset,
-            dropout=self.dropout if self.training else 0.), self.backend)
+            dropout=self.dropout if self.training else 0.), self.backend) + halo
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         if mask is None:
             mask = input_mask
         groups, windows = _checked(
-            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, checks.described(q),
-            checks.described(k), checks.described(v), checks.described(mask), checks.described(attn_bias), window_size)
+            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
+            checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
+            checks.described(attn_bias), window_size)
         if groups == 0:
             return q
         if unknown(q.shape):
@@ -298,25 +318,35 @@ class LocalAttention(nn.Cell):
         q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
         if self.shared_qk:
             k = l2norm(k)
+        offset = 0
+        if self.group is not None:
+            k, v, mask, offset = parallel.with_halo(self.group, k, v, mask, windows.backward, windows.forward)
         if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         if self.rel_pos is not None and not self.use_xpos:
-            q, k = self.rel_pos.rotate(q, windows.forward), self.rel_pos.rotate(k)  # the end of the span, relative to k
-        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, dtype), dtype).reshape(shape)
+            q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
+            k = self.rel_pos.rotate(k)
+        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, offset, dtype), dtype).reshape(shape)
 
-    def attend_prepared(self, q, k, v, windows, mask, attn_bias, dtype=None):
-        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows."""
+    def attend_prepared(self, q, k, v, windows, mask, attn_bias, offset=0, dtype=None):
+        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows.
+
+        The first query stands at key `offset`; `dtype` is the precision called for, where it is not q's.
+        """
         groups, n, head_dim = q.shape
-        offset = 0
+        rank = 0 if self.group is None else self.group.rank
+        origin = (0, rank * n - offset)
         if self.use_xpos:
-            q, k, v, mask = fold(q, k, v, mask, windows)
+            q, k, v, mask = fold(q, k, v, mask, windows, offset)
+            origin = (rank * q.shape[0], 0)
             offset, middle = windows.backward, windows.span // 2
             start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
                      key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, backend=self.backend, dtype=dtype)
+                     dropout=self.dropout if self.training else 0., offset=offset, origin=origin, backend=self.backend,
+                     dtype=dtype)
         return unfold(out, groups, n) if self.use_xpos else out
 
     def _any_length(self, q, k, v, mask, attn_bias, windows):

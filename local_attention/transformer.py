@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
-from . import checks
+from . import checks, parallel
 from .any_length import unknown
 from .attend import Float32, draw_seed
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
@@ -92,16 +92,21 @@ _reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
 class _CrossEntropy(Float32):
-    """The mean of -log softmax over the labels that are not `ignore_index`, 0 where all are."""
+    """The mean of -log softmax over the labels, of all ranks of a group, that are not `ignore_index`; 0 where all are.
+    """
 
-    def __init__(self, ignore_index):
+    def __init__(self, ignore_index, group=None):
         super().__init__()
         self.total = ops.NLLLoss(reduction="sum", ignore_index=ignore_index)
+        self.mean = None if group is None else parallel.MeanOfRanks(group)
 
     def construct(self, logits, labels):
         weights = ops.ones((logits.shape[1],), ms.float32)
         total, count = self.total(ops.log_softmax(ops.cast(logits, ms.float32), -1), labels, weights)
-        return total / ops.maximum(count, 1.)
+        if self.mean is None:
+            return total / ops.maximum(count, 1.)
+        mean_count = self.mean(ops.stop_gradient(count))
+        return self.mean(ops.depend(total, mean_count) / ops.maximum(mean_count, 1. / self.mean.size))
 
 
 class GEGLU(nn.Cell):
@@ -280,7 +285,8 @@ class LocalMHA(nn.Cell):
             Default: ``None`` .
         gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
             Default: ``False`` .
-        kwargs (dict): Further arguments of :class:`LocalAttention`.
+        kwargs (dict): Further arguments of :class:`LocalAttention`. With its `sequence_parallel`, inputs and output are
+            this rank's slice, and gradients of weights are its part.
 
     Inputs:
         - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
@@ -341,7 +347,7 @@ class LocalMHA(nn.Cell):
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
         b, n = _checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
         if cache is not None or return_cache:
-            _check_cacheable(self.cls_name, self.causal, mask is not None, n)
+            _check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None)
         if self.norm is not None:
             x = self.norm(x)
         if unknown((b, n)):
@@ -384,8 +390,10 @@ class LocalMHA(nn.Cell):
 
 
 @constexpr
-def _check_cacheable(owner, causal, masked, n, global_takes_cache=True):
+def _check_cacheable(owner, causal, masked, n, sliced, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
+    if sliced:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
     if not global_takes_cache:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'global_attn_layer' is not "
                                  "causal or its 'construct' does not take both", "a cache")
@@ -501,7 +509,13 @@ class LocalTransformer(nn.Cell):
             ``None`` is all of them. Default: ``None`` .
         num_residual_streams (int): Above 1, the residual connections become hyper-connections of that many streams
             (Zhu et al., 2024). Default: ``1`` .
-        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`.
+        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`. With `sequence_parallel`,
+            which the latter describes, rank :math:`r` holds the tokens :math:`r n` to :math:`r n + n - 1`: inputs and
+            outputs are that slice, the loss is the mean over the labels of all ranks, and gradients are those of one
+            process once averaged over the ranks: within a compiled step by
+            :class:`local_attention.parallel.AverageGradients`, outside of one also by `nn.DistributedGradReducer`.
+            There is no cache then and no `generate`. Dropout of attention weights is that of one process where the
+            global seed is; that of the feed-forward each rank draws for itself.
 
     Inputs:
         - **x** (Tensor) - int :math:`(b, n)`, each in [0, `num_tokens`), or float :math:`(b, n, dim)` when `num_tokens`
@@ -524,7 +538,6 @@ class LocalTransformer(nn.Cell):
         TypeError: If an argument or input is of another type or dtype.
         ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
             or a loss is asked of a model without tokens or of fewer than 2.
-        NotImplementedError: If `sequence_parallel` is asked for.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -566,13 +579,15 @@ class LocalTransformer(nn.Cell):
             self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(1.))
             self.to_logits = nn.SequentialCell(nn.LayerNorm((dim,), epsilon=EPSILON),
                                                nn.Dense(dim, num_tokens, has_bias=False))
-            self.cross_entropy = _CrossEntropy(ignore_index)
         self.layers = nn.CellList([nn.CellList([
             LocalMHA(dim=dim, window_size=local_attn_window_size, dim_head=dim_head, heads=heads, dropout=attn_dropout,
                      causal=causal, prenorm=True, use_xpos=use_xpos and not use_dynamic_pos_bias,
                      xpos_scale_base=xpos_scale_base, use_rotary_pos_emb=not use_dynamic_pos_bias, **kwargs),
             FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
+        self.group = self.layers[0][0].attn_fn.group
+        if num_tokens is not None:
+            self.cross_entropy = _CrossEntropy(ignore_index, self.group)
         # where among the caches, after those of the local blocks, that of each layer's global layer is; 0 without one
         self.global_places = tuple(depth + global_numbers.index(number) if number in global_numbers else 0
                                    for number in range(depth))
@@ -588,23 +603,30 @@ class LocalTransformer(nn.Cell):
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
-                             checks.described(mask), return_loss)
+                             checks.described(mask), return_loss, self.group)
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
-            _check_cacheable(self.cls_name, self.causal, mask is not None, n, self.global_takes_cache)
+            _check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
+                             self.global_takes_cache)
         if cache is not None:
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
             _check_cached_call(self.cls_name, n, seen, len(layers), self.cached_cells, return_loss)
             x = x[:, seen:]
         labels = None
-        if return_loss:
+        if return_loss and self.group is None:
             x, labels = x[:, :-1], x[:, 1:]
             mask = None if mask is None else mask[:, :-1]
+        elif return_loss:  # slices stay of one length: the very last token has no label, and none may see it
+            labels = parallel.next_tokens(self.group, x, self.ignore_index)
+            x = ops.depend(x, labels)
+            if not self.causal:
+                mask = parallel.without_last(self.group, mask, b, n)
         if self.num_tokens is not None:
+            start = seen if self.group is None else self.group.rank * n
             if unknown((b, n)):  # which max_seq_len has to be at least: a compiled graph does not look
                 x = self.token_emb(x) + self.pos_emb(ops.arange(0, x.shape[1], 1))[None]
             else:
-                x = self.token_emb(x) + self.pos_emb(_positions(b, seen, n))
+                x = self.token_emb(x) + self.pos_emb(_positions(b, start, start + n - seen, self.max_seq_len))
         if self.dynamic_pos_bias is not None and attn_bias is None:
             size, before = self.windows.size, self.windows.backward
             attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
@@ -756,6 +778,9 @@ class LocalTransformer(nn.Cell):
         owner = f"{self.cls_name}.generate"
         if self.num_tokens is None:
             raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
+        if self.group is not None:
+            raise ValueError(f"For '{owner}', the model must be one without 'sequence_parallel', which its weights "
+                             "load into.")
         checks.non_negative_int(owner, "seq_len", seq_len)
         checks.non_negative_number(owner, "temperature", temperature)
         checks.fraction(owner, "filter_thres", filter_thres)
@@ -785,7 +810,7 @@ def _check_cached_call(owner, n, seen, layers, depth, return_loss):
 
 
 @constexpr
-def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss):
+def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, group):
     """The rules of a call: its batch, and the length of what goes through the layers."""
     checks.boolean(owner, "return_loss", return_loss)
     if num_tokens is None:
@@ -793,6 +818,14 @@ def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss):
             raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
         return _checked_block(owner, dim, x, mask)
     b, n = _checked_tokens(owner, "x", x, mask)
+    if group is not None:
+        if n is None:
+            raise checks.value_error(owner, "x", "of a known length with 'sequence_parallel'", n)
+        longest = (max_seq_len + return_loss) // group.size
+        if n > longest:
+            raise checks.value_error(owner, "x", f"of at most {longest} tokens on each of the {group.size} ranks "
+                                     f"('max_seq_len' is {max_seq_len})", n)
+        return b, n
     if n is None:
         return b, n
     if return_loss and n < 2:
@@ -804,5 +837,6 @@ def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss):
 
 
 @constexpr
-def _positions(b, start, stop):
-    return Tensor(np.tile(np.arange(start, stop, dtype=np.int32), (b, 1)))
+def _positions(b, start, stop, max_seq_len):
+    """Positions; the one that a loss may have too many, of a token that nothing is made of, is as good as any."""
+    return Tensor(np.tile(np.minimum(np.arange(start, stop, dtype=np.int32), max_seq_len - 1), (b, 1)))

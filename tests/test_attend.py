@@ -229,3 +229,14 @@ def test_a_backend_asked_for_by_name_that_cannot_run_says_why():
     x = Tensor(np.zeros((2, 7, 10), np.float32))  # outside a gradient: an error within leaves MindSpore's state unclean
     with pytest.raises(ValueError, match="ascend.*cannot run this call"):
         attend(x, x, x, SPECS[0], 1., backend="ascend")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_drop_what_the_whole_drops(backend):
+    case = Case(9, spec=SPECS[1], n=3 * W, offset=0, mask=False, bias=False, hide_self=False)
+    options = dict(spec=case.spec, scale=.3, dropout=.3, seed=Tensor([11], ms.int32), backend=backend)
+    whole = attend(Tensor(case.q), Tensor(case.k), Tensor(case.v), **options).asnumpy()
+    q, k, v = Tensor(case.q[2:, 2 * W:]), Tensor(case.k[2:, W:]), Tensor(case.v[2:, W:])
+    part = attend(q, k, v, offset=W, origin=(2, W), **options).asnumpy()
+    np.testing.assert_allclose(part, whole[2:, 2 * W:], atol=1e-5)
+    assert np.abs(attend(q, k, v, offset=W, **options).asnumpy() - part).max() > 1e-2

@@ -16,6 +16,7 @@ from local_attention import (
     load_torch_weights,
     weights,
 )
+from local_attention.parallel import AverageGradients, Group
 from local_attention.rotary import SinusoidalEmbeddings
 from local_attention.transformer import GEGLU, FeedForward, top_k
 
@@ -35,6 +36,15 @@ def spec(**settings):
 
 def block(**settings):
     return LocalMHA(**{**dict(dim=11, window_size=5, heads=3, dim_head=10), **settings})
+
+
+def sliced(build, ranks=3, **settings):
+    """A Cell as it is with sequence_parallel on the first of some ranks; what it refuses, it refuses alone."""
+    cell = build(**settings)
+    for _, part in cell.cells_and_names():
+        if hasattr(part, "group"):
+            part.group = Group("hccl_world_group", 0, ranks)
+    return cell
 
 
 def tokens(*shape, dtype=ms.int32):
@@ -86,7 +96,15 @@ CONSTRUCTORS = [
      "'xpos_scale_base' must be a positive number, but got 0."),
     (attention, {"backend": "fast"}, ValueError,
      "'backend' must be None or one of ascend, native, blocked, dense, but got 'fast'."),
-    (attention, {"sequence_parallel": True}, NotImplementedError, "'sequence_parallel' is not part of this release."),
+    (attention, {"sequence_parallel": True}, ValueError, "For 'LocalAttention', 'sequence_parallel' needs a "
+     "communication group with this rank in it, made by 'mindspore.communication.init()' or 'create_group()', but got "
+     "True."),
+    (attention, {"sequence_parallel": 1}, TypeError,
+     "'sequence_parallel' must be a bool or the name of a communication group, but got 1 of type int."),
+    (AverageGradients, {"group": 1}, TypeError,
+     "For 'AverageGradients', 'group' must be None or the name of a communication group, but got 1 of type int."),
+    (AverageGradients, {}, ValueError, "For 'AverageGradients', 'group' needs a communication group with this rank in "
+     "it"),
     (spec, {"bucket": 0}, ValueError, "For 'WindowSpec', 'bucket' must be a positive int, but got 0."),
     (spec, {"backward": -1}, ValueError, "'backward' must be a non-negative int, but got -1."),
     (spec, {"forward": -2}, ValueError, "'forward' must be an int of at least -1, but got -2."),
@@ -138,7 +156,7 @@ CONSTRUCTORS = [
      "'layers_insert_global_attn' must be a tuple of numbers of layers, from 1 to 1, but got 1 of type int."),
     (transformer, {"global_attn_layer": nn.Dense(11, 11), "layers_insert_global_attn": (True,)}, TypeError,
      "'layers_insert_global_attn' must be a tuple of numbers of layers, from 1 to 1, but got True of type bool."),
-    (transformer, {"sequence_parallel": True}, NotImplementedError, "'sequence_parallel' is not part of this release."),
+    (transformer, {"sequence_parallel": True}, ValueError, "'sequence_parallel' needs a communication group"),
     (transformer, {"look_forward": 1}, ValueError, "'look_forward' must be 0 when causal, but got 1."),
     (transformer, {"windows": 1}, TypeError, "unexpected keyword argument 'windows'"),
 
@@ -203,6 +221,20 @@ CALLS = [
      "'q' must be of head dimension 6, the rotary embedding's, but got 4."),
     (lambda: attention(backend="ascend"), (vectors(2, 10, 4),) * 3, {}, ValueError,
      "the backend 'ascend' cannot run this call: it runs on Ascend alone, and the device is CPU."),
+
+    (lambda: sliced(attention, autopad=True), (vectors(2, 7, 4),) * 3, {}, ValueError,
+     "'q' must be of a length that is a multiple of the window (5) with 'sequence_parallel', but got 7."),
+    (lambda: sliced(attention, look_backward=2), (vectors(2, 5, 4),) * 3, {}, ValueError,
+     "'q' must be of a length of at least 10 on each of the 3 ranks, as no further than to the next one does "
+     "'sequence_parallel' look, but got 5."),
+    (lambda: sliced(attention, look_backward=0, look_forward=3), (vectors(2, 10, 4),) * 3, {}, ValueError,
+     "'q' must be of a length of at least 15 on each of the 3 ranks"),
+    (lambda: sliced(block, causal=True), (vectors(2, 5, 11),), {"return_cache": True}, ValueError,
+     "For 'LocalMHA', 'cache' must be None, and 'return_cache' False, with 'sequence_parallel', but got a cache."),
+    (lambda: sliced(transformer), (tokens(2, 4),), {"return_cache": True}, ValueError,
+     "For 'LocalTransformer', 'cache' must be None, and 'return_cache' False, with 'sequence_parallel'"),
+    (lambda: sliced(transformer), (tokens(2, 5),), {}, ValueError,
+     "'x' must be of at most 4 tokens on each of the 3 ranks ('max_seq_len' is 13), but got 5."),
 
     (transformer, (tokens(7),), {}, ValueError,
      "For 'LocalTransformer', 'x' must be of shape (batch, n), not empty, but got (7,)."),
@@ -289,6 +321,9 @@ FUNCTIONS = [
      GENERATE + "'mask' must be of shape (2, 7), but got (2, 6)."),
     (lambda: transformer(num_tokens=None).generate(tokens(2, 7), 3), ValueError,
      GENERATE + "the model must have tokens, but its 'num_tokens' is None."),
+
+    (lambda: sliced(transformer).generate(tokens(2, 5), 3), ValueError, GENERATE + "the model must be one without "
+     "'sequence_parallel', which its weights load into."),
 
     (lambda: load_torch_weights(nn.Dense(2, 3), {}), TypeError, "For 'load_torch_weights', 'cell' must be a LocalMHA"),
     (lambda: export_torch_weights(nn.Dense(2, 3)), TypeError, "For 'export_torch_weights', 'cell' must be a LocalMHA"),

@@ -87,6 +87,47 @@ def test_what_a_run_leaves_behind(run, tmp_path, capsys):
         run("new", "--resume", "--seq-len", "48")
 
 
+def test_a_checkpoint_that_is_cut_short_takes_nobody_s_place(run, monkeypatch, tmp_path):
+    run("cut", "--steps", "3", "--mode", "pynative")
+    before = (tmp_path / "cut" / "checkpoint.ckpt").read_bytes()
+
+    def cut_short(network, path, append_dict):
+        Path(path).write_bytes(before[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(train.ms, "save_checkpoint", cut_short)
+    with pytest.raises(OSError):
+        run("cut", "--resume", "--steps", "5")
+    assert (tmp_path / "cut" / "checkpoint.ckpt").read_bytes() == before
+    monkeypatch.undo()
+    assert [record["step"] for record in run("cut", "--resume", "--steps", "5")] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_is_cut_short_is_no_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert train.read_metrics(tmp_path / "metrics.jsonl", 5) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_goes_on_with_as_many_processes(run, tmp_path):
+    run("alone", "--steps", "3", "--mode", "pynative")
+    path = tmp_path / "alone" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": 2}))
+    with pytest.raises(SystemExit, match="2 processes trained the run that --resume continues, and 1 cannot"):
+        run("alone", "--resume")
+
+
+def test_processes_share_the_batches_of_one():
+    text = np.arange(250, dtype=np.uint8)
+    one = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "6"])
+    each = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "2"])
+    each.ranks = 3
+    for batches, *step in ((train.training_batches, 3), (train.validation_batches,)):
+        parts = [batches(text, each, *step, rank=rank) for rank in range(3)]
+        for number, batch in enumerate(batches(text, one, *step)):
+            together = np.concatenate([part[number].asnumpy() for part in parts])
+            np.testing.assert_array_equal(together, batch.asnumpy())
+
+
 def test_steps_can_be_added(run):
     assert [record["step"] for record in run("longer", "--steps", "3", "--mode", "pynative")] == [1, 2, 3]
     assert [record["step"] for record in run("longer", "--resume", "--steps", "5")] == [1, 2, 3, 4, 5]

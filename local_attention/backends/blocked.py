@@ -156,7 +156,9 @@ class Blocks(nn.Cell):
                 for run in self.runs]))
         if problem.dropout > 0:
             groups = np.arange(problem.groups).reshape(-1, problem.heads).T.reshape(-1)  # in the order a bias has them
-            self.row_hash = Tensor(row_hash(groups, np.arange(problem.n_q) + problem.offset)[..., None])
+            group, position = problem.origin
+            queries = np.arange(problem.n_q) + problem.offset
+            self.row_hash = Tensor(row_hash(groups + group, queries + position)[..., None])
 
     def _mask(self, run):
         mask = np.where(run.visible, 0, HIDDEN).astype(np.float32)
@@ -171,7 +173,7 @@ class Blocks(nn.Cell):
             shift = 0
         columns = None
         if problem.dropout > 0:
-            columns = Tensor(np.tile(column_hash(keys), (self.together, 1))[:, None])
+            columns = Tensor(np.tile(column_hash(keys + problem.origin[1]), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 

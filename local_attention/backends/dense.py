@@ -25,11 +25,13 @@ def prepare(problem):
     A plain tuple: of a NamedTuple that is handed to a Cell, a graph forgets the names.
     """
     queries, keys = np.arange(problem.n_q)[:, None] + problem.offset, np.arange(problem.n_k)
+    group, position = problem.origin
     return (problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
             Tensor((queries == keys)[None]),
             Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
             _offset_index(problem, queries, keys) if problem.by_offset else None,
-            Tensor(row_hash(np.arange(problem.groups), queries[:, 0])[..., None]), Tensor(column_hash(keys)))
+            Tensor(row_hash(np.arange(problem.groups) + group, queries[:, 0] + position)[..., None]),
+            Tensor(column_hash(keys + position)))
 
 
 def _offset_index(problem, queries, keys):

@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 1;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 2;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
@@ -46,6 +46,7 @@ struct Call {
 
   int64_t groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, offset, batch, heads, period, columns,
       bias_backward, offsets, hide_self, threads, level;
+  int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
   int64_t padded;  // head_dim in whole vectors of any width
   float scale, kept_factor;
   int32_t drop_below;
@@ -54,7 +55,8 @@ struct Call {
   explicit Call(void **inputs) {
     const int64_t *number = (const int64_t *)inputs[7];
     for (int64_t *to : {&groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal, &offset, &batch,
-                        &heads, &period, &columns, &bias_backward, &offsets, &hide_self, &threads, &level})
+                        &heads, &period, &columns, &bias_backward, &offsets, &hide_self, &threads, &level,
+                        &first_group, &first_position})
       *to = *number++;
     double real[2];  // these two by their bits
     std::memcpy(real, number, sizeof(real));

@@ -19,7 +19,7 @@ FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
           "seed": DataType.I32_Default, "numbers": DataType.I64_Default}
 TILE = 64  # queries by as many keys
-INTERFACE = 1  # of the kernel that this file was written for
+INTERFACE = 2  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 
@@ -108,7 +108,7 @@ class Fused(nn.Cell):
         self.numbers = Tensor(np.array([
             problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
             spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
-            problem.hide_self, threads(), level, *real], np.int64))
+            problem.hide_self, threads(), level, *problem.origin, *real], np.int64))
         forward = {"out": FLOATS, "statistics": FLOATS}
         self.forward = _custom("attention_forward", INPUTS, forward)
         self.backward = _custom("attention_backward", {**INPUTS, **forward, "dout": FLOATS},

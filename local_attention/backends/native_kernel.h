@@ -160,7 +160,7 @@ struct Worker {
       int64_t low, high;
       call.span(position, low, high);
       positions[lane] = position, first[lane] = low, last[lane] = high;
-      if (call.dropping) rows[lane] = row_hash(group, position);
+      if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
@@ -342,7 +342,7 @@ struct Worker {
   }
 
   INLINE Vec keep(int v, int64_t j) {
-    const Ints mixed = (Ints)scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + column_hash(j)));
+    const Ints mixed = (Ints)scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + column_hash(call.first_position + j)));
     return mixed >= call.drop_below ? all(call.kept_factor) : Vec{};
   }
 

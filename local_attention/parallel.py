@@ -1,0 +1,365 @@
+"""Sequences longer than one device: every rank of a group holds one slice, in the order of the ranks.
+
+A slice needs the keys, values and mask of its neighbours that its outermost queries see, the halo, and nothing else of
+them: what is exchanged depends neither on the length of the sequence nor on the number of ranks. Collectives are
+executed in one order by all ranks. A compiler may reorder what does not depend on each other, so each collective here
+works on data, and depends on the one before it.
+"""
+from dataclasses import dataclass
+from functools import lru_cache, cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, communication, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that share a sequence, and this process's place among them."""
+    name: str
+    rank: int
+    size: int
+
+    def before(self, rows):
+        """How many rows of the previous rank there are beside this one's, if there is one."""
+        return rows if self.rank > 0 else 0
+
+    def after(self, rows):
+        return rows if self.rank < self.size - 1 else 0
+
+
+def group_of(owner, argument, name):
+    """The group of a name, or of all ranks where that is True or None."""
+    known = name if isinstance(name, str) else communication.GlobalComm.WORLD_COMM_GROUP
+    if communication.GlobalComm.INITED:  # before that, every process is told that it is the first of one
+        try:
+            return Group(known, communication.get_rank(known), communication.get_group_size(known))
+        except (RuntimeError, ValueError):
+            pass
+    raise ValueError(f"For '{owner}', '{argument}' needs a communication group with this rank in it, made by "
+                     f"'mindspore.communication.init()' or 'create_group()', but got {name!r}.")
+
+
+def sequence_group(owner, sequence_parallel):
+    """The group that `sequence_parallel` means, None for none: of all ranks, or of those of a group by name."""
+    if not isinstance(sequence_parallel, (bool, str)):
+        raise checks.type_error(owner, "sequence_parallel", "a bool or the name of a communication group",
+                                sequence_parallel)
+    if sequence_parallel is False:
+        return None
+    group = group_of(owner, "sequence_parallel", sequence_parallel)
+    for first in sorted((group.rank - 1, group.rank), key=lambda first: first % 2):
+        if 0 <= first < group.size - 1:
+            _pair(group.name, first)
+    return group
+
+
+@cache
+def _pair(name, first):
+    """The group of two neighbours, made once."""
+    pair = f"{name}.neighbours.{first}"
+    communication.create_group(pair, communication.get_process_group_ranks(name)[first:first + 2])
+    return pair
+
+
+# ---- the exchange with the neighbours, one function on every platform
+
+
+class _PairSums(nn.Cell):
+    """The exchange where reductions are all there is: with each neighbour, the sum over the two of a buffer in which
+    each fills its own part. Ranks whose number is even begin with the next one, odd ones with the previous one, so
+    that no rank waits for more than one other exchange."""
+
+    def __init__(self, group, up, down):
+        super().__init__()
+        self.up, self.down, self.next_first = up, down, group.rank % 2 == 0
+        self.has_previous, self.has_next = group.rank > 0, group.rank < group.size - 1
+        if self.has_previous:
+            self.sum_with_previous = ops.AllReduce(group=_pair(group.name, group.rank - 1))
+        if self.has_next:
+            self.sum_with_next = ops.AllReduce(group=_pair(group.name, group.rank))
+        self.slice, self.concat = ops.Slice(), ops.Concat(0)
+
+    def construct(self, mine):
+        if self.next_first:
+            of_next = self._with_next(mine, mine)
+            of_previous = self._with_previous(mine, of_next)
+        else:
+            of_previous = self._with_previous(mine, mine)
+            of_next = self._with_next(mine, of_previous)
+        if self.up == 0:
+            return ops.depend(of_previous, of_next)
+        if self.down == 0:
+            return ops.depend(of_next, of_previous)
+        return self.concat((self.slice(of_previous, (0,), (self.down,)),
+                            self.slice(of_next, (self.down,), (self.up,))))
+
+    def _with_next(self, mine, last):
+        """What the two put in, what goes down first; without a next rank something of that shape, which is not read."""
+        if not self.has_next:
+            return last
+        if self.down == 0:
+            mine = ops.depend(ops.zeros((self.up,), mine.dtype), mine)
+        elif self.up > 0:
+            mine = self.concat((self.slice(mine, (self.up,), (self.down,)), ops.zeros((self.up,), mine.dtype)))
+        return self.sum_with_next(ops.depend(mine, last))
+
+    def _with_previous(self, mine, last):
+        if not self.has_previous:
+            return last
+        if self.up == 0:
+            mine = ops.depend(ops.zeros((self.down,), mine.dtype), mine)
+        elif self.down > 0:
+            mine = self.concat((ops.zeros((self.down,), mine.dtype), self.slice(mine, (0,), (self.up,))))
+        return self.sum_with_previous(ops.depend(mine, last))
+
+
+class _AllToAll(nn.Cell):
+    """The exchange where a rank can send to some of the others alone. Written for Ascend, where it has not been run;
+    tested with an emulation of the operator."""
+
+    def __init__(self, group, up, down):
+        super().__init__()
+        sent, received = [0] * group.size, [0] * group.size
+        if group.rank > 0:
+            sent[group.rank - 1], received[group.rank - 1] = up, down
+        if group.rank < group.size - 1:
+            sent[group.rank + 1], received[group.rank + 1] = down, up
+        self.sent, self.received = tuple(sent), tuple(received)
+        self.start = 0 if group.rank > 0 else up  # what would go to a rank that is not there is not sent
+        self.missing_before, self.missing_after = down - group.before(down), up - group.after(up)
+        self.all_to_all = ops.AlltoAllV(group=group.name)
+        self.slice, self.concat = ops.Slice(), ops.Concat(0)
+
+    def construct(self, mine):
+        count = sum(self.sent)
+        if 0 < count < mine.shape[0]:
+            mine = self.slice(mine, (self.start,), (count,))
+        received = self.all_to_all(mine, self.sent, self.received)
+        if sum(self.received) == 0:
+            return ops.depend(mine, received)
+        if self.missing_before > 0:
+            received = self.concat((ops.zeros((self.missing_before,), mine.dtype), received))
+        if self.missing_after > 0:
+            received = self.concat((received, ops.zeros((self.missing_after,), mine.dtype)))
+        return received
+
+
+def exchange(group, up, down):
+    """A Cell from what goes to the neighbours to what comes from them, flat and of one length on every rank.
+
+    Its input is `up` elements for the previous rank and `down` for the next one, its output `down` elements of the
+    previous rank and `up` of the next one. What concerns a rank that does not exist is not to be read.
+    """
+    platform = _AllToAll if ms.get_context("device_target") == "Ascend" else _PairSums
+    return platform(group, up, down)
+
+
+# ---- the halo
+
+
+class _Halo(nn.Cell):
+    """Keys and values `(groups, n, d)` and a mask `(batch, n)`, all of one dtype, with rows of the neighbours too.
+
+    The gradients of those rows go back to whose they are. Without a mask `batch` is 0, and what is given as one comes
+    back.
+    """
+
+    def __init__(self, group, shape, batch, backward, forward):
+        super().__init__()
+        self.groups, self.n, self.head_dim = shape
+        self.batch, self.backward, self.forward = batch, backward, forward
+        self.before, self.after = group.before(backward), group.after(forward)  # rows that come, and rows whose
+        self.first, self.last = group.before(forward), group.after(backward)  # gradients come back
+        self.row = 2 * self.groups * self.head_dim
+        self.there = exchange(group, forward * (self.row + batch), backward * (self.row + batch))
+        self.back = exchange(group, backward * self.row, forward * self.row)
+        self.slice, self.concat, self.join = ops.Slice(), ops.Concat(1), ops.Concat(0)
+
+    def construct(self, k, v, mask):
+        received = self.there(self._edges((k, v, mask) if self.batch > 0 else (k, v), self.n, self.forward,
+                                          self.backward))
+        k = ops.depend(k, received)
+        if self.before > 0:
+            other_k, other_v = self._keys(received, 0, self.before)
+            k, v = self.concat((other_k, k)), self.concat((other_v, v))
+            if self.batch > 0:
+                mask = self.concat((self._mask(received, 0, self.before), mask))
+        if self.after > 0:
+            start = self.backward * (self.row + self.batch)
+            other_k, other_v = self._keys(received, start, self.after)
+            k, v = self.concat((k, other_k)), self.concat((v, other_v))
+            if self.batch > 0:
+                mask = self.concat((mask, self._mask(received, start, self.after)))
+        return k, v, mask
+
+    def bprop(self, k, v, mask, out, dout):
+        dk, dv = dout[0], dout[1]
+        received = self.back(self._edges((dk, dv), self.before + self.n + self.after, self.backward, self.forward))
+        dk, dv = self._rows(ops.depend(dk, received), self.before, self.n), self._rows(dv, self.before, self.n)
+        if self.first > 0:
+            more_k, more_v = self._keys(received, 0, self.first)
+            dk, dv = self._add(dk, more_k, 0), self._add(dv, more_v, 0)
+        if self.last > 0:
+            more_k, more_v = self._keys(received, self.forward * self.row, self.last)
+            dk, dv = self._add(dk, more_k, self.n - self.last), self._add(dv, more_v, self.n - self.last)
+        return dk, dv, ops.zeros(mask.shape, mask.dtype)
+
+    def _edges(self, tensors, n, first, last):
+        """The first rows of tensors of n rows and their last ones, flat."""
+        parts = []
+        for start, rows in ((0, first), (n - last, last)):
+            if rows > 0:
+                for x in tensors:
+                    parts.append(self._rows(x, start, rows).reshape(-1))
+        return self.join(parts)
+
+    def _keys(self, flat, start, rows):
+        """Keys and values of one neighbour."""
+        size, shape = self.groups * rows * self.head_dim, (self.groups, rows, self.head_dim)
+        return (self.slice(flat, (start,), (size,)).reshape(shape),
+                self.slice(flat, (start + size,), (size,)).reshape(shape))
+
+    def _mask(self, flat, start, rows):
+        return self.slice(flat, (start + rows * self.row,), (rows * self.batch,)).reshape(self.batch, rows)
+
+    def _rows(self, x, start, rows):
+        if x.ndim == 2:
+            return self.slice(x, (0, start), (x.shape[0], rows))
+        return self.slice(x, (0, start, 0), (x.shape[0], rows, x.shape[2]))
+
+    def _add(self, x, rows, start):
+        """x with `rows` added from row `start` on."""
+        parts, after = [rows], self.n - start - rows.shape[1]
+        if start > 0:
+            parts = [ops.zeros((self.groups, start, self.head_dim), x.dtype)] + parts
+        if after > 0:
+            parts = parts + [ops.zeros((self.groups, after, self.head_dim), x.dtype)]
+        return ops.add(x, self.concat(parts))
+
+
+@constexpr
+def _sent_as(dtype):
+    """On CPU, collectives do not know bfloat16."""
+    return ms.float32 if dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU" else dtype
+
+
+_halo = constexpr(lru_cache(maxsize=64)(_Halo))
+
+
+def with_halo(group, k, v, mask, backward, forward):
+    """`k, v (groups, n, d)` and a bool mask `(batch, n)` or None with the rows of the neighbours that a span reaches:
+    `backward` before the own ones and `forward` after them, where there is such a rank. Also how many are before."""
+    if group.size == 1 or backward + forward == 0:
+        return k, v, mask, 0
+    k, v = ops.cast(k, _sent_as(k.dtype)), ops.cast(v, _sent_as(k.dtype))
+    batch = 0 if mask is None else mask.shape[0]
+    real = ops.zeros((1, 1), k.dtype) if mask is None else ops.cast(mask, k.dtype)
+    k, v, real = _halo(group, k.shape, batch, backward, forward)(k, v, real)
+    return k, v, None if mask is None else ops.cast(real, ms.float32) > 0.5, group.before(backward)
+
+
+# ---- the loss
+
+
+_next_tokens = constexpr(lru_cache(maxsize=64)(lambda group, batch: exchange(group, batch, 0)))
+
+
+def next_tokens(group, x, ignore_index):
+    """The token after each of `x (b, n)`: that after a slice's last is the next rank's first, and after the very last
+    one there is none. float32, in which tokens travel, is exact for the first 2**24 of them."""
+    last = ops.full((x.shape[0], 1), ignore_index, dtype=x.dtype)
+    if group.size > 1:
+        received = _next_tokens(group, x.shape[0])(ops.cast(x[:, 0], ms.float32))
+        received = ops.cast(received, x.dtype).reshape(-1, 1)
+        last = ops.depend(last, received) if group.rank == group.size - 1 else received
+    return ops.cat((x[:, 1:], last), 1)
+
+
+def without_last(group, mask, b, n):
+    """A mask that hides the very last token, which a loss predicts from the others: `(b, n)`, `mask` or all ones."""
+    last = _last(group, b, n)
+    return last if mask is None else ops.logical_and(mask, last)
+
+
+@constexpr
+def _last(group, b, n):
+    mask = np.ones((b, n), bool)
+    mask[:, -1] = group.rank < group.size - 1
+    return Tensor(mask)
+
+
+class MeanOfRanks(nn.Cell):
+    """The mean of what the ranks of a group hold. Each differentiates its own: gradients averaged over the ranks, as
+    `nn.DistributedGradReducer` does, are those of the mean."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.size, self.sum = group.size, ops.AllReduce(group=group.name) if group.size > 1 else None
+
+    def construct(self, x):
+        return x if self.size == 1 else self.sum(x) / self.size
+
+    def bprop(self, x, out, dout):
+        return (ops.depend(dout, out),)
+
+
+# ---- gradients
+
+
+class AverageGradients(nn.Cell):
+    r"""
+    The mean of gradients over the ranks of a group.
+
+    All gradients travel in one buffer, and so in one collective, after every exchange that they come from: unlike with
+    `nn.DistributedGradReducer`, it may be compiled together with the gradients of a model with `sequence_parallel`. A
+    compiler is free to order collectives that do not depend on each other, on each rank in another way.
+
+    Args:
+        group (str): The name of a communication group; ``None`` is all ranks. Default: ``None`` .
+
+    Inputs:
+        - **gradients** (tuple[Tensor]) - Of any shapes and dtypes, the same on every rank.
+
+    Outputs:
+        tuple[Tensor], of the same shapes and dtypes; the mean is computed in float32.
+
+    Raises:
+        TypeError: If `group` is not a str.
+        ValueError: If there is no such group, or `mindspore.communication.init()` was not called.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> # in a script that msrun starts
+        >>> from mindspore import communication
+        >>> from local_attention.parallel import AverageGradients
+        >>> communication.init()
+        >>> gradients = AverageGradients()(gradients)
+    """
+
+    def __init__(self, group=None):
+        super().__init__()
+        if group is not None and not isinstance(group, str):
+            raise checks.type_error("AverageGradients", "group", "None or the name of a communication group", group)
+        group = group_of("AverageGradients", "group", group)
+        self.size, self.sum = group.size, ops.AllReduce(group=group.name) if group.size > 1 else None
+        self.slice, self.join = ops.Slice(), ops.Concat(0)
+
+    def construct(self, gradients):
+        if self.size == 1:
+            return gradients
+        flat = []
+        for gradient in gradients:
+            flat.append(ops.cast(gradient, ms.float32).reshape(-1))
+        total = self.sum(self.join(flat))
+        means, start = [], 0
+        for gradient in gradients:
+            mean = self.slice(total, (start,), (gradient.size,)).reshape(gradient.shape) / self.size
+            means.append(ops.cast(mean, gradient.dtype))
+            start += gradient.size
+        return tuple(means)

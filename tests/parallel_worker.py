@@ -1,0 +1,344 @@
+"""What a rank of test_parallel.py's jobs computes: the same cases as one process, each rank on its slice.
+
+`msrun … parallel_worker.py FOLDER SECTION…` runs the sections' cases in both modes and leaves FOLDER/RANK.npz. The test
+calls the same functions at the one place there is without ranks. Every result is an array and how those of the ranks
+make that of one process: side by side along an axis, their mean, their sum, or the same on each.
+"""
+import functools
+import importlib
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, communication, ops
+
+import train
+from local_attention import LocalAttention, LocalMHA, LocalTransformer, parallel
+from local_attention.parallel import AverageGradients
+
+B, H, D, W, DIM, TOKENS = 2, 3, 10, 5, 11, 23
+MODES = ("pynative", "graph")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the sequence, and in the batch, a process stands."""
+    rank: int = 0
+    size: int = 1
+    sequence_parallel: Union[bool, str] = False
+    part: int = 0  # of the batch
+    parts: int = 1
+
+    def slice(self, x, axis):
+        return np.split(x, self.size, axis)[self.rank]
+
+    def batch(self, x):
+        return np.split(x, self.parts)[self.part]
+
+
+def rng(name):
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+def run(function, arguments, mode):
+    return [x.astype(ms.float32).asnumpy() for x in (ms.jit(function) if mode == "graph" else function)(*arguments)]
+
+
+def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dtype=ms.float32, **settings):
+    """Output and gradients of LocalAttention, n tokens a rank."""
+    random, attn = rng(name), LocalAttention(W, sequence_parallel=place.sequence_parallel, **settings)
+    q, k, v, cotangent = (place.slice(random.standard_normal((B, H, ranks * n, D)).astype(np.float32), 2)
+                          for _ in range(4))
+    bias = random.standard_normal((H, W, attn.windows.span)).astype(np.float32)
+    mask = place.slice(random.random((B, ranks * n)) < .6, 1)
+    mask, cotangent = Tensor(mask) if masked else None, Tensor(cotangent)
+    attn.set_train()
+
+    def loss(q, k, v, bias):
+        out = attn(q, k, v, mask=mask, attn_bias=bias if biased else None)
+        return (ops.cast(out, ms.float32) * cotangent).sum(), out
+
+    step = ms.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+
+    def results(q, k, v, bias):
+        (_, out), grads = step(q, k, v, bias)
+        return out, *grads
+
+    ms.set_seed(3)  # of dropout
+    found = run(results, [*(Tensor(x).astype(dtype) for x in (q, k, v)), Tensor(bias)], mode)
+    results = {key: (2, x) for key, x in zip(("out", "dq", "dk", "dv"), found)}
+    return {**results, "dbias": ("sum", found[4])} if biased else results
+
+
+def filled(cell, random):
+    """The cell with weights that are the same in every process, large enough for gradients to show."""
+    for parameter in cell.get_parameters():
+        parameter.set_data(Tensor(random.standard_normal(parameter.shape).astype(np.float32) * .3))
+    return cell
+
+
+def block(name, place, mode, ranks, n=2 * W, **settings):
+    """Output and gradients of LocalMHA."""
+    random = rng(name)
+    x, cotangent = (Tensor(place.slice(random.standard_normal((B, ranks * n, DIM)).astype(np.float32), 1))
+                    for _ in range(2))
+    cell = filled(LocalMHA(dim=DIM, window_size=W, heads=H, dim_head=D, sequence_parallel=place.sequence_parallel,
+                           **settings), random)
+
+    def loss(x):
+        out = cell(x)
+        return (out * cotangent).sum(), out
+
+    step = ms.value_and_grad(loss, 0, cell.trainable_params(), has_aux=True)
+
+    def results(x):
+        (_, out), (dx, grads) = step(x)
+        return out, dx, *grads
+
+    out, dx, *grads = run(results, [x], mode)
+    names = [parameter.name for parameter in cell.trainable_params()]
+    return {"out": (1, out), "dx": (1, dx), **{key: ("sum", grad) for key, grad in zip(names, grads)}}
+
+
+def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0, **settings):
+    """Loss and gradients of a LocalTransformer, averaged over the ranks as a training script does."""
+    random = rng(name)
+    settings = {"num_tokens": TOKENS, "max_seq_len": ranks * n + longest, "dim": DIM, "depth": 2, "heads": H,
+                "dim_head": D, "local_attn_window_size": W, "ignore_index": 3, **settings}
+    x = random.integers(0, TOKENS, (B, ranks * n))
+    x = np.where(random.random(x.shape) < ignored, 3, x).astype(np.int32)
+    x, mask = (place.batch(place.slice(array, 1)) for array in (x, random.random(x.shape) < .7))
+    mask = Tensor(mask) if masked else None
+    cell = filled(LocalTransformer(sequence_parallel=place.sequence_parallel, **settings), random)
+    parameters = cell.trainable_params()
+    reduce = None
+    if place.sequence_parallel is not False:
+        reduce = AverageGradients("three" if place.sequence_parallel == "three" else None)
+
+    def loss(x):
+        return cell(x, mask=mask, return_loss=True)
+
+    step = ms.value_and_grad(loss, None, parameters)
+
+    def results(x):
+        value, grads = step(x)
+        return value, *(grads if reduce is None else reduce(grads))
+
+    def logits(x):
+        return (cell(x, mask=mask),)
+
+    value, *grads = run(results, [Tensor(x)], mode)
+    found = {"loss": ("same", value), **{p.name: ("same", grad) for p, grad in zip(parameters, grads)}}
+    if longest == 0 and mode == "pynative":
+        found["logits"] = 1, run(logits, [Tensor(x)], mode)[0]
+    return found
+
+
+# Every case runs outside a graph on any number of ranks; in one, those in COMPILED on two ranks and the others on more.
+ATTENTION = {
+    "causal": dict(causal=True, dim=D),
+    "exact causal": dict(causal=True, exact_windowsize=True, dim=D, masked=True, n=W),
+    "both sides": dict(dim=D, masked=True, biased=True),
+    "exact both sides": dict(exact_windowsize=True, shared_qk=True, n=W),
+    "two back, one forward": dict(look_backward=2, look_forward=1, shared_qk=True, masked=True, dropout=.3),
+    "forward alone": dict(look_backward=0, look_forward=2, exact_windowsize=True, biased=True),
+    "nothing beside": dict(look_backward=0, causal=True, masked=True),
+    "xpos": dict(causal=True, dim=D, use_xpos=True, biased=True, dropout=.3),
+    "xpos both sides": dict(dim=D, use_xpos=True, xpos_scale_base=3, masked=True, shared_qk=True, n=W),
+    "float16": dict(causal=True, dtype=ms.float16, biased=True),
+    "bfloat16": dict(look_forward=1, dtype=ms.bfloat16, masked=True),
+}
+MODELS = {
+    "causal": dict(ignored=.2, qk_rmsnorm=True, longest=-1),
+    "both sides": dict(causal=False, depth=1, masked=True, ignored=.2, use_dynamic_pos_bias=True, n=W),
+    "both sides, no mask": dict(causal=False, depth=1, exact_windowsize=False, use_xpos=True, num_residual_streams=2),
+}
+BLOCKS = {"block": dict(causal=True, qk_rmsnorm=True, gate_values_per_head=True, prenorm=True, dropout=.3)}
+CASES = {**{f"attention, {name}": (attention, case) for name, case in ATTENTION.items()},
+         **{f"block, {name}": (block, case) for name, case in BLOCKS.items()},
+         **{f"model, {name}": (model, case) for name, case in MODELS.items()}}
+COMPILED = ["attention, exact causal", "attention, both sides", "attention, two back, one forward", "attention, xpos",
+            "block, block", "model, causal"]
+GRID = "model, both sides, no mask"  # with as many labels in each half of the batch, so that their mean is all's
+EMULATED = ["attention, exact causal", "attention, two back, one forward", "attention, forward alone"]
+NOT_COMPILED = ["attention, bfloat16", GRID]  # graphs have no bfloat16 on CPU; the other is compiled in the grid
+
+
+def runs(ranks):
+    """Which cases run in which mode."""
+    compiled = [name for name in CASES if (name in COMPILED) == (ranks == 2) and name not in NOT_COMPILED]
+    return [(name, "pynative") for name in CASES] + [(name, "graph") for name in compiled]
+
+
+def compute(name, place, mode, ranks):
+    """A case's results: name -> how the ranks' make one, and this one's."""
+    function, case = CASES[name]
+    return {f"{name}/{mode}/{key}": value for key, value in function(name, place, mode, ranks, **case).items()}
+
+
+@functools.lru_cache
+def group_place():
+    """All ranks, or the first three of more, by a group; None for a rank that is not among them."""
+    rank, size = communication.get_rank(), communication.get_group_size()
+    if size < 4:
+        return Place(rank, size, True)
+    if rank < 3:
+        communication.create_group("three", [0, 1, 2])
+    return Place(rank, 3, "three") if rank < 3 else None
+
+
+def cases():
+    place, results = group_place(), {}
+    for name, mode in runs(place.size) if place else ():
+        results.update(compute(name, place, mode, place.size))
+    return results
+
+
+def grid():
+    """Four ranks: two halves of the batch, each a sequence of two ranks."""
+    rank, results = communication.get_rank(), {}
+    for first in (0, 2):
+        if rank in (first, first + 1):
+            communication.create_group(f"sequence {first}", [first, first + 1])
+    place = Place(rank % 2, 2, f"sequence {rank // 2 * 2}", rank // 2, 2)
+    for mode in MODES:
+        results.update({f"grid, {key}": value for key, value in compute(GRID, place, mode, 2).items()})
+    return results
+
+
+class EmulatedAllToAll:
+    """ops.AlltoAllV by sums of zeros and one rank's part: parts of a flat tensor, by counts, for each of the ranks."""
+
+    def __init__(self, group):
+        self.rank, self.size = communication.get_rank(group), communication.get_group_size(group)
+        self.sum = ops.AllReduce(group=group)
+
+    def gather(self, x):
+        every = np.zeros((self.size, *x.shape), np.float32)
+        every[self.rank] = x
+        return self.sum(Tensor(every)).asnumpy()
+
+    def __call__(self, x, sent, received):
+        assert x.shape == (sum(sent),) or sum(sent) == 0
+        counts = self.gather(np.array(sent)).astype(int)
+        assert tuple(counts[:, self.rank]) == received
+        every, starts = self.gather(np.resize(x.asnumpy(), counts.sum(1).max())), np.cumsum(counts, 1) - counts
+        parts = [part[start:start + count] for part, start, count in
+                 zip(every, starts[:, self.rank], counts[:, self.rank])]
+        return Tensor(np.concatenate(parts)) if sum(received) else ops.zeros((), x.dtype)
+
+
+def emulated():
+    """Cases once more by the exchange that Ascend has, with its operator emulated."""
+    results, place = {}, group_place()
+    before, all_to_all = parallel.exchange, ops.AlltoAllV
+    parallel.exchange, ops.AlltoAllV = parallel._AllToAll, EmulatedAllToAll
+    for name in EMULATED if place else ():
+        function, case = CASES[name]
+        found = function(name, place, "pynative", place.size, **{**case, "n": 3 * W})
+        results.update({f"{name}/emulated/{key}": value for key, value in found.items()})
+    parallel.exchange, ops.AlltoAllV = before, all_to_all
+    return results
+
+
+def counted_bytes():
+    """Bytes that a rank puts into collectives, forward and backward, for a short and for a long slice."""
+    results, counted, reduce = {}, [], ops.AllReduce
+
+    class Counted:
+        def __init__(self, **kwargs):
+            self.reduce = reduce(**kwargs)
+
+        def __call__(self, x):
+            counted.append(x.nbytes)
+            return self.reduce(x)
+
+    ops.AllReduce = Counted
+    for n in (4 * W, 40 * W):
+        counted.clear()
+        place = Place(communication.get_rank(), communication.get_group_size(), True)
+        attention("bytes", place, "pynative", place.size, n=n, causal=True, dim=D, masked=True)
+        results[f"bytes/{n}"] = None, np.array([len(counted), sum(counted)])
+    ops.AllReduce = reduce
+    return results
+
+
+def refusals():
+    """What is said of a group that there is not, before anything is exchanged."""
+    for call, message in (
+            (lambda: LocalAttention(W, sequence_parallel="nobody"), "'sequence_parallel' needs a communication group"),
+            (lambda: AverageGradients("nobody"), "For 'AverageGradients', 'group' needs a communication group")):
+        try:
+            call()
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    return {}
+
+
+TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --window-size 8 --grad-accum 2 --warmup 2 --steps 20 "
+        "--validate-every 10 --validate-batches 2 --sample-every 20 --sample-len 1 --save-every 3").split()
+
+
+def training():
+    """train.py as it is, dead once and resumed, and with settings that disagree. `data` is in the working directory."""
+    ms.set_device = lambda name: None  # it is settled once communication.init() was called
+    settings = [*TINY, "--data", "data", "--batch-size", "3"]
+    train.main([*settings, "--out", "graph"])
+
+    take_step = train.Trainer.train_step
+
+    def disturbed(trainer, batches):
+        if trainer.step == 5:  # after the checkpoint of step 3
+            raise MemoryError
+        return take_step(trainer, batches)
+
+    train.Trainer.train_step = disturbed
+    try:
+        train.main([*settings, "--out", "pynative", "--mode", "pynative"])
+    except MemoryError:
+        pass
+    train.Trainer.train_step = take_step
+    train.main(["--out", "pynative", "--resume"])
+    try:
+        train.main([*settings, "--out", "none", "--seed", str(communication.get_rank())])
+    except SystemExit as error:
+        assert "--seed is 0 for rank 0 and 1 for rank 1, but must be the same for all" in str(error), error
+    else:
+        raise AssertionError("two seeds")
+    assert not Path("none").exists()
+    return {}
+
+
+def example():
+    """The README's."""
+    sys.path.append(str(Path(train.__file__).parent / "docs"))
+    importlib.import_module("long_sequence").main()
+    return {}
+
+
+SECTIONS = {"example": example, "cases": cases, "grid": grid, "emulated": emulated, "bytes": counted_bytes,
+            "refusals": refusals, "training": training}
+
+
+def main(folder, *sections):
+    ms.set_device("CPU")
+    communication.init()
+    results = {}
+    for section in sections:
+        start = time.process_time()
+        results.update(SECTIONS[section]())
+        print(f"{section}: {time.process_time() - start:.1f} s of CPU", flush=True)
+    np.savez(Path(folder) / f"{communication.get_rank()}.npz", **{name: value for name, (_, value) in results.items()})
+    while len(list(Path(folder).glob("*.npz"))) < communication.get_group_size():
+        time.sleep(.1)  # none leaves before the last is done; in a collective, none waits longer than ten seconds
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,224 @@
+"""Sequences and batches over several processes: every number equals that of one process."""
+import functools
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import psutil
+import pytest
+
+import parallel_worker as worker
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 240  # seconds
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(folder, ranks, *command):
+    """A job of some ranks on this machine, and the file its output goes to. They listen on loopback alone."""
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1",
+                   "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MS_RETRY_INTERVAL_LOWER": "1",
+                   "MS_RETRY_INTERVAL_UPPER": "1", "MS_NODE_TIMEOUT": "5"}
+    log = folder / "job.log"
+    with open(log, "w") as output:
+        job = subprocess.Popen([shutil.which("msrun", path=str(scripts)), f"--worker_num={ranks}",
+                                f"--local_worker_num={ranks}", "--master_addr=127.0.0.1",
+                                f"--master_port={free_port()}", "--join=True", f"--log_dir={folder / 'logs'}",
+                                *map(str, command)], cwd=folder, env=environment, stdout=output, stderr=output)
+    return job, log
+
+
+def finish(job, log, limit=LIMIT):
+    """The job's status and output; what is not over by then is ended."""
+    try:
+        return job.wait(limit), log.read_text()
+    except subprocess.TimeoutExpired:
+        for process in (*psutil.Process(job.pid).children(recursive=True), job):
+            process.kill()
+        job.wait()
+        pytest.fail(f"still running after {limit} s:\n{log.read_text()}")
+
+
+def results_of(folder, ranks, *sections):
+    status, output = finish(*start(folder, ranks, ROOT / "tests" / "parallel_worker.py", folder, *sections))
+    assert status == 0, output
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(ranks)]
+
+
+def joined(parts, how):
+    if how == "same":
+        for part in parts[1:]:
+            np.testing.assert_array_equal(part, parts[0])
+        return parts[0]
+    if how in ("mean", "sum"):
+        return getattr(np, how)(parts, 0)
+    return np.concatenate(parts, how)
+
+
+def assert_equal_to_one_process(parts, ranks, name, mode):
+    tolerance = {"attention, float16": 5e-3, "attention, bfloat16": 5e-2}.get(name, 2e-5)
+    for key, (how, wanted) in one_process(name, ranks).items():
+        if mode == "graph" and key.endswith("/logits"):
+            continue  # a graph more; what a loss is made of
+        found = joined([part[key.replace("/pynative/", f"/{mode}/")] for part in parts], how)
+        assert found.shape == wanted.shape, key
+        largest = np.abs(wanted).max()
+        if key.endswith("mlp.4.bias"):  # to add one number to all the scores of a head changes nothing
+            largest = 1e-2
+        assert largest > 1e-5, key
+        np.testing.assert_allclose(found, wanted, atol=tolerance * largest + 1e-7, rtol=0, err_msg=key)
+
+
+@functools.cache
+def one_process(name, ranks):
+    return worker.compute(name, worker.Place(), "pynative", ranks)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "data").write_text(words())
+    return folder, results_of(folder, 2, "cases", "emulated", "bytes", "refusals", "example", "training")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """Four ranks in a grid, then three of them by themselves."""
+    return results_of(tmp_path_factory.mktemp("four"), 4, "grid", "cases", "emulated")
+
+
+@pytest.mark.parametrize("name, mode", worker.runs(2))
+def test_two_ranks_equal_one_process(two_ranks, name, mode):
+    assert_equal_to_one_process(two_ranks[1], 2, name, mode)
+
+
+@pytest.mark.more_ranks
+@pytest.mark.parametrize("name, mode", worker.runs(3))
+def test_three_ranks_equal_one_process(four_ranks, name, mode):
+    assert_equal_to_one_process(four_ranks[:3], 3, name, mode)
+
+
+@pytest.mark.more_ranks
+def test_a_grid_of_sequences_and_batches_equals_one_process(four_ranks):
+    for mode in worker.MODES:
+        for key, (how, wanted) in one_process(worker.GRID, 2).items():
+            if mode == "graph" and key.endswith("/logits"):
+                continue
+            found = [part["grid, " + key.replace("/pynative/", f"/{mode}/")] for part in four_ranks]
+            if key.endswith("/loss"):
+                found = np.mean(found[::2])  # of a half's sequence each; how the halves go together is the caller's
+            elif key.endswith("/logits"):
+                found = np.concatenate([joined(found[:2], 1), joined(found[2:], 1)])
+            else:
+                found = joined(found, how)
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max() + 1e-7, err_msg=key)
+
+
+def test_the_exchange_of_other_platforms_on_two_ranks(two_ranks):
+    assert_emulated(two_ranks[1], 2)
+
+
+@pytest.mark.more_ranks
+def test_the_exchange_of_other_platforms_on_three_ranks(four_ranks):
+    assert_emulated(four_ranks[:3], 3)
+
+
+def assert_emulated(parts, ranks):
+    for name in worker.EMULATED:
+        function, case = worker.CASES[name]
+        for key, (how, wanted) in function(name, worker.Place(), "pynative", ranks, **{**case, "n": 15}).items():
+            found = joined([part[f"{name}/emulated/{key}"] for part in parts], how)
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=f"{name}/{key}")
+
+
+def test_bytes_do_not_depend_on_the_length(two_ranks):
+    heads, batch, halo = worker.B * worker.H, worker.B, worker.W
+    keys_and_values = 2 * heads * halo * worker.D * 4
+    for part in two_ranks[1]:
+        for n in (4 * worker.W, 40 * worker.W):  # one collective forward, with the mask, and one backward
+            assert part[f"bytes/{n}"].tolist() == [2, 2 * keys_and_values + batch * halo * 4]
+
+
+def test_the_example_learns(two_ranks):
+    losses = re.findall(r"loss of 512 tokens (\S+)", (two_ranks[0] / "logs" / "worker_0.log").read_text())
+    assert len(losses) == 4 and float(losses[-1]) < float(losses[0]) / 2
+
+
+def test_what_the_page_on_scaling_predicts(monkeypatch, capsys):
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for settings in ([], re.search(r"`(--token-seconds .*?)`", page).group(1).split()):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "predict", *settings])
+        runpy.run_path(str(ROOT / "docs" / "scaling.py"), run_name="__main__")
+        assert capsys.readouterr().out in page
+
+
+# train.py
+
+
+def words():
+    return " ".join(random.Random(0).choices(["def", "return", "attention", "window", "of", "the\n"], k=3000))
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(two_ranks, tmp_path, monkeypatch):
+    folder, _ = two_ranks
+    monkeypatch.chdir(folder)
+    train.main([*worker.TINY, "--data", "data", "--batch-size", "6", "--out", str(tmp_path / "one")])
+    wanted = records_of(tmp_path / "one")
+    assert wanted[0]["loss"] - wanted[-1]["loss"] > 1
+    for mode in worker.MODES:  # the second died and was resumed
+        found = records_of(folder / mode)
+        assert [record["step"] for record in found] == list(range(1, 21))
+        for a, b in zip(found, wanted):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+            assert a.get("validation") == pytest.approx(b.get("validation"), abs=1e-4)
+        assert sorted(path.name for path in (folder / mode).iterdir()) == [
+            "checkpoint.ckpt", "curve.png", "metrics.jsonl", "settings.json"]
+
+
+def until(condition, job, seconds):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert job.poll() is None and time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_is_named(tmp_path):
+    (tmp_path / "data").write_text(words())
+    settings = [*worker.TINY, "--steps", "100000", "--mode", "pynative"]
+    job, log = start(tmp_path, 2, ROOT / "train.py", *settings, "--data", "data", "--batch-size", "3", "--out", "run")
+    try:
+        until((tmp_path / "run" / "checkpoint.ckpt").exists, job, 100)
+        process, = (child for parent in psutil.Process(job.pid).children() for child in parent.children()
+                    if child.environ().get("RANK_ID") == "1" and child.environ()["MS_ROLE"] == "MS_WORKER")
+        process.kill()
+        killed = time.monotonic()
+    finally:
+        status, output = finish(job, log, 60)
+    assert status != 0 and time.monotonic() - killed < 60
+    assert "train.py: rank 1 was killed by SIGKILL" in (tmp_path / "logs" / "worker_1.log").read_text(), output
+    left = [process for process in psutil.process_iter() if process.is_running() and str(tmp_path) in
+            " ".join(process.cmdline())]
+    assert not left
+    values = ms.load_checkpoint(str(tmp_path / "run" / "checkpoint.ckpt"))
+    assert int(values["step"].asnumpy()) % 3 == 0
