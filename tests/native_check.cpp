@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t ORIGIN[] = {3, 11};  // where dropout counts groups and positions from
+
 struct Case {
   int64_t batch, heads, n_q, n_k, d, bucket, backward, forward, causal, offset;
   bool mask, bias, emb, hide_self;
@@ -27,8 +29,8 @@ bool kept(const Tensors &x, const Case &c, int64_t g, int64_t query, int64_t key
     y = step(y);
     return step(y ^ (uint32_t)((int32_t)y >> 16));
   };
-  const uint32_t row = scrambled(row_hash(g, query) ^ (uint32_t)x.seed);
-  return (int32_t)scrambled(row ^ column_hash(key)) >= (int32_t)((int64_t)(c.rate * 4294967296.) - 2147483648LL);
+  const uint32_t row = scrambled(row_hash(ORIGIN[0] + g, ORIGIN[1] + query) ^ (uint32_t)x.seed);
+  return (int32_t)scrambled(row ^ column_hash(ORIGIN[1] + key)) >= (int32_t)((int64_t)(c.rate * 4294967296.) - 2147483648LL);
 }
 
 // out, dq, dk, dv, dbias, demb
@@ -105,8 +107,8 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
     for (float &y : *of) y *= (float)scale;  // that products with them are of size 1
   std::vector<int64_t> numbers{c.groups(), c.n_q, c.n_k, c.d, c.bucket, c.backward, c.forward, c.causal, c.offset,
                                c.mask ? c.batch : 0, c.bias ? c.heads : 1, c.bias ? c.bucket : 1,
-                               c.bias ? columns : 0, c.backward, c.emb ? columns : 0, c.hide_self, threads, level, 0, 0};
-  std::memcpy(&numbers[18], &scale, 8), std::memcpy(&numbers[19], &c.rate, 8);
+                               c.bias ? columns : 0, c.backward, c.emb ? columns : 0, c.hide_self, threads, level, ORIGIN[0], ORIGIN[1], 0, 0};
+  std::memcpy(&numbers[20], &scale, 8), std::memcpy(&numbers[21], &c.rate, 8);
   auto empty = [](size_t size) { return std::vector<float>(size, NAN); };
   std::vector<float> out = empty(x.q.size()), statistics = empty(2 * c.groups() * c.n_q), dq = empty(x.q.size()),
                      dk = empty(x.k.size()), dv = empty(x.k.size()), dbias = empty(x.bias.size()),

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -20,8 +21,11 @@ namespace {
 
 constexpr int INTERFACE = 2;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
+constexpr int64_t SIDE = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Dropout's hashes, as in backends/dropout.py.
 inline uint32_t mix(uint32_t x) {
@@ -40,14 +44,14 @@ inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995
 struct Call {
   const float *q, *k, *v;  // (groups, n_q, head_dim), (groups, n_k, head_dim) twice
   const bool *mask;        // (batch, n_k), true for a real key
-  const float *bias;       // (heads, period, columns) as given, (heads, columns, period) as kernels read it
+  const float *bias;       // (heads, period, columns) as given, turned as kernels read it
   const float *emb;        // (offsets, head_dim)
   uint32_t seed;
 
   int64_t groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, offset, batch, heads, period, columns,
       bias_backward, offsets, hide_self, threads, level;
   int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
-  int64_t padded;  // head_dim in whole vectors of any width
+  int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's turned bias
   float scale, kept_factor;
   int32_t drop_below;
   bool dropping;
@@ -68,7 +72,7 @@ struct Call {
     bias = columns ? (const float *)inputs[4] : nullptr;
     emb = offsets ? (const float *)inputs[5] : nullptr;
     seed = *(const uint32_t *)inputs[6];
-    padded = (head_dim + 15) / 16 * 16;
+    padded = divide_up(head_dim, SIDE) * SIDE, bias_size = divide_up(period, SIDE) * SIDE * columns;
   }
 
   // The first and the last key that exist and that the query at a position sees; first > last where there is none.
@@ -120,23 +124,24 @@ bool in_parallel(const Call &call, int64_t count, Do &&act) {
   return fine;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What does not need a kernel's memory.
 struct NoMemory {
   explicit NoMemory(const Call &) {}
 };
 
-// Between (heads, period, columns), as callers have it, and (heads, columns, period), in squares that a cache holds.
-bool turn_bias(const Call &call, const float *from, float *to, int64_t rows, int64_t columns) {
-  constexpr int64_t SIDE = 32;
-  const int64_t down = divide_up(rows, SIDE);
-  return in_parallel<NoMemory>(call, call.heads * down, [&](NoMemory &, int64_t item) {
-    const int64_t first = item % down * SIDE, end = std::min(first + SIDE, rows), head = item / down * rows * columns;
-    for (int64_t left = 0; left < columns; left += SIDE)
-      for (int64_t row = first; row < end; ++row)
-        for (int64_t column = left; column < std::min(left + SIDE, columns); ++column)
-          to[head + column * rows + row] = from[head + row * columns + column];
+// Between a bias as callers have it, (heads, period, columns), and as kernels read and sum it: SIDE places of the period
+// side by side, as queries are, and the columns of those one below the other, as keys are.
+bool turn_bias(const Call &call, const float *from, float *to, bool back) {
+  const int64_t stripes = divide_up(call.period, SIDE);
+  return in_parallel<NoMemory>(call, call.heads * stripes, [&](NoMemory &, int64_t item) {
+    const int64_t first = item % stripes * SIDE, end = std::min(first + SIDE, call.period);
+    for (int64_t left = 0; left < call.columns; left += SIDE)
+      for (int64_t place = first; place < end; ++place)
+        for (int64_t column = left; column < std::min(left + SIDE, call.columns); ++column) {
+          const int64_t given = (item / stripes * call.period + place) * call.columns + column;
+          const int64_t turned = (item * call.columns + column) * SIDE + place - first;
+          to[back ? given : turned] = from[back ? turned : given];
+        }
   });
 }
 
@@ -166,10 +171,10 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
   const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
   const int64_t chunks = divide_up(call.n_q, chunk);
   const int64_t owners = call.bias ? call.heads : call.emb ? 1 : call.groups, batch = call.groups / owners;
-  const int64_t bias_size = call.columns * call.period, emb_size = call.offsets * call.padded;
+  const int64_t emb_size = call.offsets * call.padded;
   int64_t slices = batch * divide_up(chunks, 2);
   if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
-  std::vector<float> bias_parts(call.bias ? slices * owners * bias_size : 0), emb_parts(slices * owners * emb_size);
+  std::vector<float> bias_parts(slices * owners * call.bias_size), emb_parts(slices * owners * emb_size);
 
   bool fine = in_parallel<NoMemory>(call, call.groups, [&](NoMemory &, int64_t group) {
     const int64_t size = call.n_k * call.head_dim;
@@ -184,13 +189,13 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
         const int64_t from = (unit % each * 2 + parity) * chunk, to = std::min(from + chunk, call.n_q);
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
           worker.backward(unit / each * owners + owner, start, std::min(start + BLOCK_QUERIES, to), grads,
-                          bias_parts.data() + item * bias_size, emb_parts.data() + item * emb_size);
+                          bias_parts.data() + item * call.bias_size, emb_parts.data() + item * emb_size);
       }
     });
   }
   if (call.bias) {
     sum_rows(bias_parts, slices);
-    fine = fine && turn_bias(call, bias_parts.data(), dbias, call.columns, call.period);
+    fine = fine && turn_bias(call, bias_parts.data(), dbias, true);
   }
   if (call.emb) {
     sum_rows(emb_parts, slices * owners);
@@ -271,9 +276,9 @@ template <typename Do>
 int guarded(void **inputs, Do &&act) {
   try {
     Call call(inputs);
-    std::vector<float> turned(call.bias ? call.heads * call.columns * call.period : 0);
-    if (call.bias && !turn_bias(call, call.bias, turned.data(), call.period, call.columns)) return 1;
-    if (call.bias) call.bias = turned.data();
+    std::unique_ptr<float[]> turned(new float[call.heads * call.bias_size]);
+    if (call.bias && !turn_bias(call, call.bias, turned.get(), false)) return 1;
+    if (call.bias) call.bias = turned.get();
     return act(call, kernel_of(call)) ? 0 : 1;
   } catch (const std::exception &) {
     return 1;

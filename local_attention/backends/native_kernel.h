@@ -129,7 +129,8 @@ struct Worker {
   int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
-  uint32_t rows[QUERIES];                                     // dropout's hash of each
+  int64_t places[QUERIES], columns_from[QUERIES];  // each one's place in the bias's period, the key of its column 0
+  uint32_t rows[QUERIES];                          // dropout's hash of each
   float tops[QUERIES], highest[QUERIES], sum[QUERIES], dot[QUERIES];
   bool block_finite;
 
@@ -160,6 +161,7 @@ struct Worker {
       int64_t low, high;
       call.span(position, low, high);
       positions[lane] = position, first[lane] = low, last[lane] = high;
+      places[lane] = position % call.period, columns_from[lane] = position - places[lane] - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
     if (call.dropping)
@@ -272,12 +274,17 @@ struct Worker {
       const Ints low = load<Ints>(first + v * WIDTH), high = load<Ints>(last + v * WIDTH);
       const Ints own = load<Ints>(positions + v * WIDTH);
       float *column = scores + v * WIDTH;
+      const float *bias = call.bias ? call.bias + group % call.heads * call.bias_size : nullptr;
+      const float *entries = bias && bias_is_whole(v) ? bias + bias_from(v * WIDTH) : nullptr;
       Vec top = all(-INFINITY);
       for (int j = 0; j < keys; ++j) {
         const Ints number = Ints{} + (int32_t)(key + j);
         Vec x = load<Vec>(column + j * QUERIES) * scale;
         if (call.emb) x += embedding_of(v, j) * LOG2_E;
-        if (call.bias) x += bias_of(v, key + j) * LOG2_E;
+        if (entries)
+          x += load<Vec>(entries + bias_of(v * WIDTH, j)) * LOG2_E;
+        else if (bias)
+          x += gathered_bias(bias, v, j) * LOG2_E;
         if (call.hide_self) x = number == own ? all(SELF_SCORE * LOG2_E) : x;
         if (partial) {
           x = ((number >= low) & (number <= high)) ? x : all(-INFINITY);
@@ -315,29 +322,22 @@ struct Worker {
              QUERIES, false);
   }
 
-  // A bias lies with the places of a period side by side, as queries do here: [head, column, place].
-  int64_t bias_at(int64_t position, int64_t j) const {
-    const int64_t place = position % call.period;
-    const int64_t column = j - (position - place - call.bias_backward);
-    return std::min(std::max<int64_t>(column, 0), call.columns - 1) * call.period + place;
+  // Where in a head's turned bias a query's entries begin; those of the tile's keys are SIDE apart from `bias_of(lane, 0)`.
+  int64_t bias_from(int64_t lane) const { return places[lane] / SIDE * call.columns * SIDE + places[lane] % SIDE; }
+
+  INLINE int64_t bias_of(int64_t lane, int j) const {
+    return std::min(std::max<int64_t>(key + j - columns_from[lane], 0), call.columns - 1) * SIDE;
   }
 
-  // Calls once with the place of a whole vector where its queries share a period, else for each lane.
-  template <typename Whole, typename Single>
-  INLINE void on_bias(int v, int64_t j, Whole &&whole, Single &&single) {
-    const int64_t position = call.offset + start + v * WIDTH;
-    if (position % call.period + WIDTH <= call.period)
-      whole(bias_at(position, j));
-    else
-      for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
-        single(lane, bias_at(position + lane, j));
+  // Whether a vector of queries has its entries side by side.
+  bool bias_is_whole(int v) const {
+    return places[v * WIDTH] % SIDE + WIDTH <= SIDE && places[v * WIDTH] + WIDTH <= call.period;
   }
 
-  INLINE Vec bias_of(int v, int64_t j) {
-    const float *bias = call.bias + group % call.heads * call.columns * call.period;
+  NEVER_INLINE Vec gathered_bias(const float *bias, int v, int j) const {
     Vec x{};
-    on_bias(v, j, [&](int64_t at) { x = load<Vec>(bias + at); },
-            [&](int lane, int64_t at) { x[lane] = bias[at]; });
+    for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
+      x[lane] = bias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)];
     return x;
   }
 
@@ -447,12 +447,19 @@ struct Worker {
   }
 
   void add_to_bias(float *dbias) {
-    for (int v = 0; v < vectors; ++v)
+    for (int v = 0; v < vectors; ++v) {
+      float *to = dbias + bias_from(v * WIDTH);
+      const bool whole = bias_is_whole(v);
       for (int j = 0; j < keys; ++j) {
         const float *from = dscores + j * QUERIES + v * WIDTH;
-        on_bias(v, key + j, [&](int64_t at) { store(dbias + at, load<Vec>(dbias + at) + load<Vec>(from)); },
-                [&](int lane, int64_t at) { dbias[at] += from[lane]; });
+        float *at = to + bias_of(v * WIDTH, j);
+        if (whole)
+          store(at, load<Vec>(at) + load<Vec>(from));
+        else
+          for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
+            dbias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)] += from[lane];
       }
+    }
   }
 
   void add_to_offsets(float *demb) {
