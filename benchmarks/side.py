@@ -18,7 +18,7 @@ MODEL = dict(num_tokens=256, dim=512, depth=6, heads=8, max_seq_len=1024, causal
 def here(spec):
     """Our attention: LocalAttention with a window, sliding_window_attention with a span."""
     import mindspore as ms
-    from mindspore import Tensor
+    from mindspore import Tensor, ops
 
     from local_attention import LocalAttention, sliding_window_attention
     options = spec["options"]
@@ -48,16 +48,18 @@ def here(spec):
     def forward(*inputs):
         return attn(*inputs)
 
+    gradient = ops.GradOperation(get_all=True, sens_param=True)(forward)
+
     def both(*inputs):
-        out = attn(*inputs)
-        return (out * dout).sum(), out
-    function = ms.value_and_grad(both, tuple(range(len(inputs))), has_aux=True) if spec["backward"] else forward
+        return gradient(*inputs, dout)
+    function = both if spec["backward"] else forward
     function = ms.jit(function) if spec["mode"] == "graph" else function
 
     def call():
         result = function(*inputs)
-        answers = [result[0][1], *result[1][:3]] if spec["backward"] else [result]
-        return [x.asnumpy() for x in answers]  # which waits: MindSpore's calls return before they are done
+        answers = result[:3] if spec["backward"] else [result]
+        answers[-1].asnumpy()  # calls return before they are done
+        return answers
     return call
 
 
@@ -87,8 +89,8 @@ def peer(spec):
     def call():
         with torch.set_grad_enabled(spec["backward"]):
             out = attn(q, k, v)
-            answers = [out, *torch.autograd.grad(out, (q, k, v), dout)] if spec["backward"] else [out]
-        return [x.detach().numpy() for x in answers]
+            answers = torch.autograd.grad(out, (q, k, v), dout) if spec["backward"] else [out]
+        return answers
     return call
 
 
@@ -107,7 +109,10 @@ def here_model(spec):
     load_torch_weights(model, spec["weights"])
     if spec["kind"] == "decode":
         prime = Tensor(tokens((1, spec["prompt"])).astype(np.int32))
-        return lambda: [model.generate(prime, spec["new"], temperature=0.).asnumpy()]
+        few = [model.generate(prime, 8, temperature=0., use_kv_cache=cached).asnumpy() for cached in (True, False)]
+        if (few[0] != few[1]).any():
+            raise RuntimeError("tokens differ with and without a cache")
+        return lambda: [model.generate(prime, spec["new"], temperature=0.)]
     x, optimizer = Tensor(tokens(spec["batch"]).astype(np.int32)), nn.Adam(model.trainable_params(), 1e-4)
 
     def loss(x):
@@ -120,7 +125,7 @@ def here_model(spec):
         return loss
     step = ms.jit(step)
     model.set_train()
-    return lambda: [step(x).asnumpy()]
+    return lambda: [Tensor(step(x).asnumpy())]
 
 
 def peer_model(spec):
@@ -132,7 +137,7 @@ def peer_model(spec):
     if spec["kind"] == "decode":
         prime = torch.from_numpy(tokens((1, spec["prompt"])))
         model.eval()
-        return lambda: [model.generate(prime, spec["new"], temperature=0., use_kv_cache=True).numpy()]
+        return lambda: [model.generate(prime, spec["new"], temperature=0., use_kv_cache=True)]
     x, optimizer = torch.from_numpy(tokens(spec["batch"])), torch.optim.Adam(model.parameters(), 1e-4)
 
     def step():
@@ -140,7 +145,7 @@ def peer_model(spec):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return [loss.detach().numpy()]
+        return [loss]
     return step
 
 
@@ -149,7 +154,7 @@ def main():
     make = {("attention", True): here, ("attention", False): peer}.get(
         (spec["kind"], spec["name"] == "here"), here_model if spec["name"] == "here" else peer_model)
     call = make(spec)
-    np.savez(spec["outputs"], *call())
+    np.savez(spec["outputs"], *(np.asarray(x.asnumpy() if hasattr(x, "asnumpy") else x.detach()) for x in call()))
     call()
     print("ready", flush=True)
     for _ in sys.stdin:

@@ -59,7 +59,10 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
     if problem.hide_self:
         scores = ops.masked_fill(scores, is_self, SELF_SCORE)
     # not ops.softmax: outside a graph its gradient over one key alone is kept and used again for other lengths
-    weights = ops.exp(ops.log_softmax(ops.masked_fill(scores, seen == 0, HIDDEN), -1)) * seen
+    scores = ops.masked_fill(scores, seen == 0, HIDDEN)
+    weights = ops.exp(scores - ops.stop_gradient(ops.amax(scores, -1, keepdims=True))) * seen
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / (total + ops.cast(total == 0, ms.float32))
     if problem.dropout > 0:
         weights = weights * keep_factors(seeded_rows(rows, seed), columns, problem.dropout)
     return ops.bmm(weights, v)
