@@ -329,9 +329,12 @@ class Trainer:
     def _bits(self, losses):
         return float(np.mean([float(loss.asnumpy()) for loss in losses])) * BITS
 
-    def sample(self, prime):
-        tokens = self.model.generate(Tensor(prime[None].astype(np.int32)), self.settings.sample_len,
-                                     temperature=self.settings.temperature)
+    def sample(self, prime, shown):
+        """What the model writes after `prime`; whether its progress is `shown`."""
+        length = self.settings.sample_len
+        with tqdm(total=length, desc="sampling", unit="token", leave=False, disable=not shown) as bar:
+            tokens = self.model.generate(Tensor(prime[None].astype(np.int32)), length,
+                                         temperature=self.settings.temperature, callback=lambda _: bar.update())
         return bytes(tokens.asnumpy()[0].astype(np.uint8).tolist())
 
     def save(self, path):
@@ -466,7 +469,7 @@ def run(settings, folder, ranks):
                 record["validation"], = ranks.mean(trainer.validate(validation))
             bar.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name != "step"})
             if step % settings.sample_every == 0 or last:  # by all: on CPU, none waits longer than ten seconds
-                record["sample"] = printable(trainer.sample(prime))
+                record["sample"] = printable(trainer.sample(prime, first))
                 if first:
                     bar.write(f"--- step {step}, after the validation text's …{printable(prime[-40:].tobytes())!r}:\n"
                               f"{record['sample']}\n---")

@@ -193,7 +193,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_ranks, tmp_path, mo
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
             assert a.get("validation") == pytest.approx(b.get("validation"), abs=1e-4)
         assert sorted(path.name for path in (folder / mode).iterdir()) == [
-            "checkpoint.ckpt", "curve.png", "metrics.jsonl", "settings.json"]
+            "checkpoint.ckpt", "curve.png", "heads.png", "metrics.jsonl", "settings.json"]
 
 
 def until(condition, job, seconds):

@@ -1,0 +1,33 @@
+"""Peak memory of a process that generates, at more and more tokens: `python benchmarks/decode_memory.py 1000 10000`.
+
+One model, one prompt: the peak after each number of tokens, and how much of it a thousand tokens more took.
+"""
+import resource
+import sys
+import time
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from local_attention import LocalTransformer
+
+MIB = 2**20
+
+
+def main():
+    counts = sorted(map(int, sys.argv[1:])) or [1000, 10000]
+    ms.runtime.launch_blocking()  # as a script that owns its process may: see train.py
+    model = LocalTransformer(num_tokens=256, max_seq_len=64 + counts[-1], dim=128, depth=2, heads=4, dim_head=32,
+                             local_attn_window_size=64)
+    prime = Tensor(np.arange(64, dtype=np.int32)[None])
+    model.generate(prime, 100, temperature=0.)  # compiled
+    for count in counts:
+        start = time.perf_counter()
+        model.generate(prime, count, temperature=0.)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+        print(f"{count} tokens: peak {peak:.1f} MiB, {(time.perf_counter() - start) / count * 1e3:.2f} ms each", flush=True)
+
+
+if __name__ == "__main__":
+    main()
