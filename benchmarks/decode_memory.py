@@ -1,6 +1,6 @@
 """Peak memory of a process that generates, at more and more tokens: `python benchmarks/decode_memory.py 1000 10000`.
 
-One model, one prompt: the peak after each number of tokens, and how much of it a thousand tokens more took.
+One model and one prompt; what grows is the number of tokens alone.
 """
 import resource
 import sys
@@ -26,7 +26,8 @@ def main():
         start = time.perf_counter()
         model.generate(prime, count, temperature=0.)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        print(f"{count} tokens: peak {peak:.1f} MiB, {(time.perf_counter() - start) / count * 1e3:.2f} ms each", flush=True)
+        each = (time.perf_counter() - start) / count * 1e3
+        print(f"{count} tokens: peak {peak:.1f} MiB, {each:.2f} ms each", flush=True)
 
 
 if __name__ == "__main__":
