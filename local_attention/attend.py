@@ -1,4 +1,5 @@
-"""The one channel: checked, flattened tensors in, a backend chosen once a problem, the same out of every backend."""
+"""The one channel: checked tensors in, a backend chosen once a problem, the same out of every backend."""
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
@@ -102,24 +103,26 @@ _run = _Run()
 @lru_cache(maxsize=64)
 def _prepared(problem, name):
     module = BACKENDS[name]
-    return module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ())
+    return (module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ()),
+            getattr(module, "ANY_AXES", False))
 
 
 @constexpr
 def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, bias_is_constant, by_offset,
             hide_self, dropout, offset, origin, backend):
-    groups, n_q, head_dim = q_shape
-    problem = Problem(spec, groups, n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
+    *leading, n_q, head_dim = q_shape
+    problem = Problem(spec, math.prod(leading), n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
                       bias_shape, bias_backward, bias_is_constant, by_offset, hide_self, dropout, offset, origin)
     return _prepared(problem, choose(problem, backend))
 
 
 def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
            dropout=0., seed=None, offset=0, origin=(0, 0), backend=None, dtype=None, bias_is_constant=False):
-    """Attention of `q (g, n_q, d)` over `k, v (g, n_k, d)`, every query over the keys that `spec` shows it.
+    """Attention of `q (..., n_q, d)` over `k, v (..., n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
-        q, k, v (Tensor): float32, float16 or bfloat16. The softmax is in float32.
+        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, g entries in all, heads fastest. The softmax
+            is in float32.
         spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
         scale (float): Multiplies the products of queries and keys.
         key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides `g`.
@@ -139,20 +142,29 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
     Returns:
         Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
     """
-    if 0 in q.shape:
+    shape = q.shape
+    if 0 in shape:
         return q
-    run, constants, as_given = _chosen(
-        spec, scale, q.shape, k.shape[1], q.dtype if dtype is None else dtype,
+    run, constants, as_given, any_axes = _chosen(
+        spec, scale, shape, k.shape[-2], q.dtype if dtype is None else dtype,
         None if key_mask is None else key_mask.shape, None if bias is None else bias.shape, bias_backward,
         bias_is_constant, rel_pos_emb is not None, hide_self, dropout, offset, origin, backend)
     if dropout > 0 and seed is None:
         seed = draw_seed()
+    flatten = not any_axes and len(shape) != 3  # on CPU a reshape is a copy
+    if flatten:
+        q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
         out = run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
     else:
         out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),
                    _in_float32(rel_pos_emb), seed)
-    return ops.cast(out, q.dtype)
+    out = ops.cast(out, q.dtype)
+    return out.reshape(shape) if flatten else out
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
 def _in_float32(x):

@@ -314,8 +314,9 @@ class LocalAttention(nn.Cell):
         if unknown(q.shape):
             return self._any_length(q, k, v, mask, attn_bias, windows)
         shape, dtype = q.shape, q.dtype
-        n, head_dim = shape[-2:]
-        q, k, v = q.reshape(groups, n, head_dim), k.reshape(groups, n, head_dim), v.reshape(groups, n, head_dim)
+        if self.group is not None or self.use_xpos:
+            flat = (groups, *shape[-2:])
+            q, k, v = q.reshape(flat), k.reshape(flat), v.reshape(flat)
         if self.shared_qk:
             k = l2norm(k)
         offset = 0
@@ -326,14 +327,16 @@ class LocalAttention(nn.Cell):
         if self.rel_pos is not None and not self.use_xpos:
             q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
             k = self.rel_pos.rotate(k)
-        return ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, offset, dtype), dtype).reshape(shape)
+        out = ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, offset, dtype), dtype)
+        return out if out.shape == shape else out.reshape(shape)
 
     def attend_prepared(self, q, k, v, windows, mask, attn_bias, offset=0, dtype=None):
-        """Attention of `q, k, v (groups, n, d)` that are normalised and rotated, but for xpos's rotation in windows.
+        """Attention of `q, k, v (..., n, d)` that are normalised and rotated, but for xpos's rotation in windows, which
+        takes `(groups, n, d)`.
 
         The first query stands at key `offset`; `dtype` is the precision called for, where it is not q's.
         """
-        groups, n, head_dim = q.shape
+        groups, (n, head_dim) = q.shape[0], q.shape[-2:]
         rank = 0 if self.group is None else self.group.rank
         origin = (0, rank * n - offset)
         if self.use_xpos:

@@ -105,7 +105,7 @@ class SinusoidalEmbeddings(nn.Cell):
 
     def rotate(self, x, start=0, xpos_power=None):
         """
-        Rotate `x (g, n, dim)`, float32, whose tokens stand at `start, start + 1, …`.
+        Rotate `x (..., n, dim)`, float32, whose tokens stand at `start, start + 1, …`.
 
         `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
         `(first + step * r) / scale_base`.
@@ -153,7 +153,8 @@ class _Rotation(Float32):
 
     def __init__(self, frequencies, shape, start, power):
         super().__init__()
-        groups, n, dim = shape
+        *leading, n, dim = shape
+        groups = math.prod(leading)
         together = max(size for size in range(1, groups + 1)
                        if groups % size == 0 and (size == 1 or size * n * dim <= ELEMENTS_AT_ONCE))
         self.cos, self.sin = (Tensor(np.tile(table, (together, 1)).astype(np.float32))

@@ -104,17 +104,14 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         backend)
     if groups == 0:
         return q
-    shape = q.shape
-    flat = (groups, *shape[-2:])
     if mask is not None:
         mask = ops.tile(mask.reshape(mask_shape[0]), mask_shape[1]).reshape(groups, -1)
     if rel_pos_emb is not None:  # rows of offsets that no key of this sequence is at do nothing
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
     if seed is not None:
         seed = ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(seed)
-    return attend(q.reshape(flat), k.reshape(flat), v.reshape(flat), _span(left, right), shape[-1] ** -0.5,
-                  key_mask=mask, rel_pos_emb=rel_pos_emb, dropout=dropout_rate, seed=seed,
-                  backend=backend).reshape(shape)
+    return attend(q, k, v, _span(left, right), q.shape[-1] ** -0.5, key_mask=mask, rel_pos_emb=rel_pos_emb,
+                  dropout=dropout_rate, seed=seed, backend=backend)
 
 
 class MultiHeadLocalAttention(nn.Cell):

@@ -12,14 +12,21 @@
 #include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
 #define NEVER_INLINE __attribute__((noinline))
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
 namespace {
 
-constexpr int INTERFACE = 2;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 3;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t SIDE = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -302,7 +309,7 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, bias, emb, seed, numbers
-// -> out, statistics (groups, n_q, 2): of each row the highest score and the inverse of the sum of weights.
+// -> out, statistics (..., n_q, 2): of each row the highest score and the inverse of the sum of weights.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
     return kernel.forward(call, (float *)params[8], (float *)params[9]);
@@ -322,7 +329,9 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
 // part of a graph again while that runs. A type is one of its numbers; all are those of q.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
   const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
-  return {queries, {queries[0], queries[1], 2}};
+  std::vector<int64_t> statistics = queries;
+  statistics.back() = 2;
+  return {queries, statistics};
 }
 
 EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) { return {types[0], types[0]}; }

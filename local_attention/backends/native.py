@@ -19,7 +19,8 @@ FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
           "seed": DataType.I32_Default, "numbers": DataType.I64_Default}
 TILE = 64  # queries by as many keys
-INTERFACE = 2  # of the kernel that this file was written for
+ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
+INTERFACE = 3  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 

@@ -35,16 +35,16 @@ INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
 
 // 2^x for x <= 0, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
 INLINE Vec exp2_nonpositive(Vec x) {
-  Vec clamped = max(x, all(-126.f));
-  Vec shifted = clamped + 12582912.f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-  Vec r = clamped - (shifted - 12582912.f);
+  constexpr float SHIFT = 12582912.f + 127;  // 1.5 * 2^23: a sum with it is an integer, here of an exponent's bits
+  const Vec clamped = max(x, all(-127.f));   // the exponent of 0
+  const Vec shifted = clamped + SHIFT;
+  const Vec r = clamped - (shifted - SHIFT);
   Vec y = r * 0.001326472731f + 0.009671512991f;  // minimax on -1/2 ... 1/2, exact at 0
   y = y * r + 0.05550733581f;
   y = y * r + 0.2402224243f;
   y = y * r + 0.6931470037f;
   y = y * r + 1.f;
-  y *= (Vec)(((Bits)shifted << 23) + 0x3f800000u);  // 2 to the integer, by its exponent
-  return x < -126.f ? Vec{} : y;
+  return y * (Vec)((Bits)shifted << 23);
 }
 
 // c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
@@ -114,6 +114,43 @@ INLINE Bits scramble(Bits x) {
   return x * (x + x + 1);
 }
 
+// A square of as many rows as a row has numbers, turned: at each step the off-diagonal squares of a side change places.
+template <int SIDE_NOW, int... LANES>
+INLINE void exchange(Vec *rows, std::integer_sequence<int, LANES...>) {
+  for (int row = 0; row < WIDTH; ++row) {
+    if (row & SIDE_NOW) continue;
+    const Vec a = rows[row], b = rows[row + SIDE_NOW];
+    rows[row] = SHUFFLE(a, b, (LANES & SIDE_NOW ? WIDTH + LANES - SIDE_NOW : LANES)...);
+    rows[row + SIDE_NOW] = SHUFFLE(a, b, (LANES & SIDE_NOW ? WIDTH + LANES : LANES + SIDE_NOW)...);
+  }
+  if constexpr (SIDE_NOW > 1) exchange<SIDE_NOW / 2>(rows, std::integer_sequence<int, LANES...>{});
+}
+
+// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as its stride allows.
+NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
+                            int64_t to_stride, float factor) {
+  float edge[WIDTH * WIDTH];
+  for (int64_t top = 0; top < rows; top += WIDTH)
+    for (int64_t left = 0; left < columns; left += WIDTH) {
+      const int64_t height = std::min<int64_t>(WIDTH, rows - top), width = std::min<int64_t>(WIDTH, columns - left);
+      const float *square = from + top * from_stride + left;
+      int64_t stride = from_stride;
+      if (height < WIDTH || width < WIDTH) {
+        std::fill(edge, edge + WIDTH * WIDTH, 0.f);
+        for (int64_t i = 0; i < height; ++i) std::copy_n(square + i * stride, width, edge + i * WIDTH);
+        square = edge, stride = WIDTH;
+      }
+      Vec x[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
+      exchange<WIDTH / 2>(x, std::make_integer_sequence<int, WIDTH>{});
+      float *turned = to + left * to_stride + top;
+      const bool direct = width == WIDTH && top + WIDTH <= to_stride;
+      for (int i = 0; i < WIDTH; ++i) store(direct ? turned + i * to_stride : edge + i * WIDTH, x[i]);
+      for (int64_t i = 0; !direct && i < width; ++i)
+        std::copy_n(edge + i * WIDTH, std::min<int64_t>(WIDTH, to_stride - top), turned + i * to_stride);
+    }
+}
+
 // Some keys of a tile, and the vectors of queries that see any of them.
 struct Piece {
   int key, keys, vector, vectors;
@@ -124,14 +161,14 @@ struct Worker {
   const Call &call;
   const int64_t d, padded;
   std::vector<float> memory;
-  float *q_t, *out_t, *scores, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
+  float *q_t, *q_emb_t, *out_t, *scores, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
 
   int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
   int64_t places[QUERIES], columns_from[QUERIES];  // each one's place in the bias's period, the key of its column 0
   uint32_t rows[QUERIES];                          // dropout's hash of each
-  float tops[QUERIES], highest[QUERIES], sum[QUERIES], dot[QUERIES];
+  float highest[QUERIES], sum[QUERIES], dot[QUERIES];
   bool block_finite;
 
   int64_t key;  // the tile: keys key ... key + keys - 1
@@ -141,21 +178,23 @@ struct Worker {
 
   explicit Worker(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
     const int64_t across = QUERIES * padded, down = d * QUERIES, tile = KEYS * QUERIES;
-    float **parts[] = {&q_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores, &by_offset};
-    const int64_t sizes[] = {down, down, down, down, across, across, across, KEYS * padded, tile, tile,
-                             call.emb ? (KEYS + QUERIES) * QUERIES : 0};
+    float **parts[] = {&q_t, &q_emb_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores,
+                       &by_offset};
+    const int64_t sizes[] = {down, call.emb ? down : 0, down, down, down, across, across, across, KEYS * padded, tile,
+                             tile, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
     memory.assign(total, 0);
     float *next = memory.data() + (-(uintptr_t)memory.data() / 4) % WIDTH;  // aligned to a vector
-    for (int i = 0; i < 11; ++i) *parts[i] = next, next += sizes[i];
+    for (int i = 0; i < 12; ++i) *parts[i] = next, next += sizes[i];
   }
 
   void read_block(int64_t to_group, int64_t from, int64_t to) {
     group = to_group, start = from, count = to - from;
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
-    transpose(from_q, q_t);
+    transpose(count, d, from_q, d, q_t, QUERIES, call.scale * LOG2_E);
+    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       int64_t low, high;
@@ -167,20 +206,6 @@ struct Worker {
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
-  }
-
-  // From (count, d) to (d, QUERIES), and back; a square of cache lines at a time.
-  void transpose(const float *from, float *to) {
-    for (int64_t left = 0; left < d; left += 16)
-      for (int64_t lane = 0; lane < vectors * WIDTH; ++lane)
-        for (int64_t c = left; c < std::min(left + 16, d); ++c)
-          to[c * QUERIES + lane] = lane < count ? from[lane * d + c] : 0;
-  }
-
-  void transpose_back(const float *from, float *to) {
-    for (int64_t left = 0; left < d; left += 16)
-      for (int64_t lane = 0; lane < count; ++lane)
-        for (int64_t c = left; c < std::min(left + 16, d); ++c) to[lane * d + c] = from[c * QUERIES + lane];
   }
 
   void copy(const float *from, float *to, float factor) {
@@ -265,43 +290,52 @@ struct Worker {
   }
 
   // The scores of the tile in units of log(2): scaled products, embeddings and bias; -inf for what is not seen.
-  // tops[lane] is the highest of a query.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
-    const Vec scale = all(call.scale * LOG2_E);
     for (int v = 0; v < vectors; ++v) {
-      const Ints low = load<Ints>(first + v * WIDTH), high = load<Ints>(last + v * WIDTH);
-      const Ints own = load<Ints>(positions + v * WIDTH);
-      float *column = scores + v * WIDTH;
-      const float *bias = call.bias ? call.bias + group % call.heads * call.bias_size : nullptr;
-      const float *entries = bias && bias_is_whole(v) ? bias + bias_from(v * WIDTH) : nullptr;
-      Vec top = all(-INFINITY);
-      for (int j = 0; j < keys; ++j) {
-        const Ints number = Ints{} + (int32_t)(key + j);
-        Vec x = load<Vec>(column + j * QUERIES) * scale;
-        if (call.emb) x += embedding_of(v, j) * LOG2_E;
-        if (entries)
-          x += load<Vec>(entries + bias_of(v * WIDTH, j)) * LOG2_E;
-        else if (bias)
-          x += gathered_bias(bias, v, j) * LOG2_E;
-        if (call.hide_self) x = number == own ? all(SELF_SCORE * LOG2_E) : x;
-        if (partial) {
-          x = ((number >= low) & (number <= high)) ? x : all(-INFINITY);
-          if (!real(key + j)) x = all(-INFINITY);
-        }
-        top = max(top, x);
-        store(column + j * QUERIES, x);
-      }
-      store(tops + v * WIDTH, top);
+      if (call.emb) add_embeddings(v);
+      if (call.bias) add_bias(v);
+      if (call.hide_self) hide_self(v);
+      if (partial) hide_unseen(v);
     }
   }
 
-  INLINE Vec embedding_of(int v, int j) {
-    Vec x;
-    for (int lane = 0; lane < WIDTH; ++lane)
-      x[lane] = by_offset[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + v * WIDTH + lane];
-    return x;
+  void add_embeddings(int v) {
+    for (int j = 0; j < keys; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      Vec x;
+      for (int lane = 0; lane < WIDTH; ++lane)
+        x[lane] = by_offset[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + v * WIDTH + lane];
+      store(at, load<Vec>(at) + x);
+    }
+  }
+
+  void add_bias(int v) {
+    const float *bias = call.bias + group % call.heads * call.bias_size;
+    const bool whole = bias_is_whole(v);
+    for (int j = 0; j < keys; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      const Vec x = whole ? load<Vec>(bias + bias_from(v * WIDTH) + bias_of(v * WIDTH, j)) : gathered_bias(bias, v, j);
+      store(at, load<Vec>(at) + x * LOG2_E);
+    }
+  }
+
+  void hide_self(int v) {
+    const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
+    for (int j = 0; j < keys; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      store(at, own == j ? all(SELF_SCORE * LOG2_E) : load<Vec>(at));
+    }
+  }
+
+  void hide_unseen(int v) {
+    const Ints low = load<Ints>(first + v * WIDTH) - (int32_t)key, high = load<Ints>(last + v * WIDTH) - (int32_t)key;
+    for (int j = 0; j < keys; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      const Vec x = ((low <= j) & (high >= j)) ? load<Vec>(at) : all(-INFINITY);
+      store(at, real(key + j) ? x : all(-INFINITY));
+    }
   }
 
   // Embeddings that pairs of this tile can have: by_offset[x] belongs to embedding offset_of(0) + x.
@@ -318,7 +352,7 @@ struct Worker {
     int64_t from, to;
     offsets_within(from, to);
     if (from < to)
-      matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_t, QUERIES, by_offset + from * QUERIES,
+      matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_emb_t, QUERIES, by_offset + from * QUERIES,
              QUERIES, false);
   }
 
@@ -355,13 +389,13 @@ struct Worker {
     for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
       if (!read_tile(tile, call.v)) continue;
       score();
-      for (int v = 0; v < vectors; ++v) soften(v);
+      for (int v = 0; v < vectors; ++v) call.dropping ? soften<true>(v) : soften<false>(v);
       add_to_queries(scores, v_rows(), out_t);
     }
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
-    transpose_back(out_t, out + at * d);
+    transpose(d, count, out_t, QUERIES, out + at * d, d, 1);
     for (int64_t lane = 0; lane < count; ++lane) {
       statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
       statistics[2 * (at + lane) + 1] = sum[lane];
@@ -369,16 +403,18 @@ struct Worker {
   }
 
   // The scores of a vector of queries become weights, by the highest score so far; what was summed before follows it.
+  template <bool DROPPING>
   void soften(int v) {
     float *column = scores + v * WIDTH;
-    const bool dropping = call.dropping;
-    const Vec before = load<Vec>(highest + v * WIDTH), highest_now = max(before, load<Vec>(tops + v * WIDTH));
+    const Vec before = load<Vec>(highest + v * WIDTH);
+    Vec highest_now = before;
+    for (int j = 0; j < keys; ++j) highest_now = max(highest_now, load<Vec>(column + j * QUERIES));
     const Vec top = highest_now == -INFINITY ? Vec{} : highest_now;
     Vec total{};
     for (int j = 0; j < keys; ++j) {
       Vec weight = exp2_nonpositive(load<Vec>(column + j * QUERIES) - top);
       total += weight;
-      if (dropping) weight *= keep(v, key + j);
+      if (DROPPING) weight *= keep(v, key + j);
       store(column + j * QUERIES, weight);
     }
     const Vec rescale = exp2_nonpositive(before - top);
@@ -396,28 +432,32 @@ struct Worker {
     read_block(to_group, from, to);
     const int64_t at = group * call.n_q + start;
     const float *from_dout = grads.dout + at * d;
-    transpose(from_dout, dout_t);
+    transpose(count, d, from_dout, d, dout_t, QUERIES, 1);
+    transpose(count, d, grads.out + at * d, d, out_t, QUERIES, 1);
     copy(from_dout, dout, 1);
-    copy(call.q + at * d, q, 1);
+    if (call.emb) copy(call.q + at * d, q, 1);
     copy(call.q + at * d, q_scaled, call.scale);
     block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
-    float *dq_t = out_t;
-    std::fill(dq_t, dq_t + d * QUERIES, 0.f);
-    std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
       sum[lane] = exists ? grads.statistics[2 * (at + lane) + 1] : 0;
-      dot[lane] = 0;
-      for (int64_t c = 0; exists && sum[lane] != 0 && c < d; ++c)
-        dot[lane] += from_dout[lane * d + c] * grads.out[(at + lane) * d + c];
     }
+    for (int v = 0; v < vectors; ++v) {
+      Vec total{};
+      for (int64_t x = v * WIDTH; x < d * QUERIES; x += QUERIES) total += load<Vec>(dout_t + x) * load<Vec>(out_t + x);
+      store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total);
+    }
+    float *dq_t = out_t;
+    std::fill(dq_t, dq_t + d * QUERIES, 0.f);
+    std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
     for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
       if (!read_tile(tile, call.k)) continue;
       const int64_t first_row = (group * call.n_k + key) * d;
       score();
       products(v_rows(), dout_t, dscores);
-      for (int v = 0; v < vectors; ++v) differentiate(v);
+      const bool plain = !call.dropping && !call.hide_self && !partial;
+      for (int v = 0; v < vectors; ++v) plain ? differentiate<true>(v) : differentiate<false>(v);
       if (call.bias) add_to_bias(dbias);
       if (call.emb) add_to_offsets(demb);
       add_to_keys(scores, dout, grads.dv + first_row);
@@ -425,22 +465,29 @@ struct Worker {
       add_to_queries(dscores, k_rows(), dq_t);
     }
     for (int64_t x = 0; x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
-    transpose_back(dq_t, grads.dq + at * d);
+    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, 1);
   }
 
-  // From scores to weights, and from the weights' gradients to those of scores.
+  // From scores to weights, and from the weights' gradients to those of scores; PLAIN where all is seen and nothing
+  // dropped. What is not seen stays 0 whatever the other numbers are.
+  template <bool PLAIN>
   void differentiate(int v) {
     const Vec top = load<Vec>(highest + v * WIDTH), inverse = load<Vec>(sum + v * WIDTH);
     const Vec mean = load<Vec>(dot + v * WIDTH);
-    const Ints own = load<Ints>(positions + v * WIDTH);
-    const bool dropping = call.dropping, hide_self = call.hide_self;
+    const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
     for (int j = 0; j < keys; ++j) {
       const int64_t at = j * QUERIES + v * WIDTH;
       const Vec score = load<Vec>(scores + at);
-      const Vec weight = score == -INFINITY ? Vec{} : exp2_nonpositive(score - top) * inverse;
-      const Vec factor = dropping ? keep(v, key + j) : all(1);
-      Vec dscore = weight == 0.f ? Vec{} : weight * (load<Vec>(dscores + at) * factor - mean);
-      if (hide_self) dscore = Ints{} + (int32_t)(key + j) == own ? Vec{} : dscore;
+      Vec weight = exp2_nonpositive(score - top) * inverse, dweight = load<Vec>(dscores + at);
+      if (PLAIN) {
+        store(scores + at, weight);
+        store(dscores + at, weight * (dweight - mean));
+        continue;
+      }
+      weight = score == -INFINITY ? Vec{} : weight;
+      const Vec factor = call.dropping ? keep(v, key + j) : all(1);
+      Vec dscore = weight == 0.f ? Vec{} : weight * (dweight * factor - mean);
+      if (call.hide_self) dscore = own == j ? Vec{} : dscore;
       store(scores + at, weight * factor);
       store(dscores + at, dscore);
     }
