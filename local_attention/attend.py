@@ -111,8 +111,9 @@ def _prepared(problem, name):
 def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, bias_is_constant, by_offset,
             hide_self, dropout, offset, origin, backend):
     *leading, n_q, head_dim = q_shape
-    problem = Problem(spec, math.prod(leading), n_q, n_k, head_dim, scale, str(dtype), mask_shape[0] if mask_shape else 0,
-                      bias_shape, bias_backward, bias_is_constant, by_offset, hide_self, dropout, offset, origin)
+    problem = Problem(spec, math.prod(leading), n_q, n_k, head_dim, scale, str(dtype),
+                      mask_shape[0] if mask_shape else 0, bias_shape, bias_backward, bias_is_constant, by_offset,
+                      hide_self, dropout, offset, origin)
     return _prepared(problem, choose(problem, backend))
 
 
@@ -121,11 +122,11 @@ def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_
     """Attention of `q (..., n_q, d)` over `k, v (..., n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
-        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, g entries in all, heads fastest. The softmax
-            is in float32.
+        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, heads fastest. The softmax is in float32.
         spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
         scale (float): Multiplies the products of queries and keys.
-        key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides `g`.
+        key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides the product of
+            the leading axes.
         bias (Tensor): `(heads, period, columns)`, added to the scaled products: the query at position `i` takes row
             `i % period`, the key at position `j` column `j - (i - i % period - bias_backward)`.
         rel_pos_emb (Tensor): `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q, unscaled,

@@ -2,7 +2,6 @@
 import copy
 import inspect
 import math
-from functools import lru_cache
 from numbers import Integral
 
 import mindspore as ms
@@ -17,9 +16,9 @@ from .attend import Float32, draw_seed
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cache import attend_cached, checked_cache, first_cache
 from .hyper_connections import HyperConnections, add_output, expand, reduce
+from .layers import GEGLU, LayerNorm, reorder
 from .local_attention import LocalAttention, l2norm
 
-EPSILON = 1e-5  # of LayerNorm, as in PyTorch
 INTEGERS = ("Int32", "Int64")
 
 
@@ -67,30 +66,6 @@ def _sample(logits, temperature, thres):
     return np.take_along_axis(kept, values.argmax(-1)[:, None], -1)[:, 0]
 
 
-class _Reorder(nn.Cell):
-    """The rows of a matrix in another order: numbered along the axes of `shape`, they are taken along the given `axes`.
-
-    It is what a transpose and a split are to whole rows. On CPU, outside a graph, MindSpore copies a strided view
-    thirty times slower than it gathers rows.
-    """
-
-    def __init__(self, shape, axes):
-        super().__init__()
-        order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(-1)
-        self.order, self.back = Tensor(order), Tensor(np.argsort(order).astype(np.int32))
-        self.as_it_is = bool((np.diff(order) == 1).all())  # so for one token
-        self.gather = ops.Gather()
-
-    def construct(self, rows):
-        return rows if self.as_it_is else self.gather(rows, self.order, 0)
-
-    def bprop(self, rows, out, dout):
-        return (dout if self.as_it_is else self.gather(dout, self.back, 0),)
-
-
-_reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
-
-
 class _CrossEntropy(Float32):
     """The mean of -log softmax over the labels, of all ranks of a group, that are not `ignore_index`; 0 where all are.
     """
@@ -107,48 +82,6 @@ class _CrossEntropy(Float32):
             return total / ops.maximum(count, 1.)
         mean_count = self.mean(ops.stop_gradient(count))
         return self.mean(ops.depend(total, mean_count) / ops.maximum(mean_count, 1. / self.mean.size))
-
-
-class GEGLU(nn.Cell):
-    r"""
-    The first half of the last axis, gated by GELU of the second: :math:`a \cdot GELU(g)` (Shazeer, 2020).
-
-    Inputs:
-        - **x** (Tensor) - :math:`(..., 2 d)`.
-
-    Outputs:
-        Tensor of shape :math:`(..., d)`.
-
-    Raises:
-        TypeError: If `x` is not a Tensor of floats.
-        ValueError: If its last axis is not even.
-
-    Supported Platforms:
-        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
-
-    Examples:
-        >>> from mindspore import ops
-        >>> from local_attention.transformer import GEGLU
-        >>> print(GEGLU()(ops.ones((2, 5, 6))).shape)
-        (2, 5, 3)
-    """
-
-    def construct(self, x):
-        shape, count, half = _halves(self.cls_name, checks.described(x))
-        if unknown(shape):
-            return ops.mul(x[..., :half], ops.gelu(x[..., half:]))
-        x, gate = ops.chunk(_reorder((count, 2), (1, 0))(x.reshape(-1, half)), 2)
-        return ops.mul(x, ops.gelu(gate)).reshape(shape)
-
-
-@constexpr
-def _halves(owner, x):
-    """Of a tensor with halves side by side: a half's shape, how many rows it has and how long they are."""
-    shape = checks.tensor(owner, "x", x, checks.FLOATS)
-    if not shape or shape[-1] % 2 or 0 in shape:
-        raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
-    count = None if None in shape else math.prod(shape[:-1])
-    return (*shape[:-1], shape[-1] // 2), count, shape[-1] // 2
 
 
 class _Dropout(nn.Cell):
@@ -209,7 +142,7 @@ class FeedForward(nn.SequentialCell):
         inner = int(checks.positive_int(owner, "dim", dim) * checks.positive_number(owner, "mult", mult) * 2 / 3)
         if inner < 1:
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
-        super().__init__(nn.LayerNorm((dim,), epsilon=EPSILON), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
+        super().__init__(LayerNorm(dim), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
                          _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
 
 
@@ -335,7 +268,7 @@ class LocalMHA(nn.Cell):
         self.causal, self.window_size = self.attn_fn.causal, self.attn_fn.window_size
         self.exact_windowsize = self.attn_fn.exact_windowsize
 
-        self.norm = nn.LayerNorm((dim,), epsilon=EPSILON) if checks.boolean(owner, "prenorm", prenorm) else None
+        self.norm = LayerNorm(dim) if checks.boolean(owner, "prenorm", prenorm) else None
         self.to_qkv = nn.Dense(dim, dim_head * heads * 3, has_bias=False)
         if qk_rmsnorm:
             self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
@@ -353,7 +286,7 @@ class LocalMHA(nn.Cell):
         if unknown((b, n)):
             return self._any_length(x, mask, attn_bias)
         qkv = self.to_qkv(x).reshape(-1, self.dim_head)
-        q, k, v = ops.chunk(_reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
+        q, k, v = ops.chunk(reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None:
@@ -368,7 +301,7 @@ class LocalMHA(nn.Cell):
                           k.dtype)
             out, cache = attend_cached(self.attn_fn, q.reshape(shape), k.reshape(shape), v.reshape(shape), cache,
                                        attn_bias)
-        out = _reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
+        out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         if self.to_v_gate is not None:
             gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
             out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
@@ -577,7 +510,7 @@ class LocalTransformer(nn.Cell):
         if num_tokens is not None:
             self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(1.))
             self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(1.))
-            self.to_logits = nn.SequentialCell(nn.LayerNorm((dim,), epsilon=EPSILON),
+            self.to_logits = nn.SequentialCell(LayerNorm(dim),
                                                nn.Dense(dim, num_tokens, has_bias=False))
         self.layers = nn.CellList([nn.CellList([
             LocalMHA(dim=dim, window_size=local_attn_window_size, dim_head=dim_head, heads=heads, dropout=attn_dropout,

@@ -1,4 +1,5 @@
-// The kernel behind backends/native.py: attention over the span of each query, forward and backward, on a CPU.
+// The kernels behind backends/native.py: attention over the span of each query, and the two layers around it that
+// plain operators are slow at, forward and backward, on a CPU.
 //
 // Tiles of queries by keys, never a matrix of scores: an online softmax forward (Milakov and Gimelshein, 2018), each
 // tile's weights computed again backward from its rows' maxima and sums (Dao et al., FlashAttention, 2022). A plain C
@@ -30,6 +31,7 @@ constexpr int INTERFACE = 3;  // one more with every change of what native.py an
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t SIDE = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
+constexpr int64_t SHARES = 32;  // of the rows of a layer
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -95,6 +97,22 @@ struct Call {
   }
 };
 
+// A call on rows of d numbers.
+struct Rows {
+  int64_t threads, level, count, d;
+  float epsilon;
+
+  Rows(const void *numbers, int axes, const int64_t *shape) : count(1), d(shape[axes - 1]) {
+    const int64_t *number = (const int64_t *)numbers;
+    double real;  // by its bits
+    std::memcpy(&real, number + 2, sizeof(real));
+    threads = number[0], level = number[1], epsilon = (float)real;
+    for (int axis = 0; axis < axes - 1; ++axis) count *= shape[axis];
+  }
+
+  double work() const { return 16. * count * d; }
+};
+
 struct Gradients {
   const float *out, *statistics, *dout;
   float *dq, *dk, *dv;
@@ -104,22 +122,28 @@ struct Gradients {
 struct Kernel {
   bool (*forward)(const Call &, float *out, float *statistics);
   bool (*backward)(const Call &, const Gradients &, float *dbias, float *demb);
+  // one row
+  void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y);
+  void (*layer_norm_backward)(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,
+                              float *dgamma, float *dbeta);
+  void (*geglu)(const float *x, int64_t d, float *y);
+  void (*geglu_backward)(const float *x, const float *dy, int64_t d, float *dx);
 };
 
 // Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
-template <typename Worker, typename Do>
-bool in_parallel(const Call &call, int64_t count, Do &&act) {
+template <typename Worker, typename Task, typename Do>
+bool in_parallel(const Task &task, int64_t count, Do &&act) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> fine{true};
   auto work = [&] {
     try {
-      Worker worker(call);
+      Worker worker(task);
       for (int64_t item = next++; item < count; item = next++) act(worker, item);
     } catch (const std::exception &) {
       fine = false;
     }
   };
-  const int64_t wanted = std::min<int64_t>({call.threads, count, 1 + (int64_t)(call.work() / THREAD_WORK)});
+  const int64_t wanted = std::min<int64_t>({task.threads, count, 1 + (int64_t)(task.work() / THREAD_WORK)});
   std::vector<std::thread> others;
   for (int64_t i = 1; i < wanted; ++i) try {
       others.emplace_back(work);
@@ -133,7 +157,8 @@ bool in_parallel(const Call &call, int64_t count, Do &&act) {
 
 // What does not need a kernel's memory.
 struct NoMemory {
-  explicit NoMemory(const Call &) {}
+  template <typename Task>
+  explicit NoMemory(const Task &) {}
 };
 
 // Between a bias as callers have it, (heads, period, columns), and as kernels read and sum it: SIDE places of the period
@@ -269,9 +294,9 @@ int64_t highest_level() {
   return 0;
 }
 
-const Kernel &kernel_of([[maybe_unused]] const Call &call) {
+const Kernel &kernel_of([[maybe_unused]] int64_t level) {
 #ifdef __x86_64__
-  const int64_t level = std::min(call.level, highest_level());
+  level = std::min(level, highest_level());
   if (level == 2) return avx512::kernel;
   if (level == 1) return avx2::kernel;
 #endif
@@ -286,7 +311,21 @@ int guarded(void **inputs, Do &&act) {
     std::unique_ptr<float[]> turned(new float[call.heads * call.bias_size]);
     if (call.bias && !turn_bias(call, call.bias, turned.get(), false)) return 1;
     if (call.bias) call.bias = turned.get();
-    return act(call, kernel_of(call)) ? 0 : 1;
+    return act(call, kernel_of(call.level)) ? 0 : 1;
+  } catch (const std::exception &) {
+    return 1;
+  }
+}
+
+// Does every row, in shares that depend on nothing but how many there are.
+template <typename Do>
+int guarded_rows(const Rows &rows, int64_t shares, Do &&act) {
+  try {
+    const Kernel &kernel = kernel_of(rows.level);
+    return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
+      for (int64_t row = share * rows.count / shares; row < (share + 1) * rows.count / shares; ++row)
+        act(kernel, share, row);
+    }) ? 0 : 1;
   } catch (const std::exception &) {
     return 1;
   }
@@ -325,6 +364,53 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
   });
 }
 
+// x (..., d), gamma, beta, numbers -> y
+EXPORTED int layer_norm_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
+  const Rows rows(params[3], ndims[0], shapes[0]);
+  const float *const *in = (const float *const *)params;
+  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.layer_norm(in[0] + row * rows.d, in[1], in[2], rows.epsilon, rows.d, (float *)params[4] + row * rows.d);
+  });
+}
+
+// x, gamma, numbers, dy -> dx, dgamma, dbeta
+EXPORTED int layer_norm_backward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) try {
+  const Rows rows(params[2], ndims[0], shapes[0]);
+  const int64_t d = rows.d, shares = std::min(rows.count, SHARES);
+  const float *const *in = (const float *const *)params;
+  float *const *out = (float *const *)params + 4;
+  std::vector<float> parts(shares * 2 * d);
+  const int failed = guarded_rows(rows, shares, [&](const Kernel &kernel, int64_t share, int64_t row) {
+    float *part = parts.data() + share * 2 * d;
+    kernel.layer_norm_backward(in[0] + row * d, in[1], rows.epsilon, in[3] + row * d, d, out[0] + row * d, part,
+                               part + d);
+  });
+  sum_rows(parts, shares);
+  std::copy_n(parts.data(), d, out[1]);
+  std::copy_n(parts.data() + d, d, out[2]);
+  return failed;
+} catch (const std::exception &) {
+  return 1;
+}
+
+// x (..., 2 d), numbers -> y (..., d)
+EXPORTED int geglu_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
+  const Rows rows(params[1], ndims[0], shapes[0]);
+  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.geglu((const float *)params[0] + row * rows.d, rows.d / 2, (float *)params[2] + row * rows.d / 2);
+  });
+}
+
+// x, numbers, dy -> dx
+EXPORTED int geglu_backward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
+  const Rows rows(params[1], ndims[0], shapes[0]);
+  const float *const *in = (const float *const *)params;
+  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.geglu_backward(in[0] + row * rows.d, in[2] + row * rows.d / 2, rows.d / 2,
+                          (float *)params[3] + row * rows.d);
+  });
+}
+
 // Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
 // part of a graph again while that runs. A type is one of its numbers; all are those of q.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
@@ -345,5 +431,33 @@ EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
   return std::vector<int>(5, types[0]);
 }
+
+EXPORTED std::vector<int64_t> layer_norm_forwardInferShape(int *ndims, int64_t **shapes, void *) {
+  return shape_of(0, ndims, shapes);
+}
+
+EXPORTED int layer_norm_forwardInferType(std::vector<int> types, void *) { return types[0]; }
+
+EXPORTED Shapes layer_norm_backwardInferShape(int *ndims, int64_t **shapes, void *) {
+  return {shape_of(0, ndims, shapes), shape_of(1, ndims, shapes), shape_of(1, ndims, shapes)};
+}
+
+EXPORTED std::vector<int> layer_norm_backwardInferType(std::vector<int> types, void *) {
+  return std::vector<int>(3, types[0]);
+}
+
+EXPORTED std::vector<int64_t> geglu_forwardInferShape(int *ndims, int64_t **shapes, void *) {
+  std::vector<int64_t> shape = shape_of(0, ndims, shapes);
+  shape.back() /= 2;
+  return shape;
+}
+
+EXPORTED int geglu_forwardInferType(std::vector<int> types, void *) { return types[0]; }
+
+EXPORTED std::vector<int64_t> geglu_backwardInferShape(int *ndims, int64_t **shapes, void *) {
+  return shape_of(0, ndims, shapes);
+}
+
+EXPORTED int geglu_backwardInferType(std::vector<int> types, void *) { return types[0]; }
 
 }  // extern "C"

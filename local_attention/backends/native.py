@@ -1,7 +1,7 @@
 """The fused kernel of native.cpp, for the CPU: tiles of queries by keys with an online softmax, threads, every option.
 
 The kernel is a library without a header of MindSpore's, called through its Custom operator. It is built where the
-package is installed if a C++ compiler is there; `why_not` says so where it is not.
+package is installed if a C++ compiler is there; `unavailable` says so where it is not.
 """
 import ctypes
 import os
@@ -15,9 +15,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
-FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
+FLOATS, BOOLS, INTEGERS = DataType.F32_Default, DataType.BOOL_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
-          "seed": DataType.I32_Default, "numbers": DataType.I64_Default}
+          "seed": DataType.I32_Default, "numbers": INTEGERS}
 TILE = 64  # queries by as many keys
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
 INTERFACE = 3  # of the kernel that this file was written for
@@ -63,13 +63,18 @@ def exporting():
     return frame is not None
 
 
-def why_not(problem):
-    """Why it cannot run a problem, None where it can."""
+def unavailable():
+    """Why nothing of the library can run here and now, None where it can."""
     if ms.get_context("device_target") != "CPU":
         return "runs on CPU alone"
     if exporting():
         return "is a library of this machine, which an exported graph would look for where it runs"
     return library()[1]
+
+
+def why_not(problem):
+    """Why it cannot run a problem, None where it can: all that `attend` is asked for is implemented."""
+    return unavailable()
 
 
 def scores(problem):
@@ -110,10 +115,8 @@ class Fused(nn.Cell):
             problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
             spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
             problem.hide_self, threads(), level, *problem.origin, *real], np.int64))
-        forward = {"out": FLOATS, "statistics": FLOATS}
-        self.forward = _custom("attention_forward", INPUTS, forward)
-        self.backward = _custom("attention_backward", {**INPUTS, **forward, "dout": FLOATS},
-                                {f"d{name}": FLOATS for name in ("q", "k", "v", "bias", "emb")})
+        self.forward = custom("attention_forward", [*INPUTS.values()], 2 * [FLOATS])  # the output and statistics
+        self.backward = custom("attention_backward", [*INPUTS.values(), *3 * [FLOATS]], 5 * [FLOATS])
 
     def construct(self, q, k, v, mask, bias, emb, seed):
         return self.forward(q, k, v, mask, bias, emb, seed, self.numbers)
@@ -123,12 +126,12 @@ class Fused(nn.Cell):
         return dq, dk, dv, mask, dbias, demb, seed
 
 
-def _custom(name, inputs, outputs):
-    """An operator of the library, which itself gives the shapes and types of its outputs."""
+def custom(name, inputs, outputs):
+    """An operator of the library, of inputs and outputs of these types; it gives the shapes itself."""
     info = CustomRegOp(name)
-    for number, of_input in enumerate(inputs):
-        info = info.input(number, of_input)
-    for number, of_output in enumerate(outputs):
-        info = info.output(number, of_output)
-    info = info.dtype_format(*inputs.values(), *outputs.values()).target("CPU").get_op_info()
+    for number in range(len(inputs)):
+        info = info.input(number, f"x{number}")
+    for number in range(len(outputs)):
+        info = info.output(number, f"y{number}")
+    info = info.dtype_format(*inputs, *outputs).target("CPU").get_op_info()
     return ops.Custom(f"{library()[0]}:{name}", out_shape=None, out_dtype=None, func_type="aot", reg_info=info)

@@ -524,6 +524,8 @@ struct Worker {
   }
 };
 
-const Kernel kernel{run_forward<Worker>, run_backward<Worker>};
+#include "native_layers.h"
+
+const Kernel kernel{run_forward<Worker>, run_backward<Worker>, layer_norm, layer_norm_backward, geglu, geglu_backward};
 
 }  // namespace KERNEL

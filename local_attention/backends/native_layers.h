@@ -1,0 +1,94 @@
+// LayerNorm and GEGLU, row by row, forward and backward, for one width of vectors: a part of native_kernel.h.
+
+// Numbers from `from` on of which `count` are left in their row; what a vector has more is `rest`.
+INLINE Vec take(const float *from, int64_t count, float rest = 0) {
+  if (count >= WIDTH) return load<Vec>(from);
+  float edge[WIDTH];
+  std::fill(edge, edge + WIDTH, rest);
+  std::copy_n(from, count, edge);
+  return load<Vec>(edge);
+}
+
+INLINE void put(float *to, int64_t count, Vec x) {
+  if (count >= WIDTH) return store(to, x);
+  float edge[WIDTH];
+  store(edge, x);
+  std::copy_n(edge, count, to);
+}
+
+INLINE float sum_of(Vec x) {
+  float total = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) total += x[lane];
+  return total;
+}
+
+// The mean of a row and the inverse of its standard deviation.
+INLINE void moments(const float *x, int64_t d, float epsilon, float &mean, float &inverse) {
+  Vec total{}, squares{};
+  for (int64_t c = 0; c < d; c += WIDTH) total += take(x + c, d - c);
+  mean = sum_of(total) / d;
+  for (int64_t c = 0; c < d; c += WIDTH) {
+    const Vec from_mean = take(x + c, d - c, mean) - mean;
+    squares += from_mean * from_mean;
+  }
+  inverse = 1 / std::sqrt(sum_of(squares) / d + epsilon);
+}
+
+void layer_norm(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y) {
+  float mean, inverse;
+  moments(x, d, epsilon, mean, inverse);
+  for (int64_t c = 0; c < d; c += WIDTH)
+    put(y + c, d - c, (take(x + c, d - c) - mean) * inverse * take(gamma + c, d - c) + take(beta + c, d - c));
+}
+
+void layer_norm_backward(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,
+                         float *dgamma, float *dbeta) {
+  float mean, inverse;
+  moments(x, d, epsilon, mean, inverse);
+  Vec total{}, along{};
+  for (int64_t c = 0; c < d; c += WIDTH) {
+    const Vec normed = (take(x + c, d - c, mean) - mean) * inverse, got = take(dy + c, d - c);
+    const Vec wanted = got * take(gamma + c, d - c);
+    total += wanted, along += wanted * normed;
+    put(dgamma + c, d - c, take(dgamma + c, d - c) + got * normed);
+    put(dbeta + c, d - c, take(dbeta + c, d - c) + got);
+  }
+  const float mean_wanted = sum_of(total) / d, mean_along = sum_of(along) / d;
+  for (int64_t c = 0; c < d; c += WIDTH) {
+    const Vec normed = (take(x + c, d - c, mean) - mean) * inverse;
+    const Vec wanted = take(dy + c, d - c) * take(gamma + c, d - c);
+    put(dx + c, d - c, inverse * (wanted - mean_wanted - normed * mean_along));
+  }
+}
+
+// Of the standard normal distribution: exp(-x^2 / 2), and the probability of less than x to 2e-7 of it. That of less
+// than -|x| is the first times a polynomial in t = 1 / (1 + |x| / 4), fitted to erfcx for the least relative error.
+INLINE Vec normal(Vec x, Vec &bell) {
+  bell = exp2_nonpositive(x * x * (-0.5f * LOG2_E));
+  const Vec t = 1.f / (1.f + max(x, -x) * 0.25f);
+  Vec y = t * 0.040767528f - 0.167089461f;
+  for (float next : {0.201101933f, -0.073448421f, 0.133385811f, 0.115792884f, 0.163663066f, 0.186879832f, 0.199475738f,
+                     0.199471083f})
+    y = y * t + next;
+  y *= t * bell * 0.5f;
+  return x > 0.f ? 1.f - y : y;
+}
+
+// y = a * gelu(gate), a and gate side by side in x.
+void geglu(const float *x, int64_t d, float *y) {
+  for (int64_t c = 0; c < d; c += WIDTH) {
+    const Vec gate = take(x + d + c, d - c);
+    Vec bell;
+    put(y + c, d - c, take(x + c, d - c) * (gate * normal(gate, bell)));
+  }
+}
+
+void geglu_backward(const float *x, const float *dy, int64_t d, float *dx) {
+  for (int64_t c = 0; c < d; c += WIDTH) {
+    const Vec gate = take(x + d + c, d - c), got = take(dy + c, d - c);
+    Vec bell;
+    const Vec below = normal(gate, bell);
+    put(dx + c, d - c, got * (gate * below));
+    put(dx + d + c, d - c, got * take(x + c, d - c) * (below + gate * bell * 0.3989422804f));
+  }
+}

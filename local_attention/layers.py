@@ -1,0 +1,162 @@
+"""Layers that a model has beside attention, each by the kernel of backends/native.py where there is one."""
+import math
+from functools import lru_cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
+from .any_length import unknown
+from .attend import Float32
+from .backends import native
+
+EPSILON = 1e-5  # of LayerNorm, as in PyTorch
+
+
+class _Reorder(nn.Cell):
+    """The rows of a matrix in another order: numbered along the axes of `shape`, they are taken along the given `axes`.
+
+    It is what a transpose and a split are to whole rows. On CPU, outside a graph, MindSpore copies a strided view
+    thirty times slower than it gathers rows.
+    """
+
+    def __init__(self, shape, axes):
+        super().__init__()
+        order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(-1)
+        self.order, self.back = Tensor(order), Tensor(np.argsort(order).astype(np.int32))
+        self.as_it_is = bool((np.diff(order) == 1).all())  # so for one token
+        self.gather = ops.Gather()
+
+    def construct(self, rows):
+        return rows if self.as_it_is else self.gather(rows, self.order, 0)
+
+    def bprop(self, rows, out, dout):
+        return (dout if self.as_it_is else self.gather(dout, self.back, 0),)
+
+
+reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
+
+
+class _FusedLayerNorm(Float32):
+    """The kernel and its gradient, float32 in and out."""
+
+    def __init__(self, epsilon):
+        super().__init__()
+        self.numbers = _numbers(epsilon)
+        self.forward = native.custom("layer_norm_forward", [*3 * [native.FLOATS], native.INTEGERS], [native.FLOATS])
+        self.backward = native.custom("layer_norm_backward", [*2 * [native.FLOATS], native.INTEGERS, native.FLOATS],
+                                      3 * [native.FLOATS])
+
+    def construct(self, x, gamma, beta):
+        return self.forward(x, gamma, beta, self.numbers)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        return self.backward(x, gamma, self.numbers, dout)
+
+
+class _FusedGEGLU(Float32):
+    """The kernel and its gradient, float32 in and out."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = _numbers(0.)
+        self.forward = native.custom("geglu_forward", [native.FLOATS, native.INTEGERS], [native.FLOATS])
+        self.backward = native.custom("geglu_backward", [native.FLOATS, native.INTEGERS, native.FLOATS],
+                                      [native.FLOATS])
+
+    def construct(self, x):
+        return self.forward(x, self.numbers)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x, self.numbers, dout),)
+
+
+def _numbers(epsilon):
+    """Integers all, the last by its bits: a Cell that stays in float32 would cast others."""
+    return Tensor(np.array([native.threads(), native.level, np.float64(epsilon).view(np.int64)], np.int64))
+
+
+@lru_cache(maxsize=64)
+def _made(cell, threads, level, *args):
+    return cell(*args)
+
+
+@constexpr
+def _fused(name, shape, *args):
+    """The kernel of a layer for inputs of a shape; None where plain operators are to do it."""
+    if None in shape or 0 in shape or native.unavailable() is not None:
+        return None
+    cell = {"layer_norm": _FusedLayerNorm, "geglu": _FusedGEGLU}[name]
+    return _made(cell, native.threads(), native.level, *args)
+
+
+class LayerNorm(nn.LayerNorm):
+    """MindSpore's, over the last axis, with PyTorch's epsilon. On CPU that has a gradient twenty times slower than it
+    need be.
+
+    Args:
+        dim (int): Size of the last axis.
+
+    Inputs:
+        - **x** (Tensor) - :math:`(..., dim)`.
+
+    Outputs:
+        Tensor of the shape of `x`.
+    """
+
+    def __init__(self, dim):
+        super().__init__((dim,), epsilon=EPSILON)
+
+    def construct(self, x):
+        fused = _fused("layer_norm", x.shape, self.epsilon)
+        if fused is None or x.shape[-1:] != self.normalized_shape:
+            return super().construct(x)
+        gamma, beta = ops.cast(self.gamma, ms.float32), ops.cast(self.beta, ms.float32)
+        return ops.cast(fused(ops.cast(x, ms.float32), gamma, beta), x.dtype)
+
+
+class GEGLU(nn.Cell):
+    r"""
+    The first half of the last axis, gated by GELU of the second: :math:`a \cdot GELU(g)` (Shazeer, 2020).
+
+    Inputs:
+        - **x** (Tensor) - :math:`(..., 2 d)`.
+
+    Outputs:
+        Tensor of shape :math:`(..., d)`.
+
+    Raises:
+        TypeError: If `x` is not a Tensor of floats.
+        ValueError: If its last axis is not even.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention.transformer import GEGLU
+        >>> print(GEGLU()(ops.ones((2, 5, 6))).shape)
+        (2, 5, 3)
+    """
+
+    def construct(self, x):
+        shape, count, half = _halves(self.cls_name, checks.described(x))
+        if unknown(shape):
+            return ops.mul(x[..., :half], ops.gelu(x[..., half:]))
+        fused = _fused("geglu", x.shape)
+        if fused is not None:
+            return ops.cast(fused(ops.cast(x, ms.float32)), x.dtype)
+        x, gate = ops.chunk(reorder((count, 2), (1, 0))(x.reshape(-1, half)), 2)
+        return ops.mul(x, ops.gelu(gate)).reshape(shape)
+
+
+@constexpr
+def _halves(owner, x):
+    """Of a tensor with halves side by side: a half's shape, how many rows it has and how long they are."""
+    shape = checks.tensor(owner, "x", x, checks.FLOATS)
+    if not shape or shape[-1] % 2 or 0 in shape:
+        raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
+    count = None if None in shape else math.prod(shape[:-1])
+    return (*shape[:-1], shape[-1] // 2), count, shape[-1] // 2
