@@ -5,10 +5,13 @@ many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones l
 attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose scales would
 overflow. What is compiled for one step serves all positions, as a position is a tensor. Into a compiled function a
 cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
+
+`generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
+which takes longer than the attention to it.
 """
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
@@ -18,7 +21,7 @@ from .local_attention import l2norm
 from .spec import WindowSpec
 
 
-_slice = ops.Slice()
+_slice, _update = ops.Slice(), ops.ScatterNdUpdate()
 
 
 def capacity(windows):
@@ -36,8 +39,8 @@ def checked_cache(owner, cache, groups, windows, head_dim, dtype):
 
 
 @constexpr
-def _range(start, stop):
-    return Tensor(np.arange(start, stop, dtype=np.int32))
+def _range(start, stop, step=1):
+    return Tensor(np.arange(start, stop, step, dtype=np.int32))
 
 
 def prepared(attn, q, k, position):
@@ -66,6 +69,44 @@ def first_cache(attn, k, v):
     return k, v, ops.full((1,), n, dtype=ms.int32)
 
 
+class Rings(nn.Cell):
+    """Each block's cache as two Parameters `(groups, capacity, d)`, the token at position p in place p % capacity."""
+
+    def __init__(self, caches):
+        super().__init__()
+        self.keys = ms.ParameterTuple([_ring(f"key{number}", cache[0]) for number, cache in enumerate(caches)])
+        self.values = ms.ParameterTuple([_ring(f"value{number}", cache[1]) for number, cache in enumerate(caches)])
+
+    def fill(self, caches):
+        """Takes over caches, after as many tokens as they say."""
+        kept, fed = caches[0][0].shape[1], int(caches[0][2].asnumpy()[0])
+        order = Tensor(((np.arange(kept) - fed) % kept).astype(np.int32))  # the last token, last in a cache, is fed - 1
+        for number, (keys, values, _) in enumerate(caches):
+            ops.assign(self.keys[number], ops.gather(keys, order, 1))
+            ops.assign(self.values[number], ops.gather(values, order, 1))
+
+
+def _ring(name, like):
+    return ms.Parameter(ops.zeros(like.shape, like.dtype), name=name, requires_grad=False)
+
+
+def attend_in_place(attn, q, k, v, ring, attn_bias=None):
+    """What `attend_cached` gives for one new token, which is written to the ring `(keys, values, position, place)`."""
+    keys, values, position, place = ring
+    q, k = prepared(attn, q, k, position)
+    keys, values = _update(keys, place, k.reshape(-1, k.shape[2])), _update(values, place, v.reshape(-1, v.shape[2]))
+    kept = keys.shape[1]
+    if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
+        order = (position + 1 + _range(0, kept)) % kept
+        return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), position, attn_bias)
+    return _next_token(attn, q, keys, values, position, attn_bias, (position + kept - _range(0, kept)) % kept)
+
+
+def place_in_rings(position, groups, kept):
+    """Where the token at a position `(1,)` is in a ring, for each group: `(groups, 2)`."""
+    return ops.stack((_range(0, groups), ops.tile(position % kept, (groups,))), 1)
+
+
 def attend_cached(attn, q, k, v, cache, attn_bias=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
     groups, m, head_dim = q.shape
@@ -82,22 +123,21 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
     return out, (_slice(k, first, last), _slice(v, first, last), position + m)
 
 
-def _next_token(attn, q, k, v, position, attn_bias):
-    """One query against the whole cache, its own key the last. What it does not see is hidden by a bias and not by a
-    mask: a mask would also erase what masked keys hold, in case it is NaN, and here that is tokens out of sight or
-    zeros."""
+def _next_token(attn, q, k, v, position, attn_bias, ages=None):
+    """One query against the whole cache, its own key the last unless the keys' `ages` in tokens are given. What it does
+    not see is hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and
+    here that is tokens out of sight or zeros."""
     windows = attn.windows
     dtype, last = q.dtype, capacity(windows) - 1
-    index = _range(0, last + 1)
+    ages = _range(last, -1, -1) if ages is None else ages
     place = position % windows.size  # of the query in its window
-    seen = 0 if windows.exact else last - windows.backward - place
-    unseen = index < ops.maximum(last - position, seen)
+    unseen = ages > ops.minimum(position, last if windows.exact else windows.backward + place)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         q = attn.rel_pos.rotate(q, last, (last - last // 2, 1))
         k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
-        columns = ops.clamp(index - last + place + windows.backward, 0, windows.span - 1)
+        columns = ops.clamp(place + windows.backward - ages, 0, windows.span - 1)
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
     out = attend(q, k, v, _all_before(last), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
                  bias=_hide(unseen, attn_bias), bias_backward=last, hide_self=attn.shared_qk,

@@ -14,7 +14,7 @@ from . import checks, parallel
 from .any_length import unknown
 from .attend import Float32, draw_seed
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
-from .cache import attend_cached, checked_cache, first_cache
+from .cache import Rings, attend_cached, attend_in_place, checked_cache, first_cache, place_in_rings
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .layers import GEGLU, LayerNorm, reorder
 from .local_attention import LocalAttention, l2norm
@@ -299,8 +299,11 @@ class LocalMHA(nn.Cell):
             shape = (b * self.heads, n, self.dim_head)
             checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,
                           k.dtype)
-            out, cache = attend_cached(self.attn_fn, q.reshape(shape), k.reshape(shape), v.reshape(shape), cache,
-                                       attn_bias)
+            q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+            if len(cache) == 3:
+                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias)
+            else:
+                out = attend_in_place(self.attn_fn, q, k, v, cache, attn_bias)
         out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         if self.to_v_gate is not None:
             gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
@@ -532,7 +535,7 @@ class LocalTransformer(nn.Cell):
         if num_residual_streams > 1:
             self.hyper_connections = HyperConnections(num_residual_streams, dim, depth, global_numbers)
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
-        self._step = None
+        self._steps = None
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
@@ -614,36 +617,46 @@ class LocalTransformer(nn.Cell):
             return layer(x, cache=cache, return_cache=return_cache)
         return layer(x, mask=mask) if self.global_takes_mask else layer(x)
 
-    def _compiled_step(self, sizes):
-        """`_next_logits`, compiled at its first call; `sizes` says how many Tensors each cache is of.
+    def _compiled_step(self, layers):
+        """`_next_logits`, compiled at its first call for a batch size, and the rings that it keeps, after a prompt.
 
         A function around it, as a Cell with a compiled method is compiled to that method wherever it is called later;
-        kept beside whose it is, as a copy of the model has a step of its own.
+        kept beside whose it is, as a copy of the model has steps of its own.
         """
-        if self._step is None or self._step[0] != id(self):
-            model = self
+        if self._steps is None or self._steps[0] != id(self):
+            self._steps = id(self), {}
+        local = layers[:len(self.layers)]
+        kind = local[0][0].shape, str(local[0][0].dtype)
+        if kind not in self._steps[1]:
+            model, rings = self, Rings(local)
+            sizes = tuple(len(layer) for layer in layers[len(local):])
 
-            def step(token, attn_bias, *flat):
-                return model._next_logits(token, attn_bias, sizes, *flat)
-            self._step = id(self), ms.jit(step)
-        return self._step[1]
+            def step(token, position, attn_bias, *flat):
+                return model._next_logits(token, position, attn_bias, rings, sizes, *flat)
+            self._steps[1][kind] = ms.jit(step), rings
+        step, rings = self._steps[1][kind]
+        rings.fill(local)
+        return step
 
-    def _next_logits(self, token, attn_bias, sizes, *flat):
-        """A step of decoding: logits of the token after `token (b, 1)`, and the caches as flat as they came.
+    def _next_logits(self, token, position, attn_bias, rings, sizes, *flat):
+        """A step of decoding: logits of the token after `token (b, 1)`, which stands at `position (1,)`, and the caches
+        of global layers as flat as they came.
 
         Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
         """
-        position = flat[2]  # of every block: what follows from it alone is computed once
-        depth = len(self.layers)
-        layers = [(flat[start], flat[start + 1], position) for start in range(0, 3 * depth, 3)]
-        start = 3 * depth
-        for size in sizes[depth:]:
+        groups, kept, _ = rings.keys[0].shape
+        place = place_in_rings(position, groups, kept)
+        layers = []
+        for number in range(len(self.layers)):
+            layers.append((rings.keys[number], rings.values[number], position, place))
+        start = 0
+        for size in sizes:
             layers.append(flat[start:start + size])
             start += size
         x = self.token_emb(token) + self.pos_emb(position)
         x, layers = self._through_layers(x, None, attn_bias, layers, True)
         flat = []
-        for layer in layers:
+        for layer in layers[len(self.layers):]:
             flat += list(layer)
         return (self.to_logits(x)[:, 0], *flat)
 
@@ -683,19 +696,20 @@ class LocalTransformer(nn.Cell):
         modes = [(cell, cell.training) for _, cell in self.cells_and_names()]
         self.set_train(False)
         try:
-            attn_bias, flat, sizes = None, [], ()
+            step, attn_bias, flat = None, None, []
             for end in range(n, n + seq_len):
                 start = max(0, end - self.max_seq_len)
                 if start or not (use_kv_cache and self.causal and self.global_takes_cache and mask is None):
                     seen = slice(start, start + self._padded(end - start))
                     keys = None if self.causal and mask is None else Tensor(real[:, seen])
                     logits = self(Tensor(tokens[:, seen]), keys)[:, end - start - 1]
-                elif flat:
-                    logits, *flat = self._compiled_step(sizes)(Tensor(tokens[:, end - 1:end]), attn_bias, *flat)
+                elif step is not None:
+                    position = Tensor(np.array([end - 1], np.int32))
+                    logits, *flat = step(Tensor(tokens[:, end - 1:end]), position, attn_bias, *flat)
                 else:
                     logits, (layers, attn_bias, _) = self(Tensor(tokens[:, :end]), return_cache=True)
-                    logits, flat = logits[:, -1], [x for layer in layers for x in layer]
-                    sizes = tuple(len(layer) for layer in layers)
+                    logits, step = logits[:, -1], self._compiled_step(layers)
+                    flat = [x for layer in layers[len(self.layers):] for x in layer]
                 if logits.dtype != ms.float32:
                     logits = ops.cast(logits, ms.float32)
                 tokens[:, end] = _sample(logits.asnumpy(), temperature, filter_thres)
