@@ -45,8 +45,8 @@ class _FusedLayerNorm(Float32):
     def __init__(self, epsilon):
         super().__init__()
         self.numbers = _numbers(epsilon)
-        self.forward = native.custom("layer_norm_forward", [*3 * [native.FLOATS], native.INTEGERS], [native.FLOATS])
-        self.backward = native.custom("layer_norm_backward", [*2 * [native.FLOATS], native.INTEGERS, native.FLOATS],
+        self.forward = native.custom("layer_norm_forward", [*3 * [native.FLOATS], native.INT64], [native.FLOATS])
+        self.backward = native.custom("layer_norm_backward", [*2 * [native.FLOATS], native.INT64, native.FLOATS],
                                       3 * [native.FLOATS])
 
     def construct(self, x, gamma, beta):
@@ -62,8 +62,8 @@ class _FusedGEGLU(Float32):
     def __init__(self):
         super().__init__()
         self.numbers = _numbers(0.)
-        self.forward = native.custom("geglu_forward", [native.FLOATS, native.INTEGERS], [native.FLOATS])
-        self.backward = native.custom("geglu_backward", [native.FLOATS, native.INTEGERS, native.FLOATS],
+        self.forward = native.custom("geglu_forward", [native.FLOATS, native.INT64], [native.FLOATS])
+        self.backward = native.custom("geglu_backward", [native.FLOATS, native.INT64, native.FLOATS],
                                       [native.FLOATS])
 
     def construct(self, x):

@@ -13,6 +13,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .attend import Float32
+from .backends import native
 
 ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
 
@@ -110,12 +111,18 @@ class SinusoidalEmbeddings(nn.Cell):
         `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
         `(first + step * r) / scale_base`.
         """
+        fused = None if xpos_power is not None else _fused_rotation(self.frequencies)
+        if fused is not None:
+            return fused(x, _as_tensor(start))
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
         return _rotation(self.frequencies, x.shape, start, power)(x)
 
     def rotate_at(self, x, position):
         """Rotate `x (g, n, dim)`, float32, whose tokens stand at `position, position + 1, …`, which is an int, or a
         Tensor, int32 `(1,)`, where a step of decoding finds out."""
+        fused = _fused_rotation(self.frequencies)
+        if fused is not None:
+            return fused(x, _as_tensor(position) if isinstance(position, int) else position)
         if isinstance(position, int):
             return _rotation(_rounded(self.frequencies), x.shape, position, None)(x)
         return _rotation_at(self.frequencies, x.shape[1])(x, position)
@@ -206,3 +213,33 @@ class _RotationAt(Float32):
 
 
 _rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
+
+
+class _FusedRotation(Float32):
+    """The same by the native kernel, for tokens from a position on that is a Tensor."""
+
+    def __init__(self, frequencies, threads, level):
+        super().__init__()
+        radians = np.array(frequencies).view(np.int64)  # integers all: a Cell that stays in float32 would cast others
+        self.numbers, self.back = (Tensor(np.array([threads, level, back, *radians], np.int64)) for back in (0, 1))
+        self.turn = native.custom("rotary", [native.FLOATS, native.INT32, native.INT64], [native.FLOATS])
+
+    def construct(self, x, position):
+        return self.turn(x, position, self.numbers)
+
+    def bprop(self, x, position, out, dout):
+        return self.turn(dout, position, self.back), position
+
+
+_made_rotation = lru_cache(maxsize=64)(_FusedRotation)
+
+
+@constexpr
+def _fused_rotation(frequencies):
+    """The kernel, None where it cannot run."""
+    return _made_rotation(frequencies, native.threads(), native.level) if native.unavailable() is None else None
+
+
+@constexpr
+def _as_tensor(position):
+    return Tensor(np.array([position], np.int32))

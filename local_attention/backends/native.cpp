@@ -1,5 +1,5 @@
-// The kernels behind backends/native.py: attention over the span of each query, and the two layers around it that
-// plain operators are slow at, forward and backward, on a CPU.
+// The kernels behind backends/native.py: attention over the span of each query, and what around it plain operators are
+// slow at, forward and backward, on a CPU.
 //
 // Tiles of queries by keys, never a matrix of scores: an online softmax forward (Milakov and Gimelshein, 2018), each
 // tile's weights computed again backward from its rows' maxima and sums (Dao et al., FlashAttention, 2022). A plain C
@@ -128,6 +128,7 @@ struct Kernel {
                               float *dgamma, float *dbeta);
   void (*geglu)(const float *x, int64_t d, float *y);
   void (*geglu_backward)(const float *x, const float *dy, int64_t d, float *dx);
+  void (*rotate)(const float *x, const float *cosines, const float *sines, int64_t half, float *y);
 };
 
 // Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
@@ -348,7 +349,8 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, bias, emb, seed, numbers
-// -> out, statistics (..., n_q, 2): of each row the highest score and the inverse of the sum of weights.
+// -> out, statistics (..., n_q, 2): of each row a score near the highest, and the inverse of the sum of weights relative
+// to it.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
     return kernel.forward(call, (float *)params[8], (float *)params[9]);
@@ -411,6 +413,35 @@ EXPORTED int geglu_backward(int, void **params, int *ndims, int64_t **shapes, co
   });
 }
 
+// x (..., n, d), the position of the first of n tokens (1), numbers: threads, level, whether back, radians a position
+// for each half of d -> y
+EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
+  const Rows rows(params[2], ndims[0], shapes[0]);
+  const int64_t n = shapes[0][ndims[0] - 2], d = rows.d, half = d / 2, shares = std::min(n, SHARES);
+  const int64_t *numbers = (const int64_t *)params[2], start = *(const int32_t *)params[1];
+  const float *x = (const float *)params[0];
+  float *y = (float *)params[3];
+  const double sign = numbers[2] ? -1 : 1;
+  try {
+    std::vector<double> frequencies(half);
+    std::memcpy(frequencies.data(), numbers + 3, half * sizeof(double));
+    const Kernel &kernel = kernel_of(rows.level);
+    return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
+      std::vector<float> cosines(half), sines(half);
+      for (int64_t token = share * n / shares; token < (share + 1) * n / shares; ++token) {
+        for (int64_t c = 0; c < half; ++c) {
+          const double angle = (double)(start + token) * frequencies[c];
+          cosines[c] = (float)std::cos(angle), sines[c] = (float)(sign * std::sin(angle));
+        }
+        for (int64_t row = token; row < rows.count; row += n)
+          kernel.rotate(x + row * d, cosines.data(), sines.data(), half, y + row * d);
+      }
+    }) ? 0 : 1;
+  } catch (const std::exception &) {
+    return 1;
+  }
+}
+
 // Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
 // part of a graph again while that runs. A type is one of its numbers; all are those of q.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
@@ -431,6 +462,12 @@ EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
   return std::vector<int>(5, types[0]);
 }
+
+EXPORTED std::vector<int64_t> rotaryInferShape(int *ndims, int64_t **shapes, void *) {
+  return shape_of(0, ndims, shapes);
+}
+
+EXPORTED int rotaryInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> layer_norm_forwardInferShape(int *ndims, int64_t **shapes, void *) {
   return shape_of(0, ndims, shapes);

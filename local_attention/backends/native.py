@@ -15,9 +15,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
-FLOATS, BOOLS, INTEGERS = DataType.F32_Default, DataType.BOOL_Default, DataType.I64_Default
+FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
+INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
-          "seed": DataType.I32_Default, "numbers": INTEGERS}
+          "seed": INT32, "numbers": INT64}
 TILE = 64  # queries by as many keys
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
 INTERFACE = 3  # of the kernel that this file was written for

@@ -11,6 +11,7 @@ constexpr int KEYS = 64;   // of a tile
 constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
 constexpr int QUERIES = BLOCK_QUERIES;
 constexpr float LOG2_E = 1.44269504f;
+constexpr float SLACK = 8;
 constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
 
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -33,8 +34,8 @@ INLINE Vec all(float x) { return Vec{} + x; }
 
 INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
 
-// 2^x for x <= 0, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
-INLINE Vec exp2_nonpositive(Vec x) {
+// 2^x for x < 127, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
+INLINE Vec power_of_2(Vec x) {
   constexpr float SHIFT = 12582912.f + 127;  // 1.5 * 2^23: a sum with it is an integer, here of an exponent's bits
   const Vec clamped = max(x, all(-127.f));   // the exponent of 0
   const Vec shifted = clamped + SHIFT;
@@ -108,6 +109,12 @@ NEVER_INLINE bool finite(const float *rows, int64_t count) {
   return zero == 0;
 }
 
+INLINE bool any(Ints x) {
+  int32_t found = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) found |= x[lane];
+  return found;
+}
+
 INLINE Bits scramble(Bits x) {
   x = x * (x + x + 1);
   x ^= (Bits)((Ints)x >> 16);
@@ -160,7 +167,7 @@ struct Piece {
 struct Worker {
   const Call &call;
   const int64_t d, padded;
-  std::vector<float> memory;
+  std::unique_ptr<float[]> memory;
   float *q_t, *q_emb_t, *out_t, *scores, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
 
   int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
@@ -184,9 +191,11 @@ struct Worker {
                              tile, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
-    memory.assign(total, 0);
-    float *next = memory.data() + (-(uintptr_t)memory.data() / 4) % WIDTH;  // aligned to a vector
+    memory.reset(new float[total]);  // not all of it is touched, and what is not costs nothing
+    float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
     for (int i = 0; i < 12; ++i) *parts[i] = next, next += sizes[i];
+    for (float *rows : {q, q_scaled, dout})
+      if (d < padded) std::fill(rows, rows + across, 0.f);
   }
 
   void read_block(int64_t to_group, int64_t from, int64_t to) {
@@ -402,25 +411,32 @@ struct Worker {
     }
   }
 
-  // The scores of a vector of queries become weights, by the highest score so far; what was summed before follows it.
+  // The scores of a vector of queries become weights, by a score near the highest so far; where it is left behind by more
+  // than 2^SLACK, it moves up to that, and what was summed before follows.
   template <bool DROPPING>
   void soften(int v) {
     float *column = scores + v * WIDTH;
     const Vec before = load<Vec>(highest + v * WIDTH);
     Vec highest_now = before;
     for (int j = 0; j < keys; ++j) highest_now = max(highest_now, load<Vec>(column + j * QUERIES));
+    const bool move = any(highest_now > before + SLACK);
+    if (!move) highest_now = before;
     const Vec top = highest_now == -INFINITY ? Vec{} : highest_now;
     Vec total{};
     for (int j = 0; j < keys; ++j) {
-      Vec weight = exp2_nonpositive(load<Vec>(column + j * QUERIES) - top);
+      Vec weight = power_of_2(load<Vec>(column + j * QUERIES) - top);
       total += weight;
       if (DROPPING) weight *= keep(v, key + j);
       store(column + j * QUERIES, weight);
     }
-    const Vec rescale = exp2_nonpositive(before - top);
-    store(highest + v * WIDTH, highest_now);
-    store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale + total);
-    scale_out(v, rescale);
+    Vec summed = load<Vec>(sum + v * WIDTH);
+    if (move) {
+      const Vec rescale = power_of_2(before - top);
+      store(highest + v * WIDTH, highest_now);
+      summed *= rescale;
+      scale_out(v, rescale);
+    }
+    store(sum + v * WIDTH, summed + total);
   }
 
   void scale_out(int v, Vec factor) {
@@ -478,7 +494,7 @@ struct Worker {
     for (int j = 0; j < keys; ++j) {
       const int64_t at = j * QUERIES + v * WIDTH;
       const Vec score = load<Vec>(scores + at);
-      Vec weight = exp2_nonpositive(score - top) * inverse, dweight = load<Vec>(dscores + at);
+      Vec weight = power_of_2(score - top) * inverse, dweight = load<Vec>(dscores + at);
       if (PLAIN) {
         store(scores + at, weight);
         store(dscores + at, weight * (dweight - mean));
@@ -526,6 +542,7 @@ struct Worker {
 
 #include "native_layers.h"
 
-const Kernel kernel{run_forward<Worker>, run_backward<Worker>, layer_norm, layer_norm_backward, geglu, geglu_backward};
+const Kernel kernel{run_forward<Worker>, run_backward<Worker>, layer_norm, layer_norm_backward, geglu, geglu_backward,
+                    rotate};
 
 }  // namespace KERNEL

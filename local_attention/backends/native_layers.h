@@ -1,4 +1,5 @@
-// LayerNorm and GEGLU, row by row, forward and backward, for one width of vectors: a part of native_kernel.h.
+// LayerNorm, GEGLU and rotary embedding, row by row, forward and backward, for one width of vectors: a part of
+// native_kernel.h.
 
 // Numbers from `from` on of which `count` are left in their row; what a vector has more is `rest`.
 INLINE Vec take(const float *from, int64_t count, float rest = 0) {
@@ -64,7 +65,7 @@ void layer_norm_backward(const float *x, const float *gamma, float epsilon, cons
 // Of the standard normal distribution: exp(-x^2 / 2), and the probability of less than x to 2e-7 of it. That of less
 // than -|x| is the first times a polynomial in t = 1 / (1 + |x| / 4), fitted to erfcx for the least relative error.
 INLINE Vec normal(Vec x, Vec &bell) {
-  bell = exp2_nonpositive(x * x * (-0.5f * LOG2_E));
+  bell = power_of_2(x * x * (-0.5f * LOG2_E));
   const Vec t = 1.f / (1.f + max(x, -x) * 0.25f);
   Vec y = t * 0.040767528f - 0.167089461f;
   for (float next : {0.201101933f, -0.073448421f, 0.133385811f, 0.115792884f, 0.163663066f, 0.186879832f, 0.199475738f,
@@ -90,5 +91,15 @@ void geglu_backward(const float *x, const float *dy, int64_t d, float *dx) {
     const Vec below = normal(gate, bell);
     put(dx + c, d - c, got * (gate * below));
     put(dx + d + c, d - c, got * take(x + c, d - c) * (below + gate * bell * 0.3989422804f));
+  }
+}
+
+// Each pair of numbers, half a row apart, turned by an angle; a gradient turns back, by the negative sines.
+void rotate(const float *x, const float *cosines, const float *sines, int64_t half, float *y) {
+  for (int64_t c = 0; c < half; c += WIDTH) {
+    const Vec a = take(x + c, half - c), b = take(x + half + c, half - c);
+    const Vec cosine = take(cosines + c, half - c), sine = take(sines + c, half - c);
+    put(y + c, half - c, a * cosine - b * sine);
+    put(y + half + c, half - c, b * cosine + a * sine);
   }
 }
