@@ -77,13 +77,14 @@ class Rings(nn.Cell):
         self.keys = ms.ParameterTuple([_ring(f"key{number}", cache[0]) for number, cache in enumerate(caches)])
         self.values = ms.ParameterTuple([_ring(f"value{number}", cache[1]) for number, cache in enumerate(caches)])
 
-    def fill(self, caches):
-        """Takes over caches, after as many tokens as they say."""
-        kept, fed = caches[0][0].shape[1], int(caches[0][2].asnumpy()[0])
-        order = Tensor(((np.arange(kept) - fed) % kept).astype(np.int32))  # the last token, last in a cache, is fed - 1
-        for number, (keys, values, _) in enumerate(caches):
-            ops.assign(self.keys[number], ops.gather(keys, order, 1))
-            ops.assign(self.values[number], ops.gather(values, order, 1))
+    def construct(self, fed, *caches):
+        """Takes over keys and values, a cache's after the other's, after so many tokens as were `fed` to them."""
+        kept = self.keys[0].shape[1]
+        order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
+        for number in range(len(self.keys)):
+            ops.assign(self.keys[number], ops.gather(caches[2 * number], order, 1))
+            ops.assign(self.values[number], ops.gather(caches[2 * number + 1], order, 1))
+        return fed
 
 
 def _ring(name, like):

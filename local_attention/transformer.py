@@ -633,9 +633,12 @@ class LocalTransformer(nn.Cell):
 
             def step(token, position, attn_bias, *flat):
                 return model._next_logits(token, position, attn_bias, rings, sizes, *flat)
-            self._steps[1][kind] = ms.jit(step), rings
-        step, rings = self._steps[1][kind]
-        rings.fill(local)
+
+            def fill(*caches):
+                return rings(*caches)
+            self._steps[1][kind] = ms.jit(step), ms.jit(fill)
+        step, fill = self._steps[1][kind]
+        fill(local[0][2], *[x for keys, values, _ in local for x in (keys, values)])
         return step
 
     def _next_logits(self, token, position, attn_bias, rings, sizes, *flat):
