@@ -9,6 +9,8 @@ cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
 `generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
 which takes longer than the attention to it.
 """
+from functools import lru_cache
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -16,6 +18,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .attend import Float32, attend
+from .backends import native
 from .backends.dense import HIDDEN
 from .local_attention import l2norm
 from .spec import WindowSpec
@@ -91,11 +94,49 @@ def _ring(name, like):
     return ms.Parameter(ops.zeros(like.shape, like.dtype), name=name, requires_grad=False)
 
 
-def attend_in_place(attn, q, k, v, ring, attn_bias=None):
-    """What `attend_cached` gives for one new token, which is written to the ring `(keys, values, position, place)`."""
+class _Entry(Float32):
+    """Writes the key and the value of a token, projected as `qkv (b, 1, 3 * heads * d)`, to a ring, and gives its query
+    `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
+
+    def __init__(self, frequencies, threads, level):
+        super().__init__()
+        radians = np.array(frequencies, np.float64).view(np.int64)
+        self.numbers = Tensor(np.array([threads, level, 0, *radians], np.int64))
+        self.enter = native.custom("enter_rings", [*3 * [native.FLOATS], native.INT32, native.INT64], [native.FLOATS])
+
+    def construct(self, qkv, keys, values, position):
+        return self.enter(qkv, keys, values, position, self.numbers)
+
+
+_made_entry = lru_cache(maxsize=64)(_Entry)
+
+
+@constexpr
+def _fused_entry(frequencies, dtype):
+    """The kernel, None where it cannot run."""
+    if native.unavailable() is not None or str(dtype) != "Float32":
+        return None
+    return _made_entry(frequencies, native.threads(), native.level)
+
+
+def fused_entry(attn, dtype):
+    """What writes a token to a ring as it is projected, None where `entered` is to."""
+    if attn.shared_qk or attn.use_xpos:
+        return None
+    return _fused_entry(() if attn.rel_pos is None else attn.rel_pos.frequencies, dtype)
+
+
+def entered(attn, q, k, v, ring):
+    """The query and the ring `(keys, values, position, place)` once a token `q, k, v (g, 1, d)` is written to it."""
     keys, values, position, place = ring
     q, k = prepared(attn, q, k, position)
     keys, values = _update(keys, place, k.reshape(-1, k.shape[2])), _update(values, place, v.reshape(-1, v.shape[2]))
+    return q, (keys, values, position, place)
+
+
+def attend_in_place(attn, q, ring, attn_bias=None):
+    """What `attend_cached` gives for one new token, whose key and value are in the ring."""
+    keys, values, position, _ = ring
     kept = keys.shape[1]
     if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
         order = (position + 1 + _range(0, kept)) % kept

@@ -14,7 +14,8 @@ from . import checks, parallel
 from .any_length import unknown
 from .attend import Float32, draw_seed
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
-from .cache import Rings, attend_cached, attend_in_place, checked_cache, first_cache, place_in_rings
+from .cache import (Rings, attend_cached, attend_in_place, checked_cache, entered, first_cache, fused_entry,
+                    place_in_rings)
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .layers import GEGLU, LayerNorm, reorder
 from .local_attention import LocalAttention, l2norm
@@ -285,8 +286,24 @@ class LocalMHA(nn.Cell):
             x = self.norm(x)
         if unknown((b, n)):
             return self._any_length(x, mask, attn_bias)
-        qkv = self.to_qkv(x).reshape(-1, self.dim_head)
-        q, k, v = ops.chunk(reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv), 3)
+        qkv = self.to_qkv(x)
+        entry = None
+        if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
+            entry = fused_entry(self.attn_fn, qkv.dtype)
+        if entry is not None:
+            out = attend_in_place(self.attn_fn, entry(qkv, cache[0], cache[1], cache[2]), cache, attn_bias)
+        else:
+            out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache)
+        out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
+        if self.to_v_gate is not None:
+            gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
+            out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
+        out = self.to_out(out.reshape(b, n, -1))
+        return (out, cache) if return_cache else out
+
+    def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache):
+        """Attention of what is projected, heads before positions, and the next cache."""
+        q, k, v = ops.chunk(reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv.reshape(-1, self.dim_head)), 3)
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None:
@@ -303,14 +320,9 @@ class LocalMHA(nn.Cell):
             if len(cache) == 3:
                 out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias)
             else:
-                out = attend_in_place(self.attn_fn, q, k, v, cache, attn_bias)
-        out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
-        if self.to_v_gate is not None:
-            gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
-            out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
-        out = self.to_out(out.reshape(b, n, -1))
-        return (out, cache) if return_cache else out
-
+                q, cache = entered(self.attn_fn, q, k, v, cache)
+                out = attend_in_place(self.attn_fn, q, cache, attn_bias)
+        return out, cache
 
     def _any_length(self, x, mask, attn_bias):
         """A call, past its norm, in a graph that is compiled for every length."""

@@ -442,6 +442,40 @@ EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char
   }
 }
 
+// qkv (batch, 1, 3 heads d) of one token, keys and values (batch heads, kept, d) that it is written into, in place, its
+// position (1), numbers as of rotary, without radians for no rotation -> q (batch heads, 1, d)
+EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
+  const int64_t batch = shapes[0][0], groups = shapes[1][0], kept = shapes[1][1], d = shapes[1][2];
+  const int64_t *numbers = (const int64_t *)params[4], position = *(const int32_t *)params[3];
+  const int64_t heads = groups / batch, half = shapes[4][0] - 3;
+  const float *qkv = (const float *)params[0];
+  float *const kept_keys = (float *)params[1], *const kept_values = (float *)params[2], *const q = (float *)params[5];
+  try {
+    const Kernel &kernel = kernel_of(numbers[1]);
+    std::vector<float> cosines(half), sines(half);
+    for (int64_t c = 0; c < half; ++c) {
+      double frequency;
+      std::memcpy(&frequency, numbers + 3 + c, sizeof(double));
+      cosines[c] = (float)std::cos(position * frequency), sines[c] = (float)std::sin(position * frequency);
+    }
+    for (int64_t group = 0; group < groups; ++group) {
+      const float *from = qkv + (group / heads * 3 * heads + group % heads) * d;
+      const int64_t to = (group * kept + position % kept) * d;
+      if (half) {
+        kernel.rotate(from, cosines.data(), sines.data(), half, q + group * d);
+        kernel.rotate(from + heads * d, cosines.data(), sines.data(), half, kept_keys + to);
+      } else {
+        std::copy_n(from, d, q + group * d);
+        std::copy_n(from + heads * d, d, kept_keys + to);
+      }
+      std::copy_n(from + 2 * heads * d, d, kept_values + to);
+    }
+    return 0;
+  } catch (const std::exception &) {
+    return 1;
+  }
+}
+
 // Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
 // part of a graph again while that runs. A type is one of its numbers; all are those of q.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
@@ -462,6 +496,12 @@ EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
   return std::vector<int>(5, types[0]);
 }
+
+EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
+  return {shapes[1][0], 1, shapes[1][2]};
+}
+
+EXPORTED int enter_ringsInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> rotaryInferShape(int *ndims, int64_t **shapes, void *) {
   return shape_of(0, ndims, shapes);
