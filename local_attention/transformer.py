@@ -17,7 +17,7 @@ from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cache import (Rings, attend_cached, attend_in_place, checked_cache, entered, first_cache, fused_entry,
                     place_in_rings)
 from .hyper_connections import HyperConnections, add_output, expand, reduce
-from .layers import GEGLU, LayerNorm, reorder
+from .layers import GEGLU, LayerNorm, reorder, take
 from .local_attention import LocalAttention, l2norm
 
 INTEGERS = ("Int32", "Int64")
@@ -303,7 +303,7 @@ class LocalMHA(nn.Cell):
 
     def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache):
         """Attention of what is projected, heads before positions, and the next cache."""
-        q, k, v = ops.chunk(reorder((b, n, 3, self.heads), (2, 0, 3, 1))(qkv.reshape(-1, self.dim_head)), 3)
+        q, k, v = take((b, n, 3, self.heads), (2, 0, 3, 1), 3)(qkv.reshape(-1, self.dim_head))
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None:
