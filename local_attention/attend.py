@@ -7,6 +7,7 @@ from typing import Optional
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+from mindspore._c_expression import MixedPrecisionType
 from mindspore.ops import constexpr
 
 from . import checks
@@ -88,6 +89,15 @@ class Float32(nn.Cell):
         if "fp16" in flags:
             flags.update(fp16=False, bf16=False, fp32=True)
         return super().add_flags(**flags)
+
+
+class InFloat32(nn.Cell):
+    """What `Float32` is, for Cells with a gradient of their own and inputs in float32: a graph casts nothing inside of
+    them, and with `to_float` it would take their gradients for float32 where the model is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed_precision_type = MixedPrecisionType.FP32
 
 
 class _Run(Float32):

@@ -9,7 +9,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .any_length import unknown
-from .attend import Float32
+from .attend import InFloat32
 from .backends import native
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
@@ -62,7 +62,7 @@ class _Take(nn.Cell):
 take = constexpr(lru_cache(maxsize=64)(_Take))
 
 
-class _FusedLayerNorm(Float32):
+class _FusedLayerNorm(InFloat32):
     """The kernel and its gradient, float32 in and out."""
 
     def __init__(self, epsilon):
@@ -79,7 +79,7 @@ class _FusedLayerNorm(Float32):
         return self.backward(x, gamma, self.numbers, dout)
 
 
-class _FusedGEGLU(Float32):
+class _FusedGEGLU(InFloat32):
     """The kernel and its gradient, float32 in and out."""
 
     def __init__(self):
@@ -115,27 +115,23 @@ def _fused(name, shape, *args):
     return _made(cell, native.threads(), native.level, *args)
 
 
-class LayerNorm(nn.LayerNorm):
-    """MindSpore's, over the last axis, with PyTorch's epsilon. On CPU that has a gradient twenty times slower than it
-    need be.
+class LayerNorm(nn.Cell):
+    """MindSpore's, over the last axis, with PyTorch's epsilon and, on CPU, a gradient twenty times as fast.
 
-    Args:
-        dim (int): Size of the last axis.
-
-    Inputs:
-        - **x** (Tensor) - :math:`(..., dim)`.
-
-    Outputs:
-        Tensor of the shape of `x`.
+    A class of its own: what inherits from MindSpore's, `amp` at O1 cannot rewrite.
     """
 
     def __init__(self, dim):
-        super().__init__((dim,), epsilon=EPSILON)
+        super().__init__()
+        self.dim, self.epsilon = dim, EPSILON
+        self.gamma = ms.Parameter(ops.ones((dim,), ms.float32), name="gamma")
+        self.beta = ms.Parameter(ops.zeros((dim,), ms.float32), name="beta")
+        self.plain = ops.LayerNorm(-1, -1, self.epsilon)
 
     def construct(self, x):
         fused = _fused("layer_norm", x.shape, self.epsilon)
-        if fused is None or x.shape[-1:] != self.normalized_shape:
-            return super().construct(x)
+        if fused is None or x.shape[-1] != self.dim:
+            return self.plain(x, ops.cast(self.gamma, x.dtype), ops.cast(self.beta, x.dtype))[0]
         gamma, beta = ops.cast(self.gamma, ms.float32), ops.cast(self.beta, ms.float32)
         return ops.cast(fused(ops.cast(x, ms.float32), gamma, beta), x.dtype)
 

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32
+from .attend import Float32, InFloat32
 from .backends import native
 
 ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
@@ -215,7 +215,7 @@ class _RotationAt(Float32):
 _rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
 
 
-class _FusedRotation(Float32):
+class _FusedRotation(InFloat32):
     """The same by the native kernel, for tokens from a position on that is a Tensor."""
 
     def __init__(self, frequencies, threads, level):
