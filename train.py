@@ -490,7 +490,9 @@ def main(arguments=None):
     except (RuntimeError, ValueError) as error:
         sys.exit(f"train.py: --device {settings.device} is not available: {str(error).splitlines()[0]}")
     if settings.device == "CPU":
-        ms.runtime.launch_blocking()  # on few cores, the queue of asynchronous launches costs more than it saves
+        # on few cores, launching asynchronously costs more than it saves, and so do threads that wait by spinning
+        ms.runtime.launch_blocking()
+        os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     ranks = Ranks(settings.ranks)
     step, records, entropy = run(settings, folder, ranks)
     if ranks.rank > 0:

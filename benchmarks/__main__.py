@@ -31,7 +31,8 @@ class Side:
     def __init__(self, python, folder, **spec):
         self.name, self.output = spec["name"], pathlib.Path(folder) / f"{spec['name']}-{len(os.listdir(folder))}.npz"
         spec = {**spec, "outputs": str(self.output)}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}
+        # see the README, "On CPU": threads that wait by spinning take cores that others could work on
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "MS_DEV_HOST_BLOCKING_RUN": "1"}
         if python != sys.executable:
             del environment["PYTHONPATH"]  # not our namesake
         self.process = subprocess.Popen(

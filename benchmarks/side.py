@@ -100,12 +100,12 @@ def tokens(shape):
 
 
 def here_model(spec):
-    """A training step, or tokens decoded after a prompt."""
+    """A training step, or tokens decoded after a prompt, compiled."""
     import mindspore as ms
     from mindspore import Tensor, nn
 
     from local_attention import LocalTransformer, load_torch_weights
-    ms.runtime.launch_blocking()  # as a script that owns its process may: see train.py
+    ms.set_context(mode=ms.GRAPH_MODE)
     model = LocalTransformer(**MODEL)
     load_torch_weights(model, spec["weights"])
     if spec["kind"] == "decode":

@@ -8,6 +8,7 @@ from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
+from local_attention.backends import native
 
 W, HEADS, N = 5, 3, 43
 # as first and later calls: a token at a time, across window boundaries, a prompt longer than the cache, one token first
@@ -150,7 +151,9 @@ def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
     np.testing.assert_allclose(model(x[:, :33], cache=cache).asnumpy(), wanted[:, 30:33], atol=5e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False), GLOBAL[1]])
+@pytest.mark.parametrize("settings", [
+    dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False), GLOBAL[1],  # GLOBAL: further layers, other caches
+    dict(shared_qk=True), dict(use_xpos=True), dict(qk_rmsnorm=True, look_backward=2), dict(look_backward=0)])
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     """Past `max_seq_len` too; the step is compiled once, for later calls as well."""
     model = LocalTransformer(**{**MODEL, **settings})
@@ -172,6 +175,25 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
     assert len(compiled) - before == 1  # the prompt alone
     np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
+
+
+def test_decoding_by_plain_operators(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
+    for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True)):
+        model = LocalTransformer(**{**MODEL, **settings})
+        prime = ops.randint(0, 31, (2, 7))
+        wanted = model.generate(prime, 15, temperature=0, use_kv_cache=False).asnumpy()
+        np.testing.assert_array_equal(model.generate(prime, 15, temperature=0).asnumpy(), wanted)
+
+
+def test_models_and_batch_sizes_do_not_share_what_they_keep():
+    one, other = LocalTransformer(**MODEL), LocalTransformer(**MODEL)
+    prime = ops.randint(0, 31, (3, 7))
+    wanted = [model.generate(prime, 9, temperature=0, use_kv_cache=False).asnumpy() for model in (one, other)]
+    for rows in (3, 1, 2, 3):
+        for model, tokens in zip((one, other), wanted):
+            np.testing.assert_array_equal(model.generate(prime[:rows], 9, temperature=0).asnumpy(), tokens[:rows])
+    assert not [name for name in one.parameters_dict() if "key" in name or "value" in name]
 
 
 def test_a_step_takes_a_cache_of_another_kind():

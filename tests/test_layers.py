@@ -1,0 +1,150 @@
+"""The layers around attention: by the native kernel and by plain operators, against NumPy in float64."""
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from local_attention import layers, rotary
+from local_attention.backends import native
+from local_attention.layers import GEGLU, LayerNorm
+from local_attention.rotary import SinusoidalEmbeddings
+
+SHAPES = [(1, 1, 2), (3, 7, 38), (5, 512), (2, 33, 1366)]
+LEVELS = range(native.machine_level() + 1) if native.library()[0] else []
+by_each = pytest.mark.parametrize("by", ["operators", *LEVELS])
+in_both_modes = pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])
+
+
+def draw(*shape):
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Makes the plain operators do it, or the kernel at one width of vectors."""
+    def to(by):
+        if by == "operators":
+            monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
+        else:
+            monkeypatch.setattr(native, "level", by)
+    return to
+
+
+def gradients(cell, x, dy, compiled):
+    """The output, and the gradients of the input and of the parameters, in float64."""
+    weights = ms.ParameterTuple(cell.trainable_params())
+
+    def weighed(x, dy):
+        out = cell(x)
+        return (out * dy).sum(), out
+    gradient = ms.value_and_grad(weighed, 0, weights if len(weights) else None, has_aux=True)
+
+    def run(x, dy):
+        return gradient(x, dy)
+    (_, out), grads = (ms.jit(run) if compiled else run)(x, dy)
+    dx, dweights = grads if len(weights) else (grads, ())
+    return [x.astype(ms.float32).asnumpy().astype(np.float64) for x in (out, dx, *dweights)]
+
+
+def assert_near(found, wanted, tolerance):
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max())
+
+
+def wanted_layer_norm(x, gamma, beta, dy):
+    from_mean = x - x.mean(-1, keepdims=True)
+    inverse = 1 / np.sqrt((from_mean**2).mean(-1, keepdims=True) + 1e-5)
+    normed, wanted = from_mean * inverse, dy * gamma
+    dx = inverse * (wanted - wanted.mean(-1, keepdims=True) - normed * (wanted * normed).mean(-1, keepdims=True))
+    axes = tuple(range(x.ndim - 1))
+    return normed * gamma + beta, dx, (dy * normed).sum(axes), dy.sum(axes)
+
+
+@by_each
+@in_both_modes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm(choose, by, shape, compiled):
+    choose(by)
+    x, dy, (gamma, beta) = 3 * draw(*shape) + 1, draw(*shape)[::-1].copy(), draw(2, shape[-1])
+    cell = LayerNorm(shape[-1])
+    cell.gamma.set_data(Tensor(gamma.astype(np.float32)))
+    cell.beta.set_data(Tensor(beta.astype(np.float32)))
+    found = gradients(cell, Tensor(x.astype(np.float32)), Tensor(dy.astype(np.float32)), compiled)
+    assert_near(found, wanted_layer_norm(x, gamma, beta, dy), 2e-5 if by == "operators" or shape[-1] == 2 else 2e-6)
+
+
+def wanted_geglu(x, dy):
+    a, gate = np.split(x, 2, -1)
+    below = (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) / 2
+    slope = below + gate * np.exp(-gate**2 / 2) / math.sqrt(2 * math.pi)
+    return a * gate * below, np.concatenate([dy * gate * below, dy * a * slope], -1)
+
+
+@by_each
+@in_both_modes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_geglu(choose, by, shape, compiled):
+    choose(by)
+    x, dy = 3 * draw(*shape), draw(*shape)[..., :shape[-1] // 2].copy()
+    found = gradients(GEGLU(), Tensor(x.astype(np.float32)), Tensor(dy.astype(np.float32)), compiled)
+    assert_near(found, wanted_geglu(x, dy), 2e-6)
+
+
+def test_geglu_far_from_zero():
+    """Relative to the numbers themselves, down to where nothing is left."""
+    gate = np.array([-30., -12, -8, -5, -2, -1e-3, 0, 1e-3, 2, 5, 30], np.float32)
+    found = GEGLU()(Tensor(np.stack([np.ones_like(gate), gate], 1))).asnumpy()[:, 0]
+    wanted = np.array([x * math.erfc(-x / math.sqrt(2)) / 2 for x in gate.astype(np.float64)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-30 if native.library()[0] else 1e-5)
+
+
+@by_each
+@in_both_modes
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 3, 9, 10), (4, 70, 64)])
+def test_rotation(choose, by, shape, compiled):
+    choose(by)
+    embeddings, x, dy = SinusoidalEmbeddings(shape[-1]), draw(*shape), draw(*shape)[::-1].copy()
+
+    class Rotate(nn.Cell):
+        def construct(self, x):
+            return embeddings.rotate(x, 1000)
+    angles = np.tile(np.outer(1000 + np.arange(shape[-2]), embeddings.inv_freq), 2)
+
+    def turned(x, sign=1):
+        first, second = np.split(x, 2, -1)
+        return x * np.cos(angles) + sign * np.concatenate([-second, first], -1) * np.sin(angles)
+    found = gradients(Rotate(), Tensor(x.astype(np.float32)), Tensor(dy.astype(np.float32)), compiled)
+    assert_near(found, (turned(x), turned(dy, -1)), 2e-6)
+
+
+@pytest.mark.parametrize("position", [5, 10**6, 2**31 - 100])
+def test_a_rotation_of_what_comes_next_goes_on_where_the_last_one_ended(position):
+    embeddings, x = SinusoidalEmbeddings(16), ops.randn((2, 9, 16))
+    together = embeddings.rotate_at(x, position).asnumpy()
+    at = Tensor(np.array([position + 4], np.int32))
+    np.testing.assert_allclose(embeddings.rotate_at(x[:, 4:], at).asnumpy(), together[:, 4:], atol=1e-6)
+
+
+@in_both_modes
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_half_precision_is_rounded_at_the_edges_alone(dtype, compiled):
+    if not LEVELS:
+        pytest.skip("no kernel: plain operators compute in what they are given")
+    x = Tensor(draw(4, 64).astype(np.float32)).astype(dtype)
+    near = 2 * {ms.float16: 2**-11, ms.bfloat16: 2**-8}[dtype]
+    for cell in (LayerNorm(64), GEGLU()):
+        def run(x, cell=cell):
+            return cell(x)
+        out = (ms.jit(run) if compiled else run)(x)
+        assert out.dtype == dtype
+        wanted = run(x.astype(ms.float32)).asnumpy()
+        assert np.abs(out.astype(ms.float32).asnumpy() - wanted).max() <= near * np.abs(wanted).max()
+
+
+def test_the_kernel_is_what_runs():
+    made = layers._fused("layer_norm", (2, 3), 1e-5), layers._fused("geglu", (2, 4)), rotary._fused_rotation((1.,))
+    assert [cell is None for cell in made] == 3 * [not LEVELS]
+    assert layers._fused("geglu", (0, 4)) is None
