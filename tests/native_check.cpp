@@ -135,6 +135,97 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
   return worst;
 }
 
+// Row by row: LayerNorm, GEGLU and rotation, and a token's way into the rings, against doubles; the worst error.
+double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
+  std::normal_distribution<float> normal;
+  auto draw = [&](int64_t size) {
+    std::vector<float> x(size);
+    for (float &value : x) value = normal(random);
+    return x;
+  };
+  const double epsilon = 1e-5, frequency = 0.3;
+  int64_t bits[2];
+  std::memcpy(bits, &epsilon, 8), std::memcpy(bits + 1, &frequency, 8);
+  double worst = 0;
+  auto compare = [&](float got, double truth) {
+    const double error = std::fabs(got - truth) / std::max(1., std::fabs(truth));
+    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+  };
+  std::vector<int64_t> numbers{3, level, bits[0]};
+  int axes[] = {2, 1};
+
+  std::vector<float> x = draw(count * d), gamma = draw(d), beta = draw(d), dy = draw(count * d), y(count * d),
+                     dx(count * d), dgamma(d), dbeta(d);
+  int64_t rows[] = {count, d}, *shapes[] = {rows};
+  void *norm[] = {x.data(), gamma.data(), beta.data(), numbers.data(), y.data()};
+  void *norm_back[] = {x.data(), gamma.data(), numbers.data(), dy.data(), dx.data(), dgamma.data(), dbeta.data()};
+  if (layer_norm_forward(5, norm, axes, shapes, 0, 0, 0) || layer_norm_backward(7, norm_back, axes, shapes, 0, 0, 0))
+    return INFINITY;
+  std::vector<double> dgamma_truth(d), dbeta_truth(d);
+  for (int64_t row = 0; row < count; ++row) {
+    const float *at = x.data() + row * d, *got = dy.data() + row * d;
+    double mean = 0, square = 0, total = 0, along = 0;
+    for (int64_t c = 0; c < d; ++c) mean += at[c] / (double)d;
+    for (int64_t c = 0; c < d; ++c) square += (at[c] - mean) * (at[c] - mean) / d;
+    const double inverse = 1 / std::sqrt(square + epsilon);
+    for (int64_t c = 0; c < d; ++c) {
+      total += got[c] * gamma[c] / d, along += got[c] * gamma[c] * (at[c] - mean) * inverse / d;
+      dgamma_truth[c] += got[c] * (at[c] - mean) * inverse, dbeta_truth[c] += got[c];
+    }
+    for (int64_t c = 0; c < d && d > 1; ++c) {  // of one number, a norm is a division by almost nothing
+      const double normed = (at[c] - mean) * inverse;
+      compare(y[row * d + c], normed * gamma[c] + beta[c]);
+      compare(dx[row * d + c], inverse * (got[c] * gamma[c] - total - normed * along));
+    }
+  }
+  for (int64_t c = 0; c < d && d > 1; ++c) compare(dgamma[c], dgamma_truth[c]), compare(dbeta[c], dbeta_truth[c]);
+
+  std::vector<float> wide = draw(count * 2 * d), dwide(count * 2 * d);
+  int64_t wide_rows[] = {count, 2 * d}, *wide_shapes[] = {wide_rows};
+  void *gate[] = {wide.data(), numbers.data(), y.data()}, *gate_back[] = {wide.data(), numbers.data(), dy.data(), dwide.data()};
+  if (geglu_forward(3, gate, axes, wide_shapes, 0, 0, 0) || geglu_backward(4, gate_back, axes, wide_shapes, 0, 0, 0))
+    return INFINITY;
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t c = 0; c < d; ++c) {
+      const double a = wide[row * 2 * d + c], g = wide[row * 2 * d + d + c], below = std::erfc(-g / std::sqrt(2.)) / 2;
+      compare(y[row * d + c], a * g * below);
+      compare(dwide[row * 2 * d + c], dy[row * d + c] * g * below);
+      compare(dwide[row * 2 * d + d + c],
+              dy[row * d + c] * a * (below + g * std::exp(-g * g / 2) / std::sqrt(2 * std::acos(-1.))));
+    }
+
+  std::vector<int64_t> turns{3, level, 0};
+  for (int64_t c = 0; c < d; ++c) turns.push_back(bits[1]);
+  int32_t position = 5;
+  void *turn[] = {wide.data(), &position, turns.data(), dwide.data()};
+  if (rotary(4, turn, axes, wide_shapes, 0, 0, 0)) return INFINITY;
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t c = 0; c < d; ++c) {
+      const double a = wide[row * 2 * d + c], b = wide[row * 2 * d + d + c], angle = (position + row) * frequency;
+      compare(dwide[row * 2 * d + c], a * std::cos(angle) - b * std::sin(angle));
+      compare(dwide[row * 2 * d + d + c], b * std::cos(angle) + a * std::sin(angle));
+    }
+
+  const int64_t kept = 3, batch = 2;  // one head for each of `count`
+  std::vector<float> qkv = draw(batch * 3 * count * 2 * d), keys(batch * count * kept * 2 * d), values = keys,
+                     q(batch * count * 2 * d);
+  int64_t qkv_shape[] = {batch, 1, 3 * count * 2 * d}, ring_shape[] = {batch * count, kept, 2 * d}, one[] = {1},
+          turns_shape[] = {(int64_t)turns.size()}, *ring_shapes[] = {qkv_shape, ring_shape, ring_shape, one, turns_shape};
+  void *enter[] = {qkv.data(), keys.data(), values.data(), &position, turns.data(), q.data()};
+  if (enter_rings(6, enter, 0, ring_shapes, 0, 0, 0)) return INFINITY;
+  const double cosine = std::cos(position * frequency), sine = std::sin(position * frequency);
+  for (int64_t group = 0; group < batch * count; ++group)
+    for (int64_t c = 0; c < d; ++c) {
+      const float *from = qkv.data() + (group / count * 3 * count + group % count) * 2 * d;
+      const int64_t at = (group * kept + position % kept) * 2 * d + c;
+      compare(q[group * 2 * d + c], from[c] * cosine - from[d + c] * sine);
+      compare(keys[at + d], from[count * 2 * d + d + c] * cosine + from[count * 2 * d + c] * sine);
+      compare(values[at], from[2 * count * 2 * d + c]);
+      compare(keys[(group * kept + (position + 1) % kept) * 2 * d + c], 0);
+    }
+  return worst;
+}
+
 }  // namespace
 
 int main(int count, char **arguments) {
@@ -165,6 +256,12 @@ int main(int count, char **arguments) {
                     (int)c.forward, (int)c.causal, (int)c.offset, c.mask, c.bias, c.emb, c.hide_self, c.rate);
         return 1;
       }
+    }
+    for (int64_t d : {1, 3, 8, 16, 21, 257})
+      for (int64_t rows : {1, 2, 40}) worst = std::max(worst, run_rows(rows, d, level, random));
+    if (!(worst < 1e-5)) {
+      std::printf("layers at level %d: off by %g\n", (int)level, worst);
+      return 1;
     }
     std::printf("level %d: %d cases, the worst off by %.1e of the largest number\n", (int)level, cases, worst);
   }
