@@ -21,6 +21,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from . import checks
+from .layers import LayerNorm
 from .rotary import SinusoidalEmbeddings
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer
 
@@ -45,7 +46,8 @@ _TABLE = {
 _SCALAR = rf"({_TREE})?({_LAYER}[01]|{_GLOBAL})\.dynamic_(alpha|beta)_scale"  # by either name; here, of shape (1,)
 # Since hyper-connections, PyTorch has the connection at these paths, and what it connects one level down.
 _CONNECTED, _BRANCH = rf"^({_LAYER}[01]|{_GLOBAL})\.", rf"^({_LAYER}[01]|{_GLOBAL})\.branch\."
-# A global layer is any Cell. What the parameters of MindSpore's own Cells in it are called there; others, as here.
+# A global layer is any Cell. What parameters of MindSpore's own Cells, and of LayerNorm here, are called there; others,
+# as here.
 _OF_CELLS = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
              "moving_variance": "running_var"}
 
@@ -181,7 +183,7 @@ def _torch_names(cell, places):
         if not ours.startswith("global_layers."):
             return torch_name(ours)
         path, _, last = ours.rpartition(".")
-        of_mindspore = type(cells[path]).__module__.startswith("mindspore.")
+        of_mindspore = isinstance(cells[path], LayerNorm) or type(cells[path]).__module__.startswith("mindspore.")
         return _reconnected(f"{path}.{_OF_CELLS.get(last, last) if of_mindspore else last}")
     return {ours: theirs(ours) for ours in places}
 
