@@ -84,9 +84,9 @@ struct Call {
     padded = divide_up(head_dim, SIDE) * SIDE, bias_size = divide_up(period, SIDE) * SIDE * columns;
   }
 
-  // The first and the last key that exist and that the query at a position sees; first > last where there is none.
-  void span(int64_t position, int64_t &first, int64_t &last) const {
-    const int64_t start = position / bucket * bucket;
+  // The first and the last key that exist and that the query at a position sees, given where its bucket starts; first >
+  // last where there is none.
+  void span(int64_t position, int64_t start, int64_t &first, int64_t &last) const {
     first = start - spec_backward, last = start + bucket - 1 + spec_forward;
     if (causal) last = std::min(last, position);
     first = std::max<int64_t>(first, 0), last = std::min(last, n_k - 1);
@@ -117,6 +117,15 @@ struct Gradients {
   const float *out, *statistics, *dout;
   float *dq, *dk, *dv;
 };
+
+// Zeroes the gradients of a group's keys from `cleared` on, which moves, to another key: shortly before they are first
+// added to, and not all at once, as they are then still in the cache.
+void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t &cleared, int64_t to) {
+  if (to <= cleared) return;
+  for (float *rows : {grads.dk, grads.dv})
+    std::fill(rows + (group * call.n_k + cleared) * call.head_dim, rows + (group * call.n_k + to) * call.head_dim, 0.f);
+  cleared = to;
+}
 
 // What native_kernel.h gives for one width of vectors.
 struct Kernel {
@@ -178,12 +187,16 @@ bool turn_bias(const Call &call, const float *from, float *to, bool back) {
   });
 }
 
+// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys.
 template <typename Worker>
 bool run_forward(const Call &call, float *out, float *statistics) {
-  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES);
-  return in_parallel<Worker>(call, call.groups * blocks, [&](Worker &worker, int64_t item) {
-    const int64_t start = item % blocks * BLOCK_QUERIES;
-    worker.forward(item / blocks, start, std::min(start + BLOCK_QUERIES, call.n_q), out, statistics);
+  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks;
+  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 4);
+  return in_parallel<Worker>(call, divide_up(all, run), [&](Worker &worker, int64_t item) {
+    for (int64_t block = item * run; block < std::min(item * run + run, all); ++block) {
+      const int64_t start = block % blocks * BLOCK_QUERIES;
+      worker.forward(block / blocks, start, std::min(start + BLOCK_QUERIES, call.n_q), out, statistics);
+    }
   });
 }
 
@@ -209,20 +222,25 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
   if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
   std::vector<float> bias_parts(slices * owners * call.bias_size), emb_parts(slices * owners * emb_size);
 
-  bool fine = in_parallel<NoMemory>(call, call.groups, [&](NoMemory &, int64_t group) {
-    const int64_t size = call.n_k * call.head_dim;
-    std::fill(grads.dk + group * size, grads.dk + (group + 1) * size, 0.f);
-    std::fill(grads.dv + group * size, grads.dv + (group + 1) * size, 0.f);
-  });
+  const auto first_key = [&](int64_t query) {  // of those that a query or a later one sees
+    if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
+    int64_t first, last;
+    call.span(call.offset + query, (call.offset + query) / call.bucket * call.bucket, first, last);
+    return std::min(first, call.n_k);
+  };
+  bool fine = true;
   for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
     const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
     fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
       const int64_t slice = item / owners, owner = item % owners;
       for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
         const int64_t from = (unit % each * 2 + parity) * chunk, to = std::min(from + chunk, call.n_q);
+        const int64_t group = unit / each * owners + owner;
+        int64_t cleared = parity ? call.n_k : first_key(from);
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
-          worker.backward(unit / each * owners + owner, start, std::min(start + BLOCK_QUERIES, to), grads,
-                          bias_parts.data() + item * call.bias_size, emb_parts.data() + item * emb_size);
+          worker.backward(group, start, std::min(start + BLOCK_QUERIES, to), grads,
+                          bias_parts.data() + item * call.bias_size, emb_parts.data() + item * emb_size, cleared);
+        clear_keys(call, grads, group, cleared, first_key(from + 2 * chunk));
       }
     });
   }

@@ -48,38 +48,46 @@ INLINE Vec power_of_2(Vec x) {
   return y * (Vec)((Bits)shifted << 23);
 }
 
-// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
-template <int ROWS, int COLUMNS>
-INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                             int64_t b_step, float *c, int64_t c_row, bool add) {
-  Vec sum[ROWS][COLUMNS];
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COLUMNS; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
-  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
-    Vec x[COLUMNS];
-    for (int v = 0; v < COLUMNS; ++v) x[v] = load<Vec>(b + v * WIDTH);
-    for (int row = 0; row < ROWS; ++row)
-      for (int v = 0; v < COLUMNS; ++v) sum[row][v] += a[row * a_row] * x[v];
-  }
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COLUMNS; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
+// Acts on vectors v ... end - 1, as many at once as there are registers for: act(how many, a constant, and the first).
+template <int COUNT = COLUMNS, typename Act>
+INLINE void across(int v, int end, Act &&act) {
+  for (; v + COUNT <= end; v += COUNT) act(std::integral_constant<int, COUNT>{}, v);
+  if constexpr (COUNT > 1)
+    if (v < end) across<COUNT - 1>(v, end, act);
 }
 
-template <int ROWS, int COLUMNS>
+// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
+template <int ROWS, int COUNT>
+INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                             int64_t b_step, float *c, int64_t c_row, bool add) {
+  Vec sum[ROWS][COUNT];
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COUNT; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
+  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
+    Vec x[COUNT];
+    for (int v = 0; v < COUNT; ++v) x[v] = load<Vec>(b + v * WIDTH);
+    for (int row = 0; row < ROWS; ++row)
+      for (int v = 0; v < COUNT; ++v) sum[row][v] += a[row * a_row] * x[v];
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COUNT; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
+}
+
+template <int ROWS, int COUNT>
 INLINE void matmul_rows(int64_t rows, int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
                         int64_t b_step, float *c, int64_t c_row, bool add) {
   for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
-    matmul_registers<ROWS, COLUMNS>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
+    matmul_registers<ROWS, COUNT>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
   if constexpr (ROWS > 1)
-    if (rows) matmul_rows<ROWS / 2, COLUMNS>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+    if (rows) matmul_rows<ROWS / 2, COUNT>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
 }
 
 NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *a, int64_t a_row, int64_t a_step,
                          const float *b, int64_t b_step, float *c, int64_t c_row, bool add) {
-  for (; vectors >= COLUMNS; vectors -= COLUMNS, b += COLUMNS * WIDTH, c += COLUMNS * WIDTH)
-    matmul_rows<4, COLUMNS>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
-  for (; vectors; --vectors, b += WIDTH, c += WIDTH)
-    matmul_rows<8, 1>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+  across(0, vectors, [=](auto count, int v) {
+    matmul_rows<count == COLUMNS ? 4 : 8, count>(rows, steps, a, a_row, a_step, b + v * WIDTH, b_step, c + v * WIDTH,
+                                                 c_row, add);
+  });
 }
 
 // The same, one product at a time, leaving out those with a weight of 0: 0 * NaN is NaN, and what nobody sees must not
@@ -100,11 +108,13 @@ NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, con
 }
 
 NEVER_INLINE bool finite(const float *rows, int64_t count) {
-  Vec zeros{};
+  Vec zeros[4]{};
   int64_t x = 0;
-  for (; x + WIDTH <= count; x += WIDTH) zeros += load<Vec>(rows + x) * 0.f;
+  for (; x + 4 * WIDTH <= count; x += 4 * WIDTH)
+    for (int i = 0; i < 4; ++i) zeros[i] += load<Vec>(rows + x + i * WIDTH) * 0.f;
+  zeros[0] += zeros[1] + (zeros[2] + zeros[3]);
   float zero = 0;
-  for (int lane = 0; lane < WIDTH; ++lane) zero += zeros[lane];
+  for (int lane = 0; lane < WIDTH; ++lane) zero += zeros[0][lane];
   for (; x < count; ++x) zero += rows[x] * 0;
   return zero == 0;
 }
@@ -158,9 +168,9 @@ NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, in
     }
 }
 
-// Some keys of a tile, and the vectors of queries that see any of them.
+// Some keys of a tile, key ... end_key - 1, and the vectors of queries that see any of them, vector ... end_vector - 1.
 struct Piece {
-  int key, keys, vector, vectors;
+  int key, end_key, vector, end_vector;
 };
 
 // A thread's worth of memory, and the block of queries it holds.
@@ -175,8 +185,8 @@ struct Worker {
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
   int64_t places[QUERIES], columns_from[QUERIES];  // each one's place in the bias's period, the key of its column 0
   uint32_t rows[QUERIES];                          // dropout's hash of each
-  float highest[QUERIES], sum[QUERIES], dot[QUERIES];
-  bool block_finite;
+  float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
+  const bool *real;  // which keys are, null where all
 
   int64_t key;  // the tile: keys key ... key + keys - 1
   int keys, pieces;
@@ -204,12 +214,17 @@ struct Worker {
     const float *from_q = call.q + (group * call.n_q + start) * d;
     transpose(count, d, from_q, d, q_t, QUERIES, call.scale * LOG2_E);
     if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
+    real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
+    const int64_t at = call.offset + start;
+    int64_t bucket = at - at % call.bucket, period = at - at % call.period;  // where those of a position start
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
-      const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
+      const int64_t position = at + std::min<int64_t>(lane, count - 1);
+      if (position == bucket + call.bucket) bucket = position;
+      if (position == period + call.period) period = position;
       int64_t low, high;
-      call.span(position, low, high);
+      call.span(position, bucket, low, high);
       positions[lane] = position, first[lane] = low, last[lane] = high;
-      places[lane] = position % call.period, columns_from[lane] = position - places[lane] - call.bias_backward;
+      places[lane] = position - period, columns_from[lane] = period - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
     if (call.dropping)
@@ -217,52 +232,52 @@ struct Worker {
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
   }
 
-  void copy(const float *from, float *to, float factor) {
+  const float *copied(const float *from, float *to, float factor) {
     for (int64_t lane = 0; lane < count; ++lane)
       for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * d + c];
+    return to;
   }
+
+  // Rows in whole vectors: those given, or a copy.
+  const float *in_vectors(const float *from, float *to) { return d == padded ? from : copied(from, to, 1); }
 
   int64_t first_key() const { return first[0]; }
   int64_t end_of_keys() const { return last[count - 1] + 1; }
-  bool real(int64_t j) const { return !call.mask || call.mask[group / (call.groups / call.batch) * call.n_k + j]; }
   const float *k_rows() const { return call.k + (group * call.n_k + key) * d; }
   const float *v_rows() const { return call.v + (group * call.n_k + key) * d; }
 
   // Turns to the tile from a key on; false where it holds no real key.
-  // What a pass multiplies weights with is checked for numbers that 0 does not erase, where some weights are 0 because
-  // a key is not seen: `block_finite` speaks for the queries' part, `of_keys` is the keys'.
-  bool read_tile(int64_t from, const float *of_keys) {
+  bool read_tile(int64_t from) {
     key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
-    int real_keys = keys;
-    if (call.mask) {
-      real_keys = 0;
-      for (int j = 0; j < keys; ++j) real_keys += real(key + j);
-      if (!real_keys) return false;
-    }
+    const int real_keys = real ? std::count(real + key, real + key + keys, true) : keys;
     const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
     partial = !spanned || real_keys < keys;
-    careful = partial && !(block_finite && finite(of_keys + (group * call.n_k + key) * d, keys * d));
     pieces = 0;
-    if (spanned) {
-      piece[pieces++] = {0, keys, 0, vectors};
-      return true;
+    if (spanned) piece[pieces++] = {0, keys, 0, vectors};
+    for (int j = 0; !spanned && j < keys; j += PIECE) {
+      Piece next{j, std::min(j + PIECE, keys), 0, vectors};
+      int &vector = next.vector, &end = next.end_vector;
+      while (vector < end && last[std::min<int64_t>((vector + 1) * WIDTH, count) - 1] < key + j) ++vector;
+      while (end > vector && first[(end - 1) * WIDTH] >= key + next.end_key) --end;
+      if (vector < end) piece[pieces++] = next;
     }
-    for (int j = 0; j < keys; j += PIECE) {
-      Piece next{j, std::min(PIECE, keys - j), 0, vectors};
-      int end = vectors;
-      while (next.vector < end && last[std::min<int64_t>((next.vector + 1) * WIDTH, count) - 1] < key + j) ++next.vector;
-      while (end > next.vector && first[(end - 1) * WIDTH] >= key + j + next.keys) --end;
-      next.vectors = end - next.vector;
-      if (next.vectors) piece[pieces++] = next;
+    return real_keys;
+  }
+
+  // Acts on what is seen of the tile, as many vectors of queries at once as there are registers for.
+  template <typename Act>
+  INLINE void over_tile(Act &&act) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece p = piece[i];
+      across(p.vector, p.end_vector, [&](auto count, int v) { act(count, v, p.key, p.end_key); });
     }
-    return true;
   }
 
   // to[j, lane] = from[j] . x_t[., lane]
   void products(const float *from, const float *x_t, float *to) {
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
-      matmul(p.keys, p.vectors, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
+      matmul(p.end_key - p.key, p.end_vector - p.vector, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
              to + p.key * QUERIES + p.vector * WIDTH, QUERIES, false);
     }
   }
@@ -271,12 +286,13 @@ struct Worker {
   void add_to_queries(const float *weights, const float *from, float *to_t) {
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
+      const int seen = p.end_key - p.key, across = p.end_vector - p.vector;
       const float *w = weights + p.key * QUERIES + p.vector * WIDTH;
       float *to = to_t + p.vector * WIDTH;
       if (careful)
-        matmul_of_seen(p.keys, p.vectors * WIDTH, d, w, from + p.key * d, d, to, QUERIES, true);
+        matmul_of_seen(seen, across * WIDTH, d, w, from + p.key * d, d, to, QUERIES, true);
       else
-        matmul(d, p.vectors, p.keys, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
+        matmul(d, across, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
     }
   }
 
@@ -284,15 +300,16 @@ struct Worker {
   void add_to_keys(const float *weights, const float *from, float *to) {
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
-      const int64_t lane = p.vector * WIDTH, lanes = std::min<int64_t>(p.vectors * WIDTH, count - lane);
+      const int seen = p.end_key - p.key;
+      const int64_t lane = p.vector * WIDTH, lanes = std::min<int64_t>(p.end_vector * WIDTH, count) - lane;
       const float *w = weights + p.key * QUERIES + lane;
       if (careful) {
-        matmul_of_seen(p.keys, lanes, d, w, from + lane * padded, padded, to + p.key * d, d, false);
+        matmul_of_seen(seen, lanes, d, w, from + lane * padded, padded, to + p.key * d, d, false);
       } else if (d == padded) {
-        matmul(p.keys, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true);
+        matmul(seen, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true);
       } else {
-        matmul(p.keys, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false);
-        for (int64_t j = 0; j < p.keys; ++j)
+        matmul(seen, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false);
+        for (int64_t j = 0; j < seen; ++j)
           for (int64_t c = 0; c < d; ++c) to[(p.key + j) * d + c] += row[j * padded + c];
       }
     }
@@ -302,16 +319,17 @@ struct Worker {
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
-    for (int v = 0; v < vectors; ++v) {
-      if (call.emb) add_embeddings(v);
-      if (call.bias) add_bias(v);
-      if (call.hide_self) hide_self(v);
-      if (partial) hide_unseen(v);
-    }
+    for (int i = 0; i < pieces; ++i)
+      for (int v = piece[i].vector; v < piece[i].end_vector; ++v) {
+        if (call.emb) add_embeddings(v, piece[i]);
+        if (call.bias) add_bias(v, piece[i]);
+        if (call.hide_self) hide_self(v, piece[i]);
+        if (partial) hide_unseen(v, piece[i]);
+      }
   }
 
-  void add_embeddings(int v) {
-    for (int j = 0; j < keys; ++j) {
+  void add_embeddings(int v, const Piece &p) {
+    for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       Vec x;
       for (int lane = 0; lane < WIDTH; ++lane)
@@ -320,30 +338,30 @@ struct Worker {
     }
   }
 
-  void add_bias(int v) {
+  void add_bias(int v, const Piece &p) {
     const float *bias = call.bias + group % call.heads * call.bias_size;
     const bool whole = bias_is_whole(v);
-    for (int j = 0; j < keys; ++j) {
+    for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       const Vec x = whole ? load<Vec>(bias + bias_from(v * WIDTH) + bias_of(v * WIDTH, j)) : gathered_bias(bias, v, j);
       store(at, load<Vec>(at) + x * LOG2_E);
     }
   }
 
-  void hide_self(int v) {
+  void hide_self(int v, const Piece &p) {
     const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
-    for (int j = 0; j < keys; ++j) {
+    for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       store(at, own == j ? all(SELF_SCORE * LOG2_E) : load<Vec>(at));
     }
   }
 
-  void hide_unseen(int v) {
+  void hide_unseen(int v, const Piece &p) {
     const Ints low = load<Ints>(first + v * WIDTH) - (int32_t)key, high = load<Ints>(last + v * WIDTH) - (int32_t)key;
-    for (int j = 0; j < keys; ++j) {
+    for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       const Vec x = ((low <= j) & (high >= j)) ? load<Vec>(at) : all(-INFINITY);
-      store(at, real(key + j) ? x : all(-INFINITY));
+      store(at, real && !real[key + j] ? all(-INFINITY) : x);
     }
   }
 
@@ -391,16 +409,9 @@ struct Worker {
 
   void forward(int64_t to_group, int64_t from, int64_t to, float *out, float *statistics) {
     read_block(to_group, from, to);
-    block_finite = true;
-    std::fill(out_t, out_t + d * QUERIES, 0.f);
-    std::fill(highest, highest + QUERIES, -INFINITY);
-    std::fill(sum, sum + QUERIES, 0.f);
-    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile, call.v)) continue;
-      score();
-      for (int v = 0; v < vectors; ++v) call.dropping ? soften<true>(v) : soften<false>(v);
-      add_to_queries(scores, v_rows(), out_t);
-    }
+    careful = false;
+    attend();
+    if (!finite(out_t, d * QUERIES)) careful = true, attend();
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
@@ -411,32 +422,61 @@ struct Worker {
     }
   }
 
-  // The scores of a vector of queries become weights, by a score near the highest so far; where it is left behind by more
-  // than 2^SLACK, it moves up to that, and what was summed before follows.
+  // Sums up what the queries take of their keys, and their weights.
+  void attend() {
+    std::fill(out_t, out_t + d * QUERIES, 0.f);
+    std::fill(highest, highest + QUERIES, -INFINITY);
+    std::fill(sum, sum + QUERIES, 0.f);
+    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
+      if (!read_tile(tile)) continue;
+      score();
+      call.dropping ? soften<true>() : soften<false>();
+      add_to_queries(scores, v_rows(), out_t);
+    }
+  }
+
+  // Scores become weights, by a score near the highest so far of each query; where it is left behind by more than
+  // 2^SLACK, it moves up to that, and what was summed before follows.
   template <bool DROPPING>
-  void soften(int v) {
-    float *column = scores + v * WIDTH;
-    const Vec before = load<Vec>(highest + v * WIDTH);
-    Vec highest_now = before;
-    for (int j = 0; j < keys; ++j) highest_now = max(highest_now, load<Vec>(column + j * QUERIES));
-    const bool move = any(highest_now > before + SLACK);
-    if (!move) highest_now = before;
-    const Vec top = highest_now == -INFINITY ? Vec{} : highest_now;
-    Vec total{};
-    for (int j = 0; j < keys; ++j) {
-      Vec weight = power_of_2(load<Vec>(column + j * QUERIES) - top);
-      total += weight;
-      if (DROPPING) weight *= keep(v, key + j);
-      store(column + j * QUERIES, weight);
-    }
-    Vec summed = load<Vec>(sum + v * WIDTH);
-    if (move) {
-      const Vec rescale = power_of_2(before - top);
-      store(highest + v * WIDTH, highest_now);
-      summed *= rescale;
-      scale_out(v, rescale);
-    }
-    store(sum + v * WIDTH, summed + total);
+  void soften() {
+    std::copy_n(highest, QUERIES, top);
+    over_tile([&](auto count, int v, int from, int to) {
+      Vec now[count];
+      for (int i = 0; i < count; ++i) now[i] = load<Vec>(top + (v + i) * WIDTH);
+      for (int j = from; j < to; ++j)
+        for (int i = 0; i < count; ++i) now[i] = max(now[i], load<Vec>(scores + j * QUERIES + (v + i) * WIDTH));
+      for (int i = 0; i < count; ++i) store(top + (v + i) * WIDTH, now[i]);
+    });
+    for (int v = 0; v < vectors; ++v) move(v);
+    over_tile([&](auto count, int v, int from, int to) {
+      Vec near[count], total[count]{};  // a sum of each tile's sums loses less than one long sum
+      for (int i = 0; i < count; ++i) near[i] = load<Vec>(top + (v + i) * WIDTH);
+      for (int j = from; j < to; ++j)
+        for (int i = 0; i < count; ++i) {
+          float *at = scores + j * QUERIES + (v + i) * WIDTH;
+          Vec weight = power_of_2(load<Vec>(at) - near[i]);
+          total[i] += weight;
+          if (DROPPING) weight *= keep(v + i, key + j);
+          store(at, weight);
+        }
+      for (int i = 0; i < count; ++i) {
+        float *summed = sum + (v + i) * WIDTH;
+        store(summed, load<Vec>(summed) + total[i]);
+      }
+    });
+  }
+
+  // From the highest scores of a vector of queries, `top`, to what their weights are relative to.
+  void move(int v) {
+    const Vec before = load<Vec>(highest + v * WIDTH), now = load<Vec>(top + v * WIDTH);
+    const bool moves = any(now > before + SLACK);
+    const Vec near = moves ? now : before, relative_to = near == -INFINITY ? Vec{} : near;
+    store(top + v * WIDTH, relative_to);
+    if (!moves) return;
+    const Vec rescale = power_of_2(before - relative_to);
+    store(highest + v * WIDTH, near);
+    store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale);
+    scale_out(v, rescale);
   }
 
   void scale_out(int v, Vec factor) {
@@ -444,98 +484,112 @@ struct Worker {
     for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
   }
 
-  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, float *dbias, float *demb) {
+  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, float *dbias, float *demb,
+                int64_t &cleared) {
     read_block(to_group, from, to);
     const int64_t at = group * call.n_q + start;
     const float *from_dout = grads.dout + at * d;
+    clear_keys(call, grads, group, cleared, end_of_keys());
     transpose(count, d, from_dout, d, dout_t, QUERIES, 1);
-    transpose(count, d, grads.out + at * d, d, out_t, QUERIES, 1);
-    copy(from_dout, dout, 1);
-    if (call.emb) copy(call.q + at * d, q, 1);
-    copy(call.q + at * d, q_scaled, call.scale);
-    block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
+    const float *dout_rows = in_vectors(from_dout, dout), *q_rows = in_vectors(call.q + at * d, q);
+    copied(call.q + at * d, q_scaled, call.scale);
+    const bool block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
       sum[lane] = exists ? grads.statistics[2 * (at + lane) + 1] : 0;
     }
     for (int v = 0; v < vectors; ++v) {
-      Vec total{};
-      for (int64_t x = v * WIDTH; x < d * QUERIES; x += QUERIES) total += load<Vec>(dout_t + x) * load<Vec>(out_t + x);
-      store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total);
+      Vec total[WIDTH]{};
+      for (int i = 0; i < WIDTH; ++i) {
+        const int64_t from = std::min<int64_t>(v * WIDTH + i, count - 1) * d;
+        const float *x = from_dout + from, *y = grads.out + at * d + from;
+        int64_t c = 0;
+        for (; c + WIDTH <= d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
+        for (; c < d; ++c) total[i][0] += x[c] * y[c];
+      }
+      exchange<WIDTH / 2>(total, std::make_integer_sequence<int, WIDTH>{});
+      for (int i = 1; i < WIDTH; ++i) total[0] += total[i];
+      store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total[0]);
     }
     float *dq_t = out_t;
     std::fill(dq_t, dq_t + d * QUERIES, 0.f);
-    std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
+    if (call.emb) std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
     for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile, call.k)) continue;
+      if (!read_tile(tile)) continue;
+      careful = partial && !(block_finite && finite(k_rows(), keys * d));
       const int64_t first_row = (group * call.n_k + key) * d;
       score();
       products(v_rows(), dout_t, dscores);
       const bool plain = !call.dropping && !call.hide_self && !partial;
-      for (int v = 0; v < vectors; ++v) plain ? differentiate<true>(v) : differentiate<false>(v);
-      if (call.bias) add_to_bias(dbias);
-      if (call.emb) add_to_offsets(demb);
-      add_to_keys(scores, dout, grads.dv + first_row);
+      plain ? differentiate<true>() : differentiate<false>();
+      for (int i = 0; call.bias && i < pieces; ++i)
+        for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], dbias);
+      if (call.emb) add_to_offsets(q_rows, demb);
+      add_to_keys(scores, dout_rows, grads.dv + first_row);
       add_to_keys(dscores, q_scaled, grads.dk + first_row);
       add_to_queries(dscores, k_rows(), dq_t);
     }
-    for (int64_t x = 0; x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
-    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, 1);
+    for (int64_t x = 0; call.emb && x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
+    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, call.emb ? 1 : call.scale);
   }
 
   // From scores to weights, and from the weights' gradients to those of scores; PLAIN where all is seen and nothing
   // dropped. What is not seen stays 0 whatever the other numbers are.
   template <bool PLAIN>
-  void differentiate(int v) {
-    const Vec top = load<Vec>(highest + v * WIDTH), inverse = load<Vec>(sum + v * WIDTH);
-    const Vec mean = load<Vec>(dot + v * WIDTH);
-    const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
-    for (int j = 0; j < keys; ++j) {
-      const int64_t at = j * QUERIES + v * WIDTH;
-      const Vec score = load<Vec>(scores + at);
-      Vec weight = power_of_2(score - top) * inverse, dweight = load<Vec>(dscores + at);
-      if (PLAIN) {
-        store(scores + at, weight);
-        store(dscores + at, weight * (dweight - mean));
-        continue;
+  void differentiate() {
+    over_tile([&](auto count, int v, int from, int to) {
+      Vec near[count], inverse[count], mean[count];
+      for (int i = 0; i < count; ++i) {
+        const int lane = (v + i) * WIDTH;
+        near[i] = load<Vec>(highest + lane), inverse[i] = load<Vec>(sum + lane), mean[i] = load<Vec>(dot + lane);
       }
-      weight = score == -INFINITY ? Vec{} : weight;
-      const Vec factor = call.dropping ? keep(v, key + j) : all(1);
-      Vec dscore = weight == 0.f ? Vec{} : weight * (dweight * factor - mean);
-      if (call.hide_self) dscore = own == j ? Vec{} : dscore;
-      store(scores + at, weight * factor);
-      store(dscores + at, dscore);
+      for (int j = from; j < to; ++j)
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = j * QUERIES + (v + i) * WIDTH;
+          const Vec score = load<Vec>(scores + at), dweight = load<Vec>(dscores + at);
+          Vec weight = power_of_2(score - near[i]) * inverse[i];
+          if (PLAIN) {
+            store(scores + at, weight);
+            store(dscores + at, weight * (dweight - mean[i]));
+            continue;
+          }
+          weight = score == -INFINITY ? Vec{} : weight;
+          const Vec factor = call.dropping ? keep(v + i, key + j) : all(1);
+          Vec dscore = weight == 0.f ? Vec{} : weight * (dweight * factor - mean[i]);
+          if (call.hide_self) dscore = load<Ints>(positions + (v + i) * WIDTH) - (int32_t)key == j ? Vec{} : dscore;
+          store(scores + at, weight * factor);
+          store(dscores + at, dscore);
+        }
+    });
+  }
+
+  void add_to_bias(int v, const Piece &p, float *dbias) {
+    float *to = dbias + bias_from(v * WIDTH);
+    const bool whole = bias_is_whole(v);
+    for (int j = p.key; j < p.end_key; ++j) {
+      const float *from = dscores + j * QUERIES + v * WIDTH;
+      float *at = to + bias_of(v * WIDTH, j);
+      if (whole)
+        store(at, load<Vec>(at) + load<Vec>(from));
+      else
+        for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
+          dbias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)] += from[lane];
     }
   }
 
-  void add_to_bias(float *dbias) {
-    for (int v = 0; v < vectors; ++v) {
-      float *to = dbias + bias_from(v * WIDTH);
-      const bool whole = bias_is_whole(v);
-      for (int j = 0; j < keys; ++j) {
-        const float *from = dscores + j * QUERIES + v * WIDTH;
-        float *at = to + bias_of(v * WIDTH, j);
-        if (whole)
-          store(at, load<Vec>(at) + load<Vec>(from));
-        else
-          for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
-            dbias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)] += from[lane];
-      }
-    }
-  }
-
-  void add_to_offsets(float *demb) {
+  void add_to_offsets(const float *q_rows, float *demb) {
     int64_t from, to;
     offsets_within(from, to);
     if (from >= to) return;
     std::fill(by_offset, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
-    for (int j = 0; j < keys; ++j)
-      for (int64_t lane = 0; lane < count; ++lane)
-        by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
+    for (int i = 0; i < pieces; ++i)
+      for (int j = piece[i].key; j < piece[i].end_key; ++j)
+        for (int64_t lane = piece[i].vector * WIDTH; lane < std::min<int64_t>(piece[i].end_vector * WIDTH, count); ++lane)
+          by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
     matmul(d, vectors, to - from, call.emb + offset_of(from) * d, 1, d, by_offset + from * QUERIES, QUERIES, dq_emb_t,
            QUERIES, true);
-    matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q, padded,
+    matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q_rows, padded,
            demb + offset_of(from) * padded, padded, true);
   }
 };
