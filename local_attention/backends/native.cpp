@@ -29,7 +29,7 @@ namespace {
 
 constexpr int INTERFACE = 3;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
-constexpr int64_t SIDE = 16;  // numbers in the widest vector
+constexpr int64_t WIDEST = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
 constexpr int64_t SHARES = 32;  // of the rows of a layer
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
@@ -53,14 +53,14 @@ inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995
 struct Call {
   const float *q, *k, *v;  // (groups, n_q, head_dim), (groups, n_k, head_dim) twice
   const bool *mask;        // (batch, n_k), true for a real key
-  const float *bias;       // (heads, period, columns) as given, turned as kernels read it
+  const float *bias;       // (heads, period, columns)
   const float *emb;        // (offsets, head_dim)
   uint32_t seed;
 
   int64_t groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, offset, batch, heads, period, columns,
       bias_backward, offsets, hide_self, threads, level;
   int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
-  int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's turned bias
+  int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's bias
   float scale, kept_factor;
   int32_t drop_below;
   bool dropping;
@@ -81,7 +81,7 @@ struct Call {
     bias = columns ? (const float *)inputs[4] : nullptr;
     emb = offsets ? (const float *)inputs[5] : nullptr;
     seed = *(const uint32_t *)inputs[6];
-    padded = divide_up(head_dim, SIDE) * SIDE, bias_size = divide_up(period, SIDE) * SIDE * columns;
+    padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
   }
 
   // The first and the last key that exist and that the query at a position sees, given where its bucket starts; first >
@@ -171,22 +171,6 @@ struct NoMemory {
   explicit NoMemory(const Task &) {}
 };
 
-// Between a bias as callers have it, (heads, period, columns), and as kernels read and sum it: SIDE places of the period
-// side by side, as queries are, and the columns of those one below the other, as keys are.
-bool turn_bias(const Call &call, const float *from, float *to, bool back) {
-  const int64_t stripes = divide_up(call.period, SIDE);
-  return in_parallel<NoMemory>(call, call.heads * stripes, [&](NoMemory &, int64_t item) {
-    const int64_t first = item % stripes * SIDE, end = std::min(first + SIDE, call.period);
-    for (int64_t left = 0; left < call.columns; left += SIDE)
-      for (int64_t place = first; place < end; ++place)
-        for (int64_t column = left; column < std::min(left + SIDE, call.columns); ++column) {
-          const int64_t given = (item / stripes * call.period + place) * call.columns + column;
-          const int64_t turned = (item * call.columns + column) * SIDE + place - first;
-          to[back ? given : turned] = from[back ? turned : given];
-        }
-  });
-}
-
 // Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys.
 template <typename Worker>
 bool run_forward(const Call &call, float *out, float *statistics) {
@@ -220,7 +204,9 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
   const int64_t emb_size = call.offsets * call.padded;
   int64_t slices = batch * divide_up(chunks, 2);
   if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
-  std::vector<float> bias_parts(slices * owners * call.bias_size), emb_parts(slices * owners * emb_size);
+  const int64_t bias_size = owners * call.bias_size;
+  std::unique_ptr<float[]> bias_parts(new float[(slices - 1) * bias_size]);  // for the first, there is dbias
+  std::vector<float> emb_parts(slices * owners * emb_size);
 
   const auto first_key = [&](int64_t query) {  // of those that a query or a later one sees
     if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
@@ -233,21 +219,20 @@ bool run_backward(const Call &call, const Gradients &grads, float *dbias, float 
     const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
     fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
       const int64_t slice = item / owners, owner = item % owners;
+      float *bias_part = (slice ? bias_parts.get() + (slice - 1) * bias_size : dbias) + owner * call.bias_size;
+      if (!parity) std::fill(bias_part, bias_part + call.bias_size, 0.f);
       for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
         const int64_t from = (unit % each * 2 + parity) * chunk, to = std::min(from + chunk, call.n_q);
         const int64_t group = unit / each * owners + owner;
         int64_t cleared = parity ? call.n_k : first_key(from);
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
           worker.backward(group, start, std::min(start + BLOCK_QUERIES, to), grads,
-                          bias_parts.data() + item * call.bias_size, emb_parts.data() + item * emb_size, cleared);
+                          bias_part, emb_parts.data() + item * emb_size, cleared);
         clear_keys(call, grads, group, cleared, first_key(from + 2 * chunk));
       }
     });
   }
-  if (call.bias) {
-    sum_rows(bias_parts, slices);
-    fine = fine && turn_bias(call, bias_parts.data(), dbias, true);
-  }
+  for (int64_t x = 0; x < (slices - 1) * bias_size; ++x) dbias[x % bias_size] += bias_parts[x];
   if (call.emb) {
     sum_rows(emb_parts, slices * owners);
     for (int64_t row = 0; row < call.offsets; ++row)
@@ -326,10 +311,7 @@ const Kernel &kernel_of([[maybe_unused]] int64_t level) {
 template <typename Do>
 int guarded(void **inputs, Do &&act) {
   try {
-    Call call(inputs);
-    std::unique_ptr<float[]> turned(new float[call.heads * call.bias_size]);
-    if (call.bias && !turn_bias(call, call.bias, turned.get(), false)) return 1;
-    if (call.bias) call.bias = turned.get();
+    const Call call(inputs);
     return act(call, kernel_of(call.level)) ? 0 : 1;
   } catch (const std::exception &) {
     return 1;

@@ -132,16 +132,18 @@ INLINE Bits scramble(Bits x) {
 }
 
 // A square of as many rows as a row has numbers, turned: at each step the off-diagonal squares of a side change places.
-template <int SIDE_NOW, int... LANES>
-INLINE void exchange(Vec *rows, std::integer_sequence<int, LANES...>) {
+template <int SIDE, int... LANES>
+INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
   for (int row = 0; row < WIDTH; ++row) {
-    if (row & SIDE_NOW) continue;
-    const Vec a = rows[row], b = rows[row + SIDE_NOW];
-    rows[row] = SHUFFLE(a, b, (LANES & SIDE_NOW ? WIDTH + LANES - SIDE_NOW : LANES)...);
-    rows[row + SIDE_NOW] = SHUFFLE(a, b, (LANES & SIDE_NOW ? WIDTH + LANES : LANES + SIDE_NOW)...);
+    if (row & SIDE) continue;
+    const Vec a = rows[row], b = rows[row + SIDE];
+    rows[row] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES - SIDE : LANES)...);
+    rows[row + SIDE] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES : LANES + SIDE)...);
   }
-  if constexpr (SIDE_NOW > 1) exchange<SIDE_NOW / 2>(rows, std::integer_sequence<int, LANES...>{});
+  if constexpr (SIDE > 1) turn<SIDE / 2>(rows, lanes);
 }
+
+INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
 
 // to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as its stride allows.
 NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
@@ -159,7 +161,7 @@ NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, in
       }
       Vec x[WIDTH];
       for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
-      exchange<WIDTH / 2>(x, std::make_integer_sequence<int, WIDTH>{});
+      turn(x);
       float *turned = to + left * to_stride + top;
       const bool direct = width == WIDTH && top + WIDTH <= to_stride;
       for (int i = 0; i < WIDTH; ++i) store(direct ? turned + i * to_stride : edge + i * WIDTH, x[i]);
@@ -183,7 +185,7 @@ struct Worker {
   int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
-  int64_t places[QUERIES], columns_from[QUERIES];  // each one's place in the bias's period, the key of its column 0
+  int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
   uint32_t rows[QUERIES];                          // dropout's hash of each
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
   const bool *real;  // which keys are, null where all
@@ -224,7 +226,7 @@ struct Worker {
       int64_t low, high;
       call.span(position, bucket, low, high);
       positions[lane] = position, first[lane] = low, last[lane] = high;
-      places[lane] = position - period, columns_from[lane] = period - call.bias_backward;
+      bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
     if (call.dropping)
@@ -340,11 +342,19 @@ struct Worker {
 
   void add_bias(int v, const Piece &p) {
     const float *bias = call.bias + group % call.heads * call.bias_size;
-    const bool whole = bias_is_whole(v);
-    for (int j = p.key; j < p.end_key; ++j) {
-      float *at = scores + j * QUERIES + v * WIDTH;
-      const Vec x = whole ? load<Vec>(bias + bias_from(v * WIDTH) + bias_of(v * WIDTH, j)) : gathered_bias(bias, v, j);
-      store(at, load<Vec>(at) + x * LOG2_E);
+    for (int j = p.key; j < p.end_key; j += WIDTH) {
+      Vec x[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) {
+        const float *row = bias + bias_rows[v * WIDTH + i];
+        const int64_t column = column_of(v * WIDTH + i, j);
+        x[i] = bias_of(row, column);
+        __builtin_prefetch(row + real_column(column + KEYS));  // rows are pages apart, which no processor foresees
+      }
+      turn(x);
+      for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i) {
+        float *at = scores + (j + i) * QUERIES + v * WIDTH;
+        store(at, load<Vec>(at) + x[i] * LOG2_E);
+      }
     }
   }
 
@@ -383,23 +393,16 @@ struct Worker {
              QUERIES, false);
   }
 
-  // Where in a head's turned bias a query's entries begin; those of the tile's keys are SIDE apart from `bias_of(lane, 0)`.
-  int64_t bias_from(int64_t lane) const { return places[lane] / SIDE * call.columns * SIDE + places[lane] % SIDE; }
+  // The column of a query's row of the bias for a key of the tile; beyond the outermost columns, those count.
+  int64_t column_of(int64_t lane, int j) const { return key + j - columns_from[lane]; }
+  int64_t real_column(int64_t column) const { return std::min(std::max<int64_t>(column, 0), call.columns - 1); }
+  bool all_real(int64_t column) const { return column >= 0 && column + WIDTH <= call.columns; }
 
-  INLINE int64_t bias_of(int64_t lane, int j) const {
-    return std::min(std::max<int64_t>(key + j - columns_from[lane], 0), call.columns - 1) * SIDE;
-  }
-
-  // Whether a vector of queries has its entries side by side.
-  bool bias_is_whole(int v) const {
-    return places[v * WIDTH] % SIDE + WIDTH <= SIDE && places[v * WIDTH] + WIDTH <= call.period;
-  }
-
-  NEVER_INLINE Vec gathered_bias(const float *bias, int v, int j) const {
-    Vec x{};
-    for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
-      x[lane] = bias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)];
-    return x;
+  INLINE Vec bias_of(const float *row, int64_t column) const {
+    if (all_real(column)) return load<Vec>(row + column);
+    float edge[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) edge[i] = row[real_column(column + i)];
+    return load<Vec>(edge);
   }
 
   INLINE Vec keep(int v, int64_t j) {
@@ -508,7 +511,7 @@ struct Worker {
         for (; c + WIDTH <= d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
         for (; c < d; ++c) total[i][0] += x[c] * y[c];
       }
-      exchange<WIDTH / 2>(total, std::make_integer_sequence<int, WIDTH>{});
+      turn(total);
       for (int i = 1; i < WIDTH; ++i) total[0] += total[i];
       store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total[0]);
     }
@@ -565,16 +568,20 @@ struct Worker {
   }
 
   void add_to_bias(int v, const Piece &p, float *dbias) {
-    float *to = dbias + bias_from(v * WIDTH);
-    const bool whole = bias_is_whole(v);
-    for (int j = p.key; j < p.end_key; ++j) {
-      const float *from = dscores + j * QUERIES + v * WIDTH;
-      float *at = to + bias_of(v * WIDTH, j);
-      if (whole)
-        store(at, load<Vec>(at) + load<Vec>(from));
-      else
-        for (int lane = 0; lane < std::min<int64_t>(WIDTH, count - v * WIDTH); ++lane)
-          dbias[bias_from(v * WIDTH + lane) + bias_of(v * WIDTH + lane, j)] += from[lane];
+    for (int j = p.key; j < p.end_key; j += WIDTH) {
+      Vec x[WIDTH]{};
+      for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i)
+        x[i] = load<Vec>(dscores + (j + i) * QUERIES + v * WIDTH);
+      turn(x);
+      for (int i = 0; i < std::min<int64_t>(WIDTH, count - v * WIDTH); ++i) {
+        float *row = dbias + bias_rows[v * WIDTH + i];
+        const int64_t column = column_of(v * WIDTH + i, j);
+        __builtin_prefetch(row + real_column(column + KEYS), 1);
+        if (all_real(column))
+          store(row + column, load<Vec>(row + column) + x[i]);
+        else
+          for (int c = 0; c < WIDTH; ++c) row[real_column(column + c)] += x[i][c];
+      }
     }
   }
 
@@ -583,10 +590,12 @@ struct Worker {
     offsets_within(from, to);
     if (from >= to) return;
     std::fill(by_offset, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
-    for (int i = 0; i < pieces; ++i)
+    for (int i = 0; i < pieces; ++i) {
+      const int64_t end = std::min<int64_t>(piece[i].end_vector * WIDTH, count);
       for (int j = piece[i].key; j < piece[i].end_key; ++j)
-        for (int64_t lane = piece[i].vector * WIDTH; lane < std::min<int64_t>(piece[i].end_vector * WIDTH, count); ++lane)
+        for (int64_t lane = piece[i].vector * WIDTH; lane < end; ++lane)
           by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
+    }
     matmul(d, vectors, to - from, call.emb + offset_of(from) * d, 1, d, by_offset + from * QUERIES, QUERIES, dq_emb_t,
            QUERIES, true);
     matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q_rows, padded,
