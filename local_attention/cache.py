@@ -9,8 +9,6 @@ cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
 `generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
 which takes longer than the attention to it.
 """
-from functools import lru_cache
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -99,25 +97,19 @@ class _Entry(Float32):
     """Writes the key and the value of a token, projected as `qkv (b, 1, 3 * heads * d)`, to a ring, and gives its query
     `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
 
-    def __init__(self, frequencies, threads, level):
+    def __init__(self, frequencies):
         super().__init__()
-        radians = np.array(frequencies, np.float64).view(np.int64)
-        self.numbers = Tensor(np.array([threads, level, 0, *radians], np.int64))
+        self.numbers = native.row_numbers(0, *frequencies)
         self.enter = native.custom("enter_rings", [*3 * [native.FLOATS], native.INT32, native.INT64], [native.FLOATS])
 
     def construct(self, qkv, keys, values, position):
         return self.enter(qkv, keys, values, position, self.numbers)
 
 
-_made_entry = lru_cache(maxsize=64)(_Entry)
-
-
 @constexpr
 def _fused_entry(frequencies, dtype):
     """The kernel, None where it cannot run."""
-    if native.unavailable() is not None or str(dtype) != "Float32":
-        return None
-    return _made_entry(frequencies, native.threads(), native.level)
+    return native.made(_Entry, frequencies) if str(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):

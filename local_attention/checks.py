@@ -89,6 +89,16 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
     return got[0]
 
 
+def alike(owner, q, k, v):
+    """Queries, keys and values, as `described`, of one shape and dtype; returns the shape."""
+    shape = tensor(owner, "q", q, FLOATS)
+    if len(shape) < 2 or 0 in shape[-2:]:
+        raise value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
+    for name, x in (("k", k), ("v", v)):
+        tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    return shape
+
+
 def fraction(owner, name, value):
     """A share of a whole, nothing and all of it included."""
     if not 0 <= number(owner, name, value) <= 1:

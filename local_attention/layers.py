@@ -67,7 +67,7 @@ class _FusedLayerNorm(InFloat32):
 
     def __init__(self, epsilon):
         super().__init__()
-        self.numbers = _numbers(epsilon)
+        self.numbers = native.row_numbers(epsilon)
         self.forward = native.custom("layer_norm_forward", [*3 * [native.FLOATS], native.INT64], [native.FLOATS])
         self.backward = native.custom("layer_norm_backward", [*2 * [native.FLOATS], native.INT64, native.FLOATS],
                                       3 * [native.FLOATS])
@@ -84,7 +84,7 @@ class _FusedGEGLU(InFloat32):
 
     def __init__(self):
         super().__init__()
-        self.numbers = _numbers(0.)
+        self.numbers = native.row_numbers(0.)
         self.forward = native.custom("geglu_forward", [native.FLOATS, native.INT64], [native.FLOATS])
         self.backward = native.custom("geglu_backward", [native.FLOATS, native.INT64, native.FLOATS],
                                       [native.FLOATS])
@@ -96,23 +96,11 @@ class _FusedGEGLU(InFloat32):
         return (self.backward(x, self.numbers, dout),)
 
 
-def _numbers(epsilon):
-    """Integers all, the last by its bits: a Cell that stays in float32 would cast others."""
-    return Tensor(np.array([native.threads(), native.level, np.float64(epsilon).view(np.int64)], np.int64))
-
-
-@lru_cache(maxsize=64)
-def _made(cell, threads, level, *args):
-    return cell(*args)
-
-
 @constexpr
 def _fused(name, shape, *args):
     """The kernel of a layer for inputs of a shape; None where plain operators are to do it."""
-    if None in shape or 0 in shape or native.unavailable() is not None:
-        return None
     cell = {"layer_norm": _FusedLayerNorm, "geglu": _FusedGEGLU}[name]
-    return _made(cell, native.threads(), native.level, *args)
+    return None if None in shape or 0 in shape else native.made(cell, *args)
 
 
 class LayerNorm(nn.Cell):

@@ -98,11 +98,7 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, q, k, v, mask
         if not use_xpos:
             raise checks.value_error(owner, "window_size", "None in a call without 'use_xpos'", window_size)
         windows = replace(windows, size=checks.positive_int(owner, "window_size", window_size))
-    shape = checks.tensor(owner, "q", q, checks.FLOATS)
-    if len(shape) < 2 or 0 in shape[-2:]:
-        raise checks.value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
-    for name, x in (("k", k), ("v", v)):
-        checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    shape = checks.alike(owner, q, k, v)
     *leading, n, head_dim = shape
     groups = None if None in leading else math.prod(leading)
     if rotary_dim not in (None, head_dim):

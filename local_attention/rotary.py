@@ -218,10 +218,9 @@ _rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
 class _FusedRotation(InFloat32):
     """The same by the native kernel, for tokens from a position on that is a Tensor."""
 
-    def __init__(self, frequencies, threads, level):
+    def __init__(self, frequencies):
         super().__init__()
-        radians = np.array(frequencies).view(np.int64)  # integers all: a Cell that stays in float32 would cast others
-        self.numbers, self.back = (Tensor(np.array([threads, level, back, *radians], np.int64)) for back in (0, 1))
+        self.numbers, self.back = (native.row_numbers(back, *frequencies) for back in (0, 1))
         self.turn = native.custom("rotary", [native.FLOATS, native.INT32, native.INT64], [native.FLOATS])
 
     def construct(self, x, position):
@@ -231,13 +230,10 @@ class _FusedRotation(InFloat32):
         return self.turn(dout, position, self.back), position
 
 
-_made_rotation = lru_cache(maxsize=64)(_FusedRotation)
-
-
 @constexpr
 def _fused_rotation(frequencies):
     """The kernel, None where it cannot run."""
-    return _made_rotation(frequencies, native.threads(), native.level) if native.unavailable() is None else None
+    return native.made(_FusedRotation, frequencies)
 
 
 @constexpr

@@ -19,11 +19,7 @@ def _checked(owner, q, k, v, mask, rel_pos_emb, left, right, dropout_rate, backe
     checks.non_negative_int(owner, "window_size_right", right)
     checks.rate(owner, "dropout_rate", dropout_rate)
     check_backend(owner, backend)
-    shape = checks.tensor(owner, "q", q, checks.FLOATS)
-    if len(shape) < 2 or 0 in shape[-2:]:
-        raise checks.value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
-    for name, x in (("k", k), ("v", v)):
-        checks.tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    shape = checks.alike(owner, q, k, v)
     if None in shape:
         raise checks.value_error(owner, "q", "of a shape that is known where a graph is compiled", shape)
     *leading, n, head_dim = shape

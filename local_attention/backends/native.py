@@ -6,7 +6,7 @@ package is installed if a C++ compiler is there; `unavailable` says so where it 
 import ctypes
 import os
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -110,12 +110,10 @@ class Fused(nn.Cell):
         spec = problem.spec
         heads, period, columns = problem.bias_shape or (1, 1, 0)
         offsets = spec.backward + 1 + spec.forward if problem.by_offset else 0
-        # in the order of Call in native.cpp; integers all, because a Cell that stays in float32 would cast others
-        real = np.array([problem.scale, problem.dropout], np.float64).view(np.int64)
-        self.numbers = Tensor(np.array([
+        self.numbers = integers(  # in the order of Call in native.cpp
             problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
             spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
-            problem.hide_self, threads(), level, *problem.origin, *real], np.int64))
+            problem.hide_self, threads(), level, *problem.origin, float(problem.scale), float(problem.dropout))
         self.forward = custom("attention_forward", [*INPUTS.values()], 2 * [FLOATS])  # the output and statistics
         self.backward = custom("attention_backward", [*INPUTS.values(), *3 * [FLOATS]], 5 * [FLOATS])
 
@@ -125,6 +123,27 @@ class Fused(nn.Cell):
     def bprop(self, q, k, v, mask, bias, emb, seed, out, dout):
         dq, dk, dv, dbias, demb = self.backward(q, k, v, mask, bias, emb, seed, self.numbers, out[0], out[1], dout[0])
         return dq, dk, dv, mask, dbias, demb, seed
+
+
+def made(cell, *args):
+    """A Cell of operators that work row by row, `cell(*args)`, for as many threads and as wide vectors as there may be
+    now; None where the library cannot run."""
+    return _made(cell, threads(), level, *args) if unavailable() is None else None
+
+
+@lru_cache(maxsize=256)
+def _made(cell, threads, level, *args):
+    return cell(*args)
+
+
+def row_numbers(*more):
+    """What such an operator is told."""
+    return integers(threads(), level, *more)
+
+
+def integers(*numbers):
+    """A Tensor of ints, floats among them by their bits: a Cell that stays in float32 would cast any other."""
+    return Tensor(np.array([np.float64(x).view(np.int64) if isinstance(x, float) else x for x in numbers], np.int64))
 
 
 def custom(name, inputs, outputs):
