@@ -186,20 +186,20 @@ struct Worker {
   int vectors;
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
   int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
-  uint32_t rows[QUERIES];                          // dropout's hash of each
+  uint32_t rows[QUERIES];                             // dropout's hash of each
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
   const bool *real;  // which keys are, null where all
 
   int64_t key;  // the tile: keys key ... key + keys - 1
   int keys, pieces;
-  bool partial, careful;
+  bool partial, careful;  // whether not all of it is seen, and whether products of what is not are left out
   Piece piece[KEYS / PIECE];
 
   explicit Worker(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
-    const int64_t across = QUERIES * padded, down = d * QUERIES, tile = KEYS * QUERIES;
+    const int64_t down = d * QUERIES, wide = QUERIES * padded, tile = KEYS * QUERIES;
     float **parts[] = {&q_t, &q_emb_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores,
                        &by_offset};
-    const int64_t sizes[] = {down, call.emb ? down : 0, down, down, down, across, across, across, KEYS * padded, tile,
+    const int64_t sizes[] = {down, call.emb ? down : 0, down, down, down, wide, wide, wide, KEYS * padded, tile,
                              tile, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
@@ -207,7 +207,7 @@ struct Worker {
     float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
     for (int i = 0; i < 12; ++i) *parts[i] = next, next += sizes[i];
     for (float *rows : {q, q_scaled, dout})
-      if (d < padded) std::fill(rows, rows + across, 0.f);
+      if (d < padded) std::fill(rows, rows + wide, 0.f);
   }
 
   void read_block(int64_t to_group, int64_t from, int64_t to) {
@@ -288,13 +288,13 @@ struct Worker {
   void add_to_queries(const float *weights, const float *from, float *to_t) {
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
-      const int seen = p.end_key - p.key, across = p.end_vector - p.vector;
+      const int seen = p.end_key - p.key, lanes = (p.end_vector - p.vector) * WIDTH;
       const float *w = weights + p.key * QUERIES + p.vector * WIDTH;
       float *to = to_t + p.vector * WIDTH;
       if (careful)
-        matmul_of_seen(seen, across * WIDTH, d, w, from + p.key * d, d, to, QUERIES, true);
+        matmul_of_seen(seen, lanes, d, w, from + p.key * d, d, to, QUERIES, true);
       else
-        matmul(d, across, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
+        matmul(d, lanes / WIDTH, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
     }
   }
 
@@ -414,7 +414,7 @@ struct Worker {
     read_block(to_group, from, to);
     careful = false;
     attend();
-    if (!finite(out_t, d * QUERIES)) careful = true, attend();
+    if (!finite(out_t, d * QUERIES)) careful = true, attend();  // values that nobody sees may have come through
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
@@ -505,8 +505,8 @@ struct Worker {
     for (int v = 0; v < vectors; ++v) {
       Vec total[WIDTH]{};
       for (int i = 0; i < WIDTH; ++i) {
-        const int64_t from = std::min<int64_t>(v * WIDTH + i, count - 1) * d;
-        const float *x = from_dout + from, *y = grads.out + at * d + from;
+        const int64_t lane = std::min<int64_t>(v * WIDTH + i, count - 1);
+        const float *x = from_dout + lane * d, *y = grads.out + (at + lane) * d;
         int64_t c = 0;
         for (; c + WIDTH <= d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
         for (; c < d; ++c) total[i][0] += x[c] * y[c];
