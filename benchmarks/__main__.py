@@ -189,7 +189,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+",
                         choices=("attention", "long", "options", "sliding", "scaling", "train", "decode"))
-    parser.add_argument("--peer-python", required=True, help="the interpreter of an environment with torch and peers")
+    parser.add_argument("--peer-python", help="the interpreter of an environment with torch and peers")
     parser.add_argument("--peers", default="lucidrains,flex,sdpa", help="of attention: comma-separated")
     parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="of ours")
     parser.add_argument("--backend", help="of ours, by name; the fastest if left out")
@@ -197,6 +197,8 @@ def main():
     parser.add_argument("--plot", help="a .png of time and memory against the sequence length, with `scaling`")
     parser.add_argument("--json", help="where all records are written")
     args = parser.parse_args()
+    if args.peer_python is None and set(args.workloads) != {"options"}:
+        parser.error("--peer-python is needed for all but `options`")
     from importlib.metadata import version
     print(f"MindSpore {version('mindspore')}, Python {platform.python_version()}, "
           f"{len(os.sched_getaffinity(0))} cores, float32")
