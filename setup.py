@@ -22,7 +22,7 @@ NATIVE = Extension(
     "local_attention.backends._native",
     sources=["local_attention/backends/native.cpp"],
     depends=["local_attention/backends/native_kernel.h", "local_attention/backends/native_layers.h"],
-    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     language="c++",
     optional=True,
