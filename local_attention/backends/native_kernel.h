@@ -494,7 +494,8 @@ struct Worker {
     const float *from_dout = grads.dout + at * d;
     clear_keys(call, grads, group, cleared, end_of_keys());
     transpose(count, d, from_dout, d, dout_t, QUERIES, 1);
-    const float *dout_rows = in_vectors(from_dout, dout), *q_rows = in_vectors(call.q + at * d, q);
+    const float *dout_rows = in_vectors(from_dout, dout);
+    const float *q_rows = call.emb ? in_vectors(call.q + at * d, q) : nullptr;
     copied(call.q + at * d, q_scaled, call.scale);
     const bool block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
