@@ -21,7 +21,7 @@ TEST = ["pytest>=7", "safetensors", *TRAIN]
 NATIVE = Extension(
     "local_attention.backends._native",
     sources=["local_attention/backends/native.cpp"],
-    depends=["local_attention/backends/native_kernel.h", "local_attention/backends/native_layers.h"],
+    depends=[f"local_attention/backends/native_{part}.h" for part in ("vectors", "kernel", "layers")],
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     language="c++",

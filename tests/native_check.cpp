@@ -11,15 +11,18 @@ namespace {
 constexpr int64_t ORIGIN[] = {3, 11};  // where dropout counts groups and positions from
 
 struct Case {
-  int64_t batch, heads, n_q, n_k, d, bucket, backward, forward, causal, offset;
-  bool mask, bias, emb, hide_self;
-  double rate;
+  int64_t batch, heads, share, n_q, n_k, d, bucket, backward, forward, causal, prefix, offset;
+  bool mask, documents, bias, sinks, emb, hide_self;
+  int64_t bias_heads, period;
+  double softcap, rate;
   int64_t groups() const { return batch * heads; }
+  int64_t kv_groups() const { return groups() / share; }
 };
 
 struct Tensors {
-  std::vector<float> q, k, v, bias, emb, dout;
+  std::vector<float> q, k, v, bias, sinks, emb, dout, dlse;
   std::vector<char> mask;
+  std::vector<int32_t> documents;
   int32_t seed;
 };
 
@@ -33,60 +36,93 @@ bool kept(const Tensors &x, const Case &c, int64_t g, int64_t query, int64_t key
   return (int32_t)scrambled(row ^ column_hash(ORIGIN[1] + key)) >= (int32_t)((int64_t)(c.rate * 4294967296.) - 2147483648LL);
 }
 
-// out, dq, dk, dv, dbias, demb
+// out, lse, dq, dk, dv, dbias, dsinks, demb
 std::vector<std::vector<double>> wanted(const Case &c, const Tensors &x, double scale) {
-  const int64_t columns = c.backward + c.bucket + c.forward, period = c.bucket;
-  std::vector<std::vector<double>> to{std::vector<double>(x.q.size()), std::vector<double>(x.q.size()),
-                                      std::vector<double>(x.k.size()), std::vector<double>(x.k.size()),
-                                      std::vector<double>(x.bias.size()), std::vector<double>(x.emb.size())};
+  const int64_t columns = c.backward + c.bucket + c.forward;
+  std::vector<std::vector<double>> to;
+  for (size_t size : {x.q.size(), x.dlse.size(), x.q.size(), x.k.size(), x.k.size(), x.bias.size(), x.sinks.size(),
+                      x.emb.size()})
+    to.emplace_back(size);
   for (int64_t g = 0; g < c.groups(); ++g)
     for (int64_t row = 0; row < c.n_q; ++row) {
-      const int64_t i = row + c.offset, start = i / c.bucket * c.bucket;
+      const int64_t i = row + c.offset, kg = g / c.share, batch = g / c.heads;
+      const int64_t begun = c.documents ? x.documents[2 * (batch * c.n_k + i)] : 0;
+      const int64_t end = c.documents ? x.documents[2 * (batch * c.n_k + i) + 1] + 1 : c.n_k;
+      const int64_t p = i - begun, start = p / c.bucket * c.bucket;  // within its document
       int64_t last = start + c.bucket - 1 + c.forward;
-      if (c.causal) last = std::min(last, i);
+      if (c.causal) last = std::min(last, p);
       const float *q = &x.q[(g * c.n_q + row) * c.d], *dout = &x.dout[(g * c.n_q + row) * c.d];
-      double *out = &to[0][(g * c.n_q + row) * c.d], *dq = &to[1][(g * c.n_q + row) * c.d];
+      const double dlse = x.dlse[g * c.n_q + row];
+      double *out = &to[0][(g * c.n_q + row) * c.d], *dq = &to[2][(g * c.n_q + row) * c.d];
+      const size_t column = (g % c.bias_heads * c.period + p % c.period) * columns - (p - p % c.period) + c.backward;
       std::vector<int64_t> keys;
-      std::vector<double> scores, weights;
-      for (int64_t j = std::max<int64_t>(0, start - c.backward); j <= std::min(last, c.n_k - 1); ++j) {
-        if (c.mask && !x.mask[g / c.heads * c.n_k + j]) continue;
+      std::vector<double> scores, slopes, weights;
+      for (int64_t j = begun; j < end; ++j) {
+        const int64_t at = j - begun;
+        if (!(at >= start - c.backward && at <= last) && !(at < c.prefix && (!c.causal || at <= p))) continue;
+        if (c.mask && !x.mask[batch * c.n_k + j]) continue;
         double s = 0;
-        for (int64_t e = 0; e < c.d; ++e) s += scale * q[e] * x.k[(g * c.n_k + j) * c.d + e];
-        if (c.bias) s += x.bias[(g % c.heads * period + i % period) * columns + j - start + c.backward];
+        for (int64_t e = 0; e < c.d; ++e) s += scale * q[e] * x.k[(kg * c.n_k + j) * c.d + e];
+        const double capped = std::tanh(s / c.softcap);
+        if (c.softcap > 0) s = c.softcap * capped;
+        if (c.bias) s += x.bias[column + at];
         for (int64_t e = 0; c.emb && e < c.d; ++e) s += q[e] * x.emb[(j - i + c.backward) * c.d + e];
         if (c.hide_self && i == j) s = SELF_SCORE;
-        keys.push_back(j), scores.push_back(s);
+        keys.push_back(j), scores.push_back(s), slopes.push_back(c.softcap > 0 ? 1 - capped * capped : 1);
       }
-      if (keys.empty()) continue;
-      const double top = *std::max_element(scores.begin(), scores.end());
-      double sum = 0, dot = 0;
+      const double sink = c.sinks ? x.sinks[g % c.heads] : -INFINITY;
+      const double top = keys.empty() ? sink : std::max(sink, *std::max_element(scores.begin(), scores.end()));
+      double sum = top == -INFINITY ? 0 : std::exp(sink - top), dot = 0;
+      const double sink_weight = sum;
       for (double s : scores) weights.push_back(std::exp(s - top)), sum += weights.back();
+      to[1][g * c.n_q + row] = sum == 0 ? -INFINITY : top + std::log(sum);
+      if (sum == 0) continue;
       for (double &w : weights) w /= sum;
       std::vector<double> dweights(keys.size()), factor(keys.size(), 1);
       for (size_t at = 0; at < keys.size(); ++at) {
         const int64_t j = keys[at];
         if (c.rate > 0) factor[at] = kept(x, c, g, i, j) ? 1 / (1 - c.rate) : 0;
         for (int64_t e = 0; e < c.d; ++e) {
-          const int64_t place = (g * c.n_k + j) * c.d + e;
+          const int64_t place = (kg * c.n_k + j) * c.d + e;
           out[e] += factor[at] * weights[at] * x.v[place];
-          to[3][place] += factor[at] * weights[at] * dout[e];
+          to[4][place] += factor[at] * weights[at] * dout[e];
           dweights[at] += factor[at] * dout[e] * x.v[place];
         }
         dot += weights[at] * dweights[at];
       }
+      if (c.sinks) to[6][g % c.heads] += sink_weight / sum * (dlse - dot);
       for (size_t at = 0; at < keys.size(); ++at) {
         const int64_t j = keys[at];
-        const double ds = c.hide_self && i == j ? 0 : weights[at] * (dweights[at] - dot);
-        if (c.bias) to[4][(g % c.heads * period + i % period) * columns + j - start + c.backward] += ds;
+        double ds = c.hide_self && i == j ? 0 : weights[at] * (dweights[at] - dot + dlse);
+        if (c.bias) to[5][column + j - begun] += ds;
         for (int64_t e = 0; e < c.d; ++e) {
-          dq[e] += scale * ds * x.k[(g * c.n_k + j) * c.d + e];
-          to[2][(g * c.n_k + j) * c.d + e] += scale * ds * q[e];
           if (c.emb) dq[e] += ds * x.emb[(j - i + c.backward) * c.d + e];
-          if (c.emb) to[5][(j - i + c.backward) * c.d + e] += ds * q[e];
+          if (c.emb) to[7][(j - i + c.backward) * c.d + e] += ds * q[e];
+        }
+        ds *= slopes[at];
+        for (int64_t e = 0; e < c.d; ++e) {
+          dq[e] += scale * ds * x.k[(kg * c.n_k + j) * c.d + e];
+          to[3][(kg * c.n_k + j) * c.d + e] += scale * ds * q[e];
         }
       }
     }
   return to;
+}
+
+// Documents of many lengths in each row of a batch, and padding here and there.
+std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
+  std::vector<int32_t> bounds(2 * c.batch * c.n_k);
+  const int64_t lengths[] = {1, 2, 5, 30, 64, 150, 400};
+  for (int64_t row = 0; row < c.batch; ++row)
+    for (int64_t first = 0, length; first < c.n_k; first += length) {
+      length = std::min<int64_t>(1 + random() % lengths[random() % 7], c.n_k - first);
+      const bool padding = random() % 5 == 0;
+      for (int64_t j = first; j < first + length; ++j) {
+        bounds[2 * (row * c.n_k + j)] = padding ? j : first;
+        bounds[2 * (row * c.n_k + j) + 1] = padding ? j - 1 : first + length - 1;
+      }
+    }
+  return bounds;
 }
 
 // The largest difference, as a share of the largest number of its tensor.
@@ -97,37 +133,44 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
     for (float &y : x) y = normal(random);
     return x;
   };
-  const int64_t columns = c.backward + c.bucket + c.forward, queries = c.groups() * c.n_q * c.d;
-  const double scale = 1 / std::sqrt((double)c.d);
-  Tensors x{draw(queries), draw(c.groups() * c.n_k * c.d), draw(c.groups() * c.n_k * c.d),
-            draw(c.bias ? c.heads * c.bucket * columns : 1), draw(c.emb ? columns * c.d : 1), draw(queries),
-            std::vector<char>(c.mask ? c.batch * c.n_k : 1), (int32_t)random()};
+  const int64_t columns = c.backward + c.bucket + c.forward, queries = c.groups() * c.n_q;
+  const int64_t keys = c.kv_groups() * c.n_k * c.d;
+  const double scale = (c.softcap > 0 ? 3 : 1) / std::sqrt((double)c.d);
+  Tensors x{draw(queries * c.d), draw(keys), draw(keys), draw(c.bias ? c.bias_heads * c.period * columns : 1),
+            draw(c.sinks ? c.heads : 1), draw(c.emb ? columns * c.d : 1), draw(queries * c.d), draw(queries),
+            std::vector<char>(c.mask ? c.batch * c.n_k : 1),
+            c.documents ? draw_documents(c, random) : std::vector<int32_t>(1), (int32_t)random()};
   for (char &real : x.mask) real = random() % 3 > 0;
   for (std::vector<float> *of : {&x.emb, &x.dout})
-    for (float &y : *of) y *= (float)scale;  // that products with them are of size 1
-  std::vector<int64_t> numbers{c.groups(), c.n_q, c.n_k, c.d, c.bucket, c.backward, c.forward, c.causal, c.offset,
-                               c.mask ? c.batch : 0, c.bias ? c.heads : 1, c.bias ? c.bucket : 1,
-                               c.bias ? columns : 0, c.backward, c.emb ? columns : 0, c.hide_self, threads, level, ORIGIN[0], ORIGIN[1], 0, 0};
-  std::memcpy(&numbers[20], &scale, 8), std::memcpy(&numbers[21], &c.rate, 8);
-  auto empty = [](size_t size) { return std::vector<float>(size, NAN); };
-  std::vector<float> out = empty(x.q.size()), statistics = empty(2 * c.groups() * c.n_q), dq = empty(x.q.size()),
-                     dk = empty(x.k.size()), dv = empty(x.k.size()), dbias = empty(x.bias.size()),
-                     demb = empty(x.emb.size());
-  void *forward[] = {x.q.data(), x.k.data(), x.v.data(), x.mask.data(), x.bias.data(), x.emb.data(), &x.seed,
-                     numbers.data(), out.data(), statistics.data()};
-  void *backward[] = {x.q.data(), x.k.data(), x.v.data(), x.mask.data(), x.bias.data(), x.emb.data(), &x.seed,
-                      numbers.data(), out.data(), statistics.data(), x.dout.data(), dq.data(), dk.data(), dv.data(),
-                      dbias.data(), demb.data()};
-  if (attention_forward(10, forward, 0, 0, 0, 0, 0) || attention_backward(16, backward, 0, 0, 0, 0, 0)) return INFINITY;
+    for (float &y : *of) y *= (float)(1 / std::sqrt((double)c.d));  // that products with them are of size 1
+  if (c.sinks && random() % 3 == 0) x.sinks[0] = random() % 2 ? -INFINITY : 30;
+  std::vector<int64_t> numbers{c.groups(), c.kv_groups(), c.n_q, c.n_k, c.d, c.bucket, c.backward, c.forward, c.causal,
+                               c.prefix, c.offset, c.mask ? c.batch : 0, c.documents ? c.batch : 0,
+                               c.bias ? c.bias_heads : 1, c.bias ? c.period : 1, c.bias ? columns : 0, c.backward,
+                               c.emb ? columns : 0, c.sinks ? c.heads : 0, c.hide_self, threads, level, ORIGIN[0],
+                               ORIGIN[1]};
+  for (double real : {scale, c.softcap, c.rate}) {
+    numbers.push_back(0);
+    std::memcpy(&numbers.back(), &real, sizeof(real));
+  }
+  std::vector<float> statistics(2 * queries), got[8];
   const auto truth = wanted(c, x, scale);
-  const std::vector<float> *got[] = {&out, &dq, &dk, &dv, &dbias, &demb};
+  for (int i = 0; i < 8; ++i) got[i].assign(truth[i].size(), NAN);
+  void *params[20] = {x.q.data(), x.k.data(), x.v.data(), x.mask.data(), x.documents.data(), x.bias.data(),
+                      x.sinks.data(), x.emb.data(), &x.seed, numbers.data(), got[0].data(), statistics.data(),
+                      got[1].data()};
+  if (attention_forward(13, params, 0, 0, 0, 0, 0)) return INFINITY;
+  params[12] = x.dout.data(), params[13] = x.dlse.data();
+  for (int i = 2; i < 8; ++i) params[12 + i] = got[i].data();
+  if (attention_backward(20, params, 0, 0, 0, 0, 0)) return INFINITY;
   double worst = 0;
-  for (int i = 0; i < 6; ++i) {
-    if ((i == 4 && !c.bias) || (i == 5 && !c.emb)) continue;
+  for (int i = 0; i < 8; ++i) {
+    if ((i == 5 && !c.bias) || (i == 6 && !c.sinks) || (i == 7 && !c.emb)) continue;
     double largest = 1, error = 0;
     for (size_t at = 0; at < truth[i].size(); ++at) {
+      if (truth[i][at] == got[i][at]) continue;  // infinities
       largest = std::max(largest, std::fabs(truth[i][at]));
-      const double difference = std::fabs((*got[i])[at] - truth[i][at]);
+      const double difference = std::fabs(got[i][at] - truth[i][at]);
       error = std::isnan(difference) ? INFINITY : std::max(error, difference);
     }
     worst = std::max(worst, error / largest);
@@ -238,7 +281,8 @@ int main(int count, char **arguments) {
     double worst = 0;
     for (int number = 0; number < cases; ++number) {
       Case c{};
-      c.batch = pick({1, 2}), c.heads = pick({1, 3});
+      c.batch = pick({1, 2}), c.heads = pick({1, 3, 4, 6}), c.share = pick({1, 1, 1, 2, 3, 4, 6});
+      if (c.heads % c.share) c.share = c.heads;
       c.n_q = pick({1, 2, 15, 16, 17, 63, 64, 65, 100, 131, 300, 700}), c.d = pick({1, 3, 8, 16, 20, 64, 257});
       c.bucket = pick({1, 1, 7, 16, 40, 64}), c.backward = pick({0, 1, 2, 5}) * c.bucket + (c.bucket == 1) * pick({0, 3, 90});
       c.causal = pick({0, 1});
@@ -248,14 +292,19 @@ int main(int count, char **arguments) {
       c.mask = random() % 3 == 0, c.bias = random() % 3 == 0, c.hide_self = random() % 4 == 0;
       const bool columns = c.backward + c.bucket + c.forward > 0;
       c.bias = c.bias && columns, c.emb = c.bucket == 1 && columns && random() % 3 == 0;
+      c.bias_heads = random() % 3 ? c.heads : 1, c.period = c.bucket;
+      c.documents = random() % 2, c.sinks = random() % 3 == 0, c.softcap = pick({0, 0, 2, 30});
+      c.prefix = c.bias || c.emb ? 0 : pick({0, 1, 4, 70, 2000});
       c.rate = random() % 4 ? 0 : 0.3;
       const double error = run(c, level, 1 + number % 3, random);
       worst = std::max(worst, error);
       if (!(error < 1e-5)) {
         std::printf("case %d at level %d: off by %g of the largest number\n", number, (int)level, error);
-        std::printf("batch %d heads %d n %d %d d %d span %d %d %d %d offset %d mask %d bias %d emb %d hide_self %d rate %g\n",
-                    (int)c.batch, (int)c.heads, (int)c.n_q, (int)c.n_k, (int)c.d, (int)c.bucket, (int)c.backward,
-                    (int)c.forward, (int)c.causal, (int)c.offset, c.mask, c.bias, c.emb, c.hide_self, c.rate);
+        std::printf("batch %d heads %d/%d n %d %d d %d span %d %d %d %d prefix %d offset %d mask %d documents %d bias %d "
+                    "sinks %d emb %d hide_self %d softcap %g rate %g\n",
+                    (int)c.batch, (int)c.heads, (int)c.share, (int)c.n_q, (int)c.n_k, (int)c.d, (int)c.bucket,
+                    (int)c.backward, (int)c.forward, (int)c.causal, (int)c.prefix, (int)c.offset, c.mask, c.documents,
+                    c.bias ? (int)c.bias_heads : 0, c.sinks, c.emb, c.hide_self, c.softcap, c.rate);
         return 1;
       }
     }

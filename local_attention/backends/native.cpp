@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 3;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 4;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -49,51 +49,77 @@ inline uint32_t row_hash(int64_t group, int64_t query) {
 
 inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995u); }
 
+// Keys from the first to the last; none where that stands before it.
+struct Span {
+  int64_t first, last;
+};
+
 // One call: its tensors, and its numbers in the order in which native.py lists them.
 struct Call {
-  const float *q, *k, *v;  // (groups, n_q, head_dim), (groups, n_k, head_dim) twice
-  const bool *mask;        // (batch, n_k), true for a real key
-  const float *bias;       // (heads, period, columns)
-  const float *emb;        // (offsets, head_dim)
+  const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
+  const bool *mask;          // (batch, n_k), true for a real key
+  const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each one's document
+  const float *bias;         // (heads, period, columns)
+  const float *sinks;        // (sink_heads)
+  const float *emb;          // (offsets, head_dim)
   uint32_t seed;
 
-  int64_t groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, offset, batch, heads, period, columns,
-      bias_backward, offsets, hide_self, threads, level;
+  int64_t groups, kv_groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, prefix, offset, batch,
+      doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
   int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
+  int64_t share;              // groups that read the same keys
   int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's bias
-  float scale, kept_factor;
+  float scale, softcap, kept_factor;
   int32_t drop_below;
   bool dropping;
 
   explicit Call(void **inputs) {
-    const int64_t *number = (const int64_t *)inputs[7];
-    for (int64_t *to : {&groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal, &offset, &batch,
-                        &heads, &period, &columns, &bias_backward, &offsets, &hide_self, &threads, &level,
-                        &first_group, &first_position})
+    const int64_t *number = (const int64_t *)inputs[9];
+    for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
+                        &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
+                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position})
       *to = *number++;
-    double real[2];  // these two by their bits
+    double real[3];  // these by their bits
     std::memcpy(real, number, sizeof(real));
-    const double rate = real[1];
-    scale = (float)real[0], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
+    const double rate = real[2];
+    scale = (float)real[0], softcap = (float)real[1], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
     drop_below = (int32_t)((int64_t)(rate * 4294967296.) - 2147483648LL);
     q = (const float *)inputs[0], k = (const float *)inputs[1], v = (const float *)inputs[2];
     mask = batch ? (const bool *)inputs[3] : nullptr;
-    bias = columns ? (const float *)inputs[4] : nullptr;
-    emb = offsets ? (const float *)inputs[5] : nullptr;
-    seed = *(const uint32_t *)inputs[6];
+    documents = doc_batch ? (const int32_t *)inputs[4] : nullptr;
+    bias = columns ? (const float *)inputs[5] : nullptr;
+    sinks = sink_heads ? (const float *)inputs[6] : nullptr;
+    emb = offsets ? (const float *)inputs[7] : nullptr;
+    seed = *(const uint32_t *)inputs[8];
+    prefix = std::min(prefix, n_k), share = groups / kv_groups;
     padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
   }
 
-  // The first and the last key that exist and that the query at a position sees, given where its bucket starts; first >
-  // last where there is none.
-  void span(int64_t position, int64_t start, int64_t &first, int64_t &last) const {
-    first = start - spec_backward, last = start + bucket - 1 + spec_forward;
+  // The document that a position stands in.
+  Span document(int64_t group, int64_t position) const {
+    if (!documents) return {0, n_k - 1};
+    const int32_t *bounds = documents + 2 * (group / (groups / doc_batch) * n_k + position);
+    return {bounds[0], bounds[1]};
+  }
+
+  // Where the bucket of a position starts, given where its document does.
+  int64_t bucket_of(int64_t position, int64_t begun) const { return position - (position - begun) % bucket; }
+
+  // What the query at a position sees without its prefix, given where its bucket starts.
+  Span span(int64_t position, int64_t start, const Span &within) const {
+    int64_t last = start + bucket - 1 + spec_forward;
     if (causal) last = std::min(last, position);
-    first = std::max<int64_t>(first, 0), last = std::min(last, n_k - 1);
+    return {std::max(start - spec_backward, within.first), std::min(last, within.last)};
+  }
+
+  int64_t prefix_last(int64_t position, const Span &within) const {
+    const int64_t last = std::min(within.first + prefix - 1, within.last);
+    return causal ? std::min(last, position) : last;
   }
 
   double work() const {
-    return 2. * groups * n_q * head_dim * std::min<double>(n_k, (double)spec_backward + bucket + spec_forward);
+    return 2. * groups * n_q * head_dim *
+           std::min<double>(n_k, (double)spec_backward + bucket + spec_forward + prefix);
   }
 };
 
@@ -113,9 +139,22 @@ struct Rows {
   double work() const { return 16. * count * d; }
 };
 
+struct Outputs {
+  float *out, *statistics, *lse;
+};
+
 struct Gradients {
-  const float *out, *statistics, *dout;
+  const float *out, *statistics, *dout, *dlse;
   float *dq, *dk, *dv;
+  float *dsink_parts;  // (groups, blocks of queries)
+};
+
+// Queries of one group of keys that one thread works on, one block after the other.
+struct Chunk {
+  float *dbias, *demb;
+  int64_t position;  // of its first query
+  float *dprefix;    // (2, prefix, head_dim): the gradients of a prefix that stands before it, of keys and of values
+  int64_t cleared;
 };
 
 // Zeroes the gradients of a group's keys from `cleared` on, which moves, to another key: shortly before they are first
@@ -129,8 +168,8 @@ void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t
 
 // What native_kernel.h gives for one width of vectors.
 struct Kernel {
-  bool (*forward)(const Call &, float *out, float *statistics);
-  bool (*backward)(const Call &, const Gradients &, float *dbias, float *demb);
+  bool (*forward)(const Call &, const Outputs &);
+  bool (*backward)(const Call &, Gradients, float *dbias, float *dsinks, float *demb);
   // one row
   void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y);
   void (*layer_norm_backward)(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,
@@ -171,15 +210,17 @@ struct NoMemory {
   explicit NoMemory(const Task &) {}
 };
 
-// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys.
+// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys: those
+// of the groups that share a group of keys, and then those of the next queries.
 template <typename Worker>
-bool run_forward(const Call &call, float *out, float *statistics) {
-  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks;
+bool run_forward(const Call &call, const Outputs &outputs) {
+  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
   const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 4);
   return in_parallel<Worker>(call, divide_up(all, run), [&](Worker &worker, int64_t item) {
     for (int64_t block = item * run; block < std::min(item * run + run, all); ++block) {
-      const int64_t start = block % blocks * BLOCK_QUERIES;
-      worker.forward(block / blocks, start, std::min(start + BLOCK_QUERIES, call.n_q), out, statistics);
+      const int64_t group = block / each * call.share + block % call.share;
+      const int64_t start = block % each / call.share * BLOCK_QUERIES;
+      worker.forward(group, start, std::min(start + BLOCK_QUERIES, call.n_q), outputs);
     }
   });
 }
@@ -192,47 +233,72 @@ void sum_rows(std::vector<float> &rows, int64_t count) {
 }
 
 // Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
-// longer than a span: first those of even number, which have no key in common, then those of odd number. Gradients of
-// what heads or batch entries share are summed by one owner each, in slices, and the slices at the end: in an order
-// that does not depend on which thread came first.
+// longer than a span: first those of even number, which have no key in common, then those of odd number, each with all
+// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sum for the one that stands before
+// it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the slices at the end:
+// in an order that does not depend on which thread came first.
 template <typename Worker>
-bool run_backward(const Call &call, const Gradients &grads, float *dbias, float *demb) {
-  const int64_t reach = std::min(call.spec_backward + call.spec_forward + 2 * call.bucket, call.n_q);
+bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
+  const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
+  const int64_t reach = std::min(call.spec_backward + after + 2 * call.bucket, call.n_q);
   const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
-  const int64_t chunks = divide_up(call.n_q, chunk);
-  const int64_t owners = call.bias ? call.heads : call.emb ? 1 : call.groups, batch = call.groups / owners;
+  const int64_t chunks = divide_up(call.n_q, chunk), blocks = divide_up(call.n_q, BLOCK_QUERIES);
+  const int64_t owners = call.bias ? std::max<int64_t>(call.heads / call.share, 1) : call.emb ? 1 : call.kv_groups;
+  const int64_t batch = call.kv_groups / owners;
   const int64_t emb_size = call.offsets * call.padded;
   int64_t slices = batch * divide_up(chunks, 2);
   if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
-  const int64_t bias_size = owners * call.bias_size;
-  std::unique_ptr<float[]> bias_parts(new float[(slices - 1) * bias_size]);  // for the first, there is dbias
-  std::vector<float> emb_parts(slices * owners * emb_size);
+  const int64_t bias_size = call.heads * call.bias_size, owned = bias_size / owners;
+  const int64_t prefix_size = call.prefix * call.head_dim;
+  const auto uncleared = [](int64_t size) { return std::unique_ptr<float[]>(new float[size]); };
+  const auto bias_parts = uncleared((slices - 1) * bias_size);  // for the first, there is dbias
+  const auto prefix_parts = uncleared(call.kv_groups * chunks * 2 * prefix_size);
+  std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
+  grads.dsink_parts = sink_parts.data();
 
-  const auto first_key = [&](int64_t query) {  // of those that a query or a later one sees
+  const auto first_key = [&](int64_t group, int64_t query) {  // of those that a query or a later one sees
     if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
-    int64_t first, last;
-    call.span(call.offset + query, (call.offset + query) / call.bucket * call.bucket, first, last);
-    return std::min(first, call.n_k);
+    const int64_t position = call.offset + query;
+    const Span within = call.document(group, position);
+    return std::min(call.span(position, call.bucket_of(position, within.first), within).first, call.n_k);
   };
   bool fine = true;
   for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
     const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
     fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
       const int64_t slice = item / owners, owner = item % owners;
-      float *bias_part = (slice ? bias_parts.get() + (slice - 1) * bias_size : dbias) + owner * call.bias_size;
-      if (!parity) std::fill(bias_part, bias_part + call.bias_size, 0.f);
+      float *bias_part = slice ? bias_parts.get() + (slice - 1) * bias_size : dbias;
+      if (!parity) std::fill_n(bias_part + owner * owned, owned, 0.f);
       for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
-        const int64_t from = (unit % each * 2 + parity) * chunk, to = std::min(from + chunk, call.n_q);
-        const int64_t group = unit / each * owners + owner;
-        int64_t cleared = parity ? call.n_k : first_key(from);
+        const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
+        const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
+        float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
+        std::fill_n(prefix_part, 2 * prefix_size, 0.f);
+        Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
+                    parity ? call.n_k : first_key(group, from)};
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
-          worker.backward(group, start, std::min(start + BLOCK_QUERIES, to), grads,
-                          bias_part, emb_parts.data() + item * emb_size, cleared);
-        clear_keys(call, grads, group, cleared, first_key(from + 2 * chunk));
+          for (int64_t i = 0; i < call.share; ++i)
+            worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
+        clear_keys(call, grads, key_group, state.cleared, first_key(group, from + 2 * chunk));
       }
     });
   }
+  for (int64_t number = 0; call.prefix && number < call.kv_groups * chunks; ++number) {
+    const int64_t key_group = number / chunks, position = call.offset + number % chunks * chunk;
+    const Span within = call.document(key_group * call.share, position);
+    if (within.first == position) continue;
+    const int64_t size = std::min(call.prefix, within.last - within.first + 1) * call.head_dim;
+    const float *part = prefix_parts.get() + number * 2 * prefix_size;
+    const int64_t at = (key_group * call.n_k + within.first) * call.head_dim;
+    for (int64_t x = 0; x < size; ++x) grads.dk[at + x] += part[x], grads.dv[at + x] += part[prefix_size + x];
+  }
   for (int64_t x = 0; x < (slices - 1) * bias_size; ++x) dbias[x % bias_size] += bias_parts[x];
+  for (int64_t head = 0; head < call.sink_heads; ++head) {
+    double total = 0;
+    for (int64_t group = head; group < call.groups; group += call.sink_heads)
+      for (int64_t block = 0; block < blocks; ++block) total += sink_parts[group * blocks + block];
+    dsinks[head] = (float)total;
+  }
   if (call.emb) {
     sum_rows(emb_parts, slices * owners);
     for (int64_t row = 0; row < call.offsets; ++row)
@@ -348,21 +414,22 @@ EXPORTED int attention_interface() { return INTERFACE; }
 
 EXPORTED int attention_level() { return (int)highest_level(); }
 
-// q, k, v, mask, bias, emb, seed, numbers
-// -> out, statistics (..., n_q, 2): of each row a score near the highest, and the inverse of the sum of weights relative
-// to it.
+// q, k, v, mask, documents, bias, sinks, emb, seed, numbers
+// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics are of each row a score near the highest, and the inverse
+// of the sum of weights relative to it; lse, the logarithm of that sum, is exact for those who ask, but not near enough.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
-    return kernel.forward(call, (float *)params[8], (float *)params[9]);
+    float *const *out = (float *const *)params + 10;
+    return kernel.forward(call, {out[0], out[1], out[2]});
   });
 }
 
-// q, k, v, mask, bias, emb, seed, numbers, out, statistics, dout -> dq, dk, dv, dbias, demb
+// the same inputs, out, statistics, dout, dlse -> dq, dk, dv, dbias, dsinks, demb
 EXPORTED int attention_backward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
-    const float *const *in = (const float *const *)params;
-    float *const *out = (float *const *)params + 11;
-    return kernel.backward(call, {in[8], in[9], in[10], out[0], out[1], out[2]}, out[3], out[4]);
+    const float *const *in = (const float *const *)params + 10;
+    float *const *out = (float *const *)params + 14;
+    return kernel.backward(call, {in[0], in[1], in[2], in[3], out[0], out[1], out[2], nullptr}, out[3], out[4], out[5]);
   });
 }
 
@@ -482,19 +549,21 @@ EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *
   const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
   std::vector<int64_t> statistics = queries;
   statistics.back() = 2;
-  return {queries, statistics};
+  return {queries, statistics, std::vector<int64_t>(queries.begin(), queries.end() - 1)};
 }
 
-EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) { return {types[0], types[0]}; }
+EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) {
+  return std::vector<int>(3, types[0]);
+}
 
 EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void *) {
   Shapes to;
-  for (int input : {0, 1, 2, 4, 5}) to.push_back(shape_of(input, ndims, shapes));
+  for (int input : {0, 1, 2, 5, 6, 7}) to.push_back(shape_of(input, ndims, shapes));
   return to;
 }
 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
-  return std::vector<int>(5, types[0]);
+  return std::vector<int>(6, types[0]);
 }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {

@@ -6,169 +6,11 @@
 
 namespace KERNEL {
 
-constexpr int WIDTH = VECTOR_BYTES / 4;
+#include "native_vectors.h"
+
 constexpr int KEYS = 64;   // of a tile
 constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
-constexpr int QUERIES = BLOCK_QUERIES;
-constexpr float LOG2_E = 1.44269504f;
-constexpr float SLACK = 8;
-constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
-
-typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
-
-template <typename T, typename Element>
-INLINE T load(const Element *from) {
-  T x;
-  __builtin_memcpy(&x, from, sizeof(T));
-  return x;
-}
-
-template <typename T, typename Element>
-INLINE void store(Element *to, T x) {
-  __builtin_memcpy(to, &x, sizeof(T));
-}
-
-INLINE Vec all(float x) { return Vec{} + x; }
-
-INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
-
-// 2^x for x < 127, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
-INLINE Vec power_of_2(Vec x) {
-  constexpr float SHIFT = 12582912.f + 127;  // 1.5 * 2^23: a sum with it is an integer, here of an exponent's bits
-  const Vec clamped = max(x, all(-127.f));   // the exponent of 0
-  const Vec shifted = clamped + SHIFT;
-  const Vec r = clamped - (shifted - SHIFT);
-  Vec y = r * 0.001326472731f + 0.009671512991f;  // minimax on -1/2 ... 1/2, exact at 0
-  y = y * r + 0.05550733581f;
-  y = y * r + 0.2402224243f;
-  y = y * r + 0.6931470037f;
-  y = y * r + 1.f;
-  return y * (Vec)((Bits)shifted << 23);
-}
-
-// Acts on vectors v ... end - 1, as many at once as there are registers for: act(how many, a constant, and the first).
-template <int COUNT = COLUMNS, typename Act>
-INLINE void across(int v, int end, Act &&act) {
-  for (; v + COUNT <= end; v += COUNT) act(std::integral_constant<int, COUNT>{}, v);
-  if constexpr (COUNT > 1)
-    if (v < end) across<COUNT - 1>(v, end, act);
-}
-
-// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
-template <int ROWS, int COUNT>
-INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                             int64_t b_step, float *c, int64_t c_row, bool add) {
-  Vec sum[ROWS][COUNT];
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COUNT; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
-  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
-    Vec x[COUNT];
-    for (int v = 0; v < COUNT; ++v) x[v] = load<Vec>(b + v * WIDTH);
-    for (int row = 0; row < ROWS; ++row)
-      for (int v = 0; v < COUNT; ++v) sum[row][v] += a[row * a_row] * x[v];
-  }
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COUNT; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
-}
-
-template <int ROWS, int COUNT>
-INLINE void matmul_rows(int64_t rows, int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                        int64_t b_step, float *c, int64_t c_row, bool add) {
-  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
-    matmul_registers<ROWS, COUNT>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
-  if constexpr (ROWS > 1)
-    if (rows) matmul_rows<ROWS / 2, COUNT>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
-}
-
-NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *a, int64_t a_row, int64_t a_step,
-                         const float *b, int64_t b_step, float *c, int64_t c_row, bool add) {
-  across(0, vectors, [=](auto count, int v) {
-    matmul_rows<count == COLUMNS ? 4 : 8, count>(rows, steps, a, a_row, a_step, b + v * WIDTH, b_step, c + v * WIDTH,
-                                                 c_row, add);
-  });
-}
-
-// The same, one product at a time, leaving out those with a weight of 0: 0 * NaN is NaN, and what nobody sees must not
-// be seen. weights[j, lane] meets rows[j] in `into[., lane]`, or rows[lane] in `into[j]`.
-NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, const float *weights, const float *rows,
-                                 int64_t rows_stride, float *into, int64_t into_stride, bool transposed) {
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const float weight = weights[j * QUERIES + lane];
-      if (weight == 0) continue;
-      for (int64_t c = 0; c < width; ++c) {
-        if (transposed)
-          into[c * into_stride + lane] += weight * rows[j * rows_stride + c];
-        else
-          into[j * into_stride + c] += weight * rows[lane * rows_stride + c];
-      }
-    }
-}
-
-NEVER_INLINE bool finite(const float *rows, int64_t count) {
-  Vec zeros[4]{};
-  int64_t x = 0;
-  for (; x + 4 * WIDTH <= count; x += 4 * WIDTH)
-    for (int i = 0; i < 4; ++i) zeros[i] += load<Vec>(rows + x + i * WIDTH) * 0.f;
-  zeros[0] += zeros[1] + (zeros[2] + zeros[3]);
-  float zero = 0;
-  for (int lane = 0; lane < WIDTH; ++lane) zero += zeros[0][lane];
-  for (; x < count; ++x) zero += rows[x] * 0;
-  return zero == 0;
-}
-
-INLINE bool any(Ints x) {
-  int32_t found = 0;
-  for (int lane = 0; lane < WIDTH; ++lane) found |= x[lane];
-  return found;
-}
-
-INLINE Bits scramble(Bits x) {
-  x = x * (x + x + 1);
-  x ^= (Bits)((Ints)x >> 16);
-  return x * (x + x + 1);
-}
-
-// A square of as many rows as a row has numbers, turned: at each step the off-diagonal squares of a side change places.
-template <int SIDE, int... LANES>
-INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
-  for (int row = 0; row < WIDTH; ++row) {
-    if (row & SIDE) continue;
-    const Vec a = rows[row], b = rows[row + SIDE];
-    rows[row] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES - SIDE : LANES)...);
-    rows[row + SIDE] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES : LANES + SIDE)...);
-  }
-  if constexpr (SIDE > 1) turn<SIDE / 2>(rows, lanes);
-}
-
-INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
-
-// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as its stride allows.
-NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
-                            int64_t to_stride, float factor) {
-  float edge[WIDTH * WIDTH];
-  for (int64_t top = 0; top < rows; top += WIDTH)
-    for (int64_t left = 0; left < columns; left += WIDTH) {
-      const int64_t height = std::min<int64_t>(WIDTH, rows - top), width = std::min<int64_t>(WIDTH, columns - left);
-      const float *square = from + top * from_stride + left;
-      int64_t stride = from_stride;
-      if (height < WIDTH || width < WIDTH) {
-        std::fill(edge, edge + WIDTH * WIDTH, 0.f);
-        for (int64_t i = 0; i < height; ++i) std::copy_n(square + i * stride, width, edge + i * WIDTH);
-        square = edge, stride = WIDTH;
-      }
-      Vec x[WIDTH];
-      for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
-      turn(x);
-      float *turned = to + left * to_stride + top;
-      const bool direct = width == WIDTH && top + WIDTH <= to_stride;
-      for (int i = 0; i < WIDTH; ++i) store(direct ? turned + i * to_stride : edge + i * WIDTH, x[i]);
-      for (int64_t i = 0; !direct && i < width; ++i)
-        std::copy_n(edge + i * WIDTH, std::min<int64_t>(WIDTH, to_stride - top), turned + i * to_stride);
-    }
-}
+constexpr float SLACK = 8;  // see soften()
 
 // Some keys of a tile, key ... end_key - 1, and the vectors of queries that see any of them, vector ... end_vector - 1.
 struct Piece {
@@ -180,11 +22,13 @@ struct Worker {
   const Call &call;
   const int64_t d, padded;
   std::unique_ptr<float[]> memory;
-  float *q_t, *q_emb_t, *out_t, *scores, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
+  float *q_t, *q_emb_t, *out_t, *scores, *slopes, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
 
-  int64_t group, start, count;  // the block: queries start ... start + count - 1 of a group
+  int64_t group, key_group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
-  int32_t positions[QUERIES], first[QUERIES], last[QUERIES];  // of each, and the keys it sees of those that exist
+  // Of each query its position, the first and the last key of its span, and those of its prefix, which starts where its
+  // document does: none of them goes down from one query to the next.
+  int32_t positions[QUERIES], first[QUERIES], last[QUERIES], document[QUERIES], prefix_last[QUERIES];
   int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
   uint32_t rows[QUERIES];                             // dropout's hash of each
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
@@ -192,40 +36,43 @@ struct Worker {
 
   int64_t key;  // the tile: keys key ... key + keys - 1
   int keys, pieces;
-  bool partial, careful;  // whether not all of it is seen, and whether products of what is not are left out
+  int64_t begun;  // where the document starts whose prefix it is of
+  bool in_prefix, partial, careful;  // whether not all of it is seen, and whether products of what is not are left out
   Piece piece[KEYS / PIECE];
 
   explicit Worker(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
     const int64_t down = d * QUERIES, wide = QUERIES * padded, tile = KEYS * QUERIES;
     float **parts[] = {&q_t, &q_emb_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores,
-                       &by_offset};
+                       &slopes, &by_offset};
     const int64_t sizes[] = {down, call.emb ? down : 0, down, down, down, wide, wide, wide, KEYS * padded, tile,
-                             tile, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
+                             tile, call.softcap > 0 ? tile : 0, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
     memory.reset(new float[total]);  // not all of it is touched, and what is not costs nothing
     float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
-    for (int i = 0; i < 12; ++i) *parts[i] = next, next += sizes[i];
+    for (int i = 0; i < 13; ++i) *parts[i] = next, next += sizes[i];
     for (float *rows : {q, q_scaled, dout})
       if (d < padded) std::fill(rows, rows + wide, 0.f);
   }
 
   void read_block(int64_t to_group, int64_t from, int64_t to) {
-    group = to_group, start = from, count = to - from;
+    group = to_group, key_group = group / call.share, start = from, count = to - from;
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
-    transpose(count, d, from_q, d, q_t, QUERIES, call.scale * LOG2_E);
+    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
     if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
-    const int64_t at = call.offset + start;
-    int64_t bucket = at - at % call.bucket, period = at - at % call.period;  // where those of a position start
+    int64_t bucket = 0, period = 0;  // where those of a position start
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
-      const int64_t position = at + std::min<int64_t>(lane, count - 1);
+      const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
+      const Span within = call.document(group, position);
+      if (!lane || within.first != document[lane - 1])
+        bucket = call.bucket_of(position, within.first), period = position - (position - within.first) % call.period;
       if (position == bucket + call.bucket) bucket = position;
       if (position == period + call.period) period = position;
-      int64_t low, high;
-      call.span(position, bucket, low, high);
-      positions[lane] = position, first[lane] = low, last[lane] = high;
+      const Span span = call.span(position, bucket, within);
+      positions[lane] = position, first[lane] = span.first, last[lane] = span.last;
+      document[lane] = within.first, prefix_last[lane] = call.prefix_last(position, within);
       bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
@@ -245,13 +92,42 @@ struct Worker {
 
   int64_t first_key() const { return first[0]; }
   int64_t end_of_keys() const { return last[count - 1] + 1; }
-  const float *k_rows() const { return call.k + (group * call.n_k + key) * d; }
-  const float *v_rows() const { return call.v + (group * call.n_k + key) * d; }
+  int64_t first_row() const { return key_group * call.n_k + key; }
+  const float *k_rows() const { return call.k + first_row() * d; }
+  const float *v_rows() const { return call.v + first_row() * d; }
+  int count_real() const { return real ? std::count(real + key, real + key + keys, true) : keys; }
 
-  // Turns to the tile from a key on; false where it holds no real key.
+  // Acts on one tile after the other: those of the prefix of each document that the block is of, and those of spans.
+  template <typename Act>
+  INLINE void over_keys(Act &&act) {
+    for (int lane = 0, end = 1; call.prefix && lane < count; lane = end++) {
+      while (end < count && document[end] == document[lane]) ++end;
+      for (int64_t tile = document[lane]; tile <= prefix_last[end - 1]; tile += KEYS)
+        if (read_prefix(tile, lane, end)) act();
+    }
+    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS)
+      if (read_tile(tile)) act();
+  }
+
+  // Turns to the tile from a key on of what the queries lane ... end - 1 have as prefix; false where all that they see
+  // of it are keys of their spans, or none is real.
+  bool read_prefix(int64_t from, int lane, int end) {
+    in_prefix = partial = true, begun = document[lane], key = from;
+    keys = std::min<int64_t>(KEYS, prefix_last[end - 1] + 1 - from);
+    const auto sees_more = [&](int query) {
+      const int64_t to = std::min<int64_t>(prefix_last[query], key + keys - 1);
+      return key <= to && (key < first[query] || last[query] < to);
+    };
+    while (lane < end && !sees_more(lane)) ++lane;
+    while (lane < end && !sees_more(end - 1)) --end;
+    piece[0] = {0, keys, lane / WIDTH, (end + WIDTH - 1) / WIDTH}, pieces = 1;
+    return lane < end && count_real();
+  }
+
+  // Turns to the tile of spans from a key on; false where it holds no real key.
   bool read_tile(int64_t from) {
-    key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
-    const int real_keys = real ? std::count(real + key, real + key + keys, true) : keys;
+    in_prefix = false, key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
+    const int real_keys = count_real();
     const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
     partial = !spanned || real_keys < keys;
     pieces = 0;
@@ -317,17 +193,27 @@ struct Worker {
     }
   }
 
-  // The scores of the tile in units of log(2): scaled products, embeddings and bias; -inf for what is not seen.
+  // The scores of the tile in units of log(2): scaled products, capped, embeddings and bias; -inf for what is not seen.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
     for (int i = 0; i < pieces; ++i)
       for (int v = piece[i].vector; v < piece[i].end_vector; ++v) {
+        if (call.softcap > 0) cap(v, piece[i]);
         if (call.emb) add_embeddings(v, piece[i]);
         if (call.bias) add_bias(v, piece[i]);
         if (call.hide_self) hide_self(v, piece[i]);
         if (partial) hide_unseen(v, piece[i]);
       }
+  }
+
+  void cap(int v, const Piece &p) {
+    for (int j = p.key; j < p.end_key; ++j) {
+      const int64_t at = j * QUERIES + v * WIDTH;
+      const Vec capped = tanh(load<Vec>(scores + at));
+      store(scores + at, capped * (call.softcap * LOG2_E));
+      store(slopes + at, 1.f - capped * capped);
+    }
   }
 
   void add_embeddings(int v, const Piece &p) {
@@ -367,11 +253,14 @@ struct Worker {
   }
 
   void hide_unseen(int v, const Piece &p) {
-    const Ints low = load<Ints>(first + v * WIDTH) - (int32_t)key, high = load<Ints>(last + v * WIDTH) - (int32_t)key;
+    const int32_t tile = key;
+    const Ints low = load<Ints>(first + v * WIDTH) - tile, high = load<Ints>(last + v * WIDTH) - tile;
+    const Ints from = load<Ints>(document + v * WIDTH) - tile, to = load<Ints>(prefix_last + v * WIDTH) - tile;
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
-      const Vec x = ((low <= j) & (high >= j)) ? load<Vec>(at) : all(-INFINITY);
-      store(at, real && !real[key + j] ? all(-INFINITY) : x);
+      Ints seen = (low <= j) & (high >= j);
+      if (in_prefix) seen = ~seen & (from <= j) & (to >= j);
+      store(at, real && !real[key + j] ? all(-INFINITY) : seen ? load<Vec>(at) : all(-INFINITY));
     }
   }
 
@@ -410,32 +299,35 @@ struct Worker {
     return mixed >= call.drop_below ? all(call.kept_factor) : Vec{};
   }
 
-  void forward(int64_t to_group, int64_t from, int64_t to, float *out, float *statistics) {
+  void forward(int64_t to_group, int64_t from, int64_t to, const Outputs &outputs) {
     read_block(to_group, from, to);
     careful = false;
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // values that nobody sees may have come through
     const int64_t at = group * call.n_q + start;
+    for (int64_t lane = 0; lane < count; ++lane)
+      outputs.lse[at + lane] = (float)(highest[lane] * std::log(2.) + std::log((double)sum[lane]));
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
-    transpose(d, count, out_t, QUERIES, out + at * d, d, 1);
+    transpose(d, count, out_t, QUERIES, outputs.out + at * d, d, 1);
     for (int64_t lane = 0; lane < count; ++lane) {
-      statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
-      statistics[2 * (at + lane) + 1] = sum[lane];
+      outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
+      outputs.statistics[2 * (at + lane) + 1] = sum[lane];
     }
   }
+
+  float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * LOG2_E : -INFINITY; }
 
   // Sums up what the queries take of their keys, and their weights.
   void attend() {
     std::fill(out_t, out_t + d * QUERIES, 0.f);
-    std::fill(highest, highest + QUERIES, -INFINITY);
-    std::fill(sum, sum + QUERIES, 0.f);
-    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile)) continue;
+    std::fill(highest, highest + QUERIES, sink());
+    std::fill(sum, sum + QUERIES, sink() == -INFINITY ? 0.f : 1.f);
+    over_keys([&] {
       score();
       call.dropping ? soften<true>() : soften<false>();
       add_to_queries(scores, v_rows(), out_t);
-    }
+    });
   }
 
   // Scores become weights, by a score near the highest so far of each query; where it is left behind by more than
@@ -487,12 +379,12 @@ struct Worker {
     for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
   }
 
-  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, float *dbias, float *demb,
-                int64_t &cleared) {
+  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, Chunk &chunk) {
     read_block(to_group, from, to);
     const int64_t at = group * call.n_q + start;
     const float *from_dout = grads.dout + at * d;
-    clear_keys(call, grads, group, cleared, end_of_keys());
+    const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
+    clear_keys(call, grads, key_group, chunk.cleared, end);
     transpose(count, d, from_dout, d, dout_t, QUERIES, 1);
     const float *dout_rows = in_vectors(from_dout, dout);
     const float *q_rows = call.emb ? in_vectors(call.q + at * d, q) : nullptr;
@@ -514,28 +406,41 @@ struct Worker {
       }
       turn(total);
       for (int i = 1; i < WIDTH; ++i) total[0] += total[i];
+      total[0] -= take(grads.dlse + at + v * WIDTH, count - v * WIDTH);
       store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total[0]);
     }
+    if (call.sinks) grads.dsink_parts[group * divide_up(call.n_q, QUERIES) + start / QUERIES] = sink_gradient();
     float *dq_t = out_t;
     std::fill(dq_t, dq_t + d * QUERIES, 0.f);
     if (call.emb) std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
-    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS) {
-      if (!read_tile(tile)) continue;
+    over_keys([&] {
       careful = partial && !(block_finite && finite(k_rows(), keys * d));
-      const int64_t first_row = (group * call.n_k + key) * d;
       score();
       products(v_rows(), dout_t, dscores);
       const bool plain = !call.dropping && !call.hide_self && !partial;
       plain ? differentiate<true>() : differentiate<false>();
       for (int i = 0; call.bias && i < pieces; ++i)
-        for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], dbias);
-      if (call.emb) add_to_offsets(q_rows, demb);
-      add_to_keys(scores, dout_rows, grads.dv + first_row);
-      add_to_keys(dscores, q_scaled, grads.dk + first_row);
+        for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], chunk.dbias);
+      if (call.emb) add_to_offsets(q_rows, chunk.demb);
+      if (call.softcap > 0) uncap();
+      float *dk = grads.dk + first_row() * d, *dv = grads.dv + first_row() * d;
+      if (in_prefix && begun < chunk.position) dk = chunk.dprefix + (key - begun) * d, dv = dk + call.prefix * d;
+      add_to_keys(scores, dout_rows, dv);
+      add_to_keys(dscores, q_scaled, dk);
       add_to_queries(dscores, k_rows(), dq_t);
-    }
+    });
     for (int64_t x = 0; call.emb && x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
     transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, call.emb ? 1 : call.scale);
+  }
+
+  // What the queries of the block add to the gradient of the sink, a key without a value.
+  float sink_gradient() {
+    Vec total{};
+    for (int lane = 0; lane < vectors * WIDTH; lane += WIDTH) {
+      const Vec weight = power_of_2(sink() - load<Vec>(highest + lane)) * load<Vec>(sum + lane);
+      total -= weight * load<Vec>(dot + lane);
+    }
+    return sum_of(total);
   }
 
   // From scores to weights, and from the weights' gradients to those of scores; PLAIN where all is seen and nothing
@@ -568,6 +473,18 @@ struct Worker {
     });
   }
 
+  // From the gradients of capped scores to those of products.
+  void uncap() {
+    over_tile([&](auto count, int v, int from, int to) {
+      for (int j = from; j < to; ++j)
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = j * QUERIES + (v + i) * WIDTH;
+          const Vec dscore = load<Vec>(dscores + at);
+          store(dscores + at, dscore == 0.f ? Vec{} : dscore * load<Vec>(slopes + at));
+        }
+    });
+  }
+
   void add_to_bias(int v, const Piece &p, float *dbias) {
     for (int j = p.key; j < p.end_key; j += WIDTH) {
       Vec x[WIDTH]{};
@@ -575,7 +492,7 @@ struct Worker {
         x[i] = load<Vec>(dscores + (j + i) * QUERIES + v * WIDTH);
       turn(x);
       for (int i = 0; i < std::min<int64_t>(WIDTH, count - v * WIDTH); ++i) {
-        float *row = dbias + bias_rows[v * WIDTH + i];
+        float *row = dbias + group % call.heads * call.bias_size + bias_rows[v * WIDTH + i];
         const int64_t column = column_of(v * WIDTH + i, j);
         __builtin_prefetch(row + real_column(column + KEYS), 1);
         if (all_real(column))

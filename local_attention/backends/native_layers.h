@@ -1,28 +1,6 @@
 // LayerNorm, GEGLU and rotary embedding, row by row, forward and backward, for one width of vectors: a part of
 // native_kernel.h.
 
-// Numbers from `from` on of which `count` are left in their row; what a vector has more is `rest`.
-INLINE Vec take(const float *from, int64_t count, float rest = 0) {
-  if (count >= WIDTH) return load<Vec>(from);
-  float edge[WIDTH];
-  std::fill(edge, edge + WIDTH, rest);
-  std::copy_n(from, count, edge);
-  return load<Vec>(edge);
-}
-
-INLINE void put(float *to, int64_t count, Vec x) {
-  if (count >= WIDTH) return store(to, x);
-  float edge[WIDTH];
-  store(edge, x);
-  std::copy_n(edge, count, to);
-}
-
-INLINE float sum_of(Vec x) {
-  float total = 0;
-  for (int lane = 0; lane < WIDTH; ++lane) total += x[lane];
-  return total;
-}
-
 // The mean of a row and the inverse of its standard deviation.
 INLINE void moments(const float *x, int64_t d, float epsilon, float &mean, float &inverse) {
   Vec total{}, squares{};

@@ -1,0 +1,194 @@
+// Vectors of one width, what is done with their numbers, and products of matrices in them: a part of native_kernel.h.
+
+constexpr int WIDTH = VECTOR_BYTES / 4;
+constexpr int QUERIES = BLOCK_QUERIES;
+constexpr float LOG2_E = 1.44269504f;
+constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
+
+typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+
+template <typename T, typename Element>
+INLINE T load(const Element *from) {
+  T x;
+  __builtin_memcpy(&x, from, sizeof(T));
+  return x;
+}
+
+template <typename T, typename Element>
+INLINE void store(Element *to, T x) {
+  __builtin_memcpy(to, &x, sizeof(T));
+}
+
+INLINE Vec all(float x) { return Vec{} + x; }
+
+INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+
+// 2^x for x < 127, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
+INLINE Vec power_of_2(Vec x) {
+  constexpr float SHIFT = 12582912.f + 127;  // 1.5 * 2^23: a sum with it is an integer, here of an exponent's bits
+  const Vec clamped = max(x, all(-127.f));   // the exponent of 0
+  const Vec shifted = clamped + SHIFT;
+  const Vec r = clamped - (shifted - SHIFT);
+  Vec y = r * 0.001326472731f + 0.009671512991f;  // minimax on -1/2 ... 1/2, exact at 0
+  y = y * r + 0.05550733581f;
+  y = y * r + 0.2402224243f;
+  y = y * r + 0.6931470037f;
+  y = y * r + 1.f;
+  return y * (Vec)((Bits)shifted << 23);
+}
+
+// tanh x to 5e-7 of it: an odd quotient, its coefficients fitted here for the smallest relative error (2e-8) over
+// -9.02 ... 9.02, beyond which floats know no difference to 1; NaN stays NaN.
+INLINE Vec tanh(Vec x) {
+  x = x > 9.02f ? all(9.02f) : max(x, all(-9.02f));
+  const Vec y = x * x;
+  const Vec above = (((1.33192639e-8f * y + 2.05836312e-5f) * y + 3.49404410e-3f) * y + 0.133797261f) * y + 1.f;
+  const Vec below = (((7.76210149e-7f * y + 3.28310815e-4f) * y + 2.58711099e-2f) * y + 0.467130413f) * y + 1.f;
+  return x * above / below;
+}
+
+// Numbers from `from` on of which `count` are left in their row; what a vector has more is `rest`.
+INLINE Vec take(const float *from, int64_t count, float rest = 0) {
+  if (count >= WIDTH) return load<Vec>(from);
+  float edge[WIDTH];
+  std::fill(edge, edge + WIDTH, rest);
+  std::copy_n(from, count, edge);
+  return load<Vec>(edge);
+}
+
+INLINE void put(float *to, int64_t count, Vec x) {
+  if (count >= WIDTH) return store(to, x);
+  float edge[WIDTH];
+  store(edge, x);
+  std::copy_n(edge, count, to);
+}
+
+INLINE float sum_of(Vec x) {
+  float total = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) total += x[lane];
+  return total;
+}
+
+// Acts on vectors v ... end - 1, as many at once as there are registers for: act(how many, a constant, and the first).
+template <int COUNT = COLUMNS, typename Act>
+INLINE void across(int v, int end, Act &&act) {
+  for (; v + COUNT <= end; v += COUNT) act(std::integral_constant<int, COUNT>{}, v);
+  if constexpr (COUNT > 1)
+    if (v < end) across<COUNT - 1>(v, end, act);
+}
+
+// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
+template <int ROWS, int COUNT>
+INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                             int64_t b_step, float *c, int64_t c_row, bool add) {
+  Vec sum[ROWS][COUNT];
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COUNT; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
+  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
+    Vec x[COUNT];
+    for (int v = 0; v < COUNT; ++v) x[v] = load<Vec>(b + v * WIDTH);
+    for (int row = 0; row < ROWS; ++row)
+      for (int v = 0; v < COUNT; ++v) sum[row][v] += a[row * a_row] * x[v];
+  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int v = 0; v < COUNT; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
+}
+
+template <int ROWS, int COUNT>
+INLINE void matmul_rows(int64_t rows, int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                        int64_t b_step, float *c, int64_t c_row, bool add) {
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
+    matmul_registers<ROWS, COUNT>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
+  if constexpr (ROWS > 1)
+    if (rows) matmul_rows<ROWS / 2, COUNT>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+}
+
+NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *a, int64_t a_row, int64_t a_step,
+                         const float *b, int64_t b_step, float *c, int64_t c_row, bool add) {
+  across(0, vectors, [=](auto count, int v) {
+    matmul_rows<count == COLUMNS ? 4 : 8, count>(rows, steps, a, a_row, a_step, b + v * WIDTH, b_step, c + v * WIDTH,
+                                                 c_row, add);
+  });
+}
+
+// The same, one product at a time, leaving out those with a weight of 0: 0 * NaN is NaN, and what nobody sees must not
+// be seen. weights[j, lane] meets rows[j] in `into[., lane]`, or rows[lane] in `into[j]`.
+NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, const float *weights, const float *rows,
+                                 int64_t rows_stride, float *into, int64_t into_stride, bool transposed) {
+  for (int64_t j = 0; j < keys; ++j)
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float weight = weights[j * QUERIES + lane];
+      if (weight == 0) continue;
+      for (int64_t c = 0; c < width; ++c) {
+        if (transposed)
+          into[c * into_stride + lane] += weight * rows[j * rows_stride + c];
+        else
+          into[j * into_stride + c] += weight * rows[lane * rows_stride + c];
+      }
+    }
+}
+
+NEVER_INLINE bool finite(const float *rows, int64_t count) {
+  Vec zeros[4]{};
+  int64_t x = 0;
+  for (; x + 4 * WIDTH <= count; x += 4 * WIDTH)
+    for (int i = 0; i < 4; ++i) zeros[i] += load<Vec>(rows + x + i * WIDTH) * 0.f;
+  zeros[0] += zeros[1] + (zeros[2] + zeros[3]);
+  float zero = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) zero += zeros[0][lane];
+  for (; x < count; ++x) zero += rows[x] * 0;
+  return zero == 0;
+}
+
+INLINE bool any(Ints x) {
+  int32_t found = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) found |= x[lane];
+  return found;
+}
+
+INLINE Bits scramble(Bits x) {
+  x = x * (x + x + 1);
+  x ^= (Bits)((Ints)x >> 16);
+  return x * (x + x + 1);
+}
+
+// A square of as many rows as a row has numbers, turned: at each step the off-diagonal squares of a side change places.
+template <int SIDE, int... LANES>
+INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
+  for (int row = 0; row < WIDTH; ++row) {
+    if (row & SIDE) continue;
+    const Vec a = rows[row], b = rows[row + SIDE];
+    rows[row] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES - SIDE : LANES)...);
+    rows[row + SIDE] = SHUFFLE(a, b, (LANES & SIDE ? WIDTH + LANES : LANES + SIDE)...);
+  }
+  if constexpr (SIDE > 1) turn<SIDE / 2>(rows, lanes);
+}
+
+INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
+
+// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as its stride allows.
+NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
+                            int64_t to_stride, float factor) {
+  float edge[WIDTH * WIDTH];
+  for (int64_t top = 0; top < rows; top += WIDTH)
+    for (int64_t left = 0; left < columns; left += WIDTH) {
+      const int64_t height = std::min<int64_t>(WIDTH, rows - top), width = std::min<int64_t>(WIDTH, columns - left);
+      const float *square = from + top * from_stride + left;
+      int64_t stride = from_stride;
+      if (height < WIDTH || width < WIDTH) {
+        std::fill(edge, edge + WIDTH * WIDTH, 0.f);
+        for (int64_t i = 0; i < height; ++i) std::copy_n(square + i * stride, width, edge + i * WIDTH);
+        square = edge, stride = WIDTH;
+      }
+      Vec x[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
+      turn(x);
+      float *turned = to + left * to_stride + top;
+      const bool direct = width == WIDTH && top + WIDTH <= to_stride;
+      for (int i = 0; i < WIDTH; ++i) store(direct ? turned + i * to_stride : edge + i * WIDTH, x[i]);
+      for (int64_t i = 0; !direct && i < width; ++i)
+        std::copy_n(edge + i * WIDTH, std::min<int64_t>(WIDTH, to_stride - top), turned + i * to_stride);
+    }
+}
