@@ -11,30 +11,35 @@ from mindspore._c_expression import MixedPrecisionType
 from mindspore.ops import constexpr
 
 from . import checks
-from .backends import ascend, blocked, dense, native
-from .spec import WindowSpec
+from .backends import any_length, ascend, blocked, dense, native
+from .spec import Scoring, WindowSpec
 
-BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "dense": dense}  # in order of preference
+BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length": any_length,
+            "dense": dense}  # in order of preference
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call that is known before its values are: what a backend is chosen and planned by."""
+    """Everything about a call that is known before its values are: what a backend is chosen and planned by.
+
+    A length, or the number of groups, is None in a graph that is compiled for all of them.
+    """
     spec: WindowSpec
-    groups: int  # batch entries times heads, heads fastest
-    n_q: int
-    n_k: int
+    scoring: Scoring
+    groups: Optional[int]  # of queries: batch entries times heads, heads fastest
+    n_q: Optional[int]
+    n_k: Optional[int]
     head_dim: int
-    scale: float
     dtype: str = "Float32"
-    batch: int = 0  # rows of the key mask, 0 where there is none
+    share: int = 1  # how many query heads, one after the other, read the same key head
+    batch: Optional[int] = 0  # rows of the key mask, 0 where there is none
+    documents: Optional[int] = 0  # rows of the documents' bounds, 0 where all of a sequence is one
     bias_shape: Optional[tuple] = None  # (heads, period, columns)
-    bias_backward: int = 0  # how many positions before its period a bias's first column stands
     bias_is_constant: bool = False  # whether no gradient of it is wanted
+    sinks: int = 0  # heads that have one, 0 where there is none
     by_offset: bool = False  # whether embeddings of the offsets from query to key are scored
-    hide_self: bool = False
-    dropout: float = 0.
-    offset: int = 0  # the position of the first query among the keys
+    lse: bool = False  # whether the log-sum-exp is returned too
+    offset: Optional[int] = 0  # the position of the first query among the keys
     origin: tuple = (0, 0)  # which group and position of a larger problem dropout counts the first ones here as
 
     @property
@@ -47,11 +52,86 @@ class Problem:
         """After how many positions the bias repeats."""
         return self.bias_shape[1] if self.bias_shape else 1
 
+    @property
+    def any_length(self):
+        """Whether something that is planned by is not known."""
+        return None in (self.groups, self.n_q, self.n_k, self.batch, self.documents)
+
     def bias_index(self, queries, keys):
         """Where in a head's flattened bias the score of a query and a key, given by position, finds its entry."""
         _, period, columns = self.bias_shape
-        column = keys - (queries // period * period - self.bias_backward)
+        column = keys - (queries // period * period - self.spec.backward)
         return queries % period * columns + np.clip(column, 0, columns - 1)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which part of a larger problem a call is, and what is wanted of it."""
+    offset: Optional[int] = 0  # the position of the first query among the keys; None: the last query is at the last
+    origin: tuple = (0, 0)  # the group and the position that the first ones are of the whole: what dropout counts by
+    dtype: Optional[ms.Type] = None  # the precision called for, where it is not q's: of what was rotated in float32
+    bias_is_constant: bool = False  # whether no gradient of the bias is wanted
+    lse: bool = False  # whether the log-sum-exp is returned too
+
+
+WHOLE = Frame()
+
+
+def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None):
+    """The tensors that come with q, k and v, in the one order in which they travel, None for those that do not.
+
+    mask: bool `(batch, n_k)`, True = a real key; `batch` divides the groups. documents: int32 `(batch, n_k, 2)`, of each
+    position the first and the last of its document, as `document_bounds` makes them. bias: `(heads, period, columns)`,
+    added to the scaled products: the query at position `i` takes row `i % period`, the key at position `j` column
+    `j - (i - i % period - backward)`; in a document, positions count from its start. sinks: `(heads,)`, a score in each
+    softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q,
+    unscaled, and added for the key at `i + r - backward`. seed: int32 `(1,)`, what dropout is a function of.
+    """
+    return mask, documents, bias, sinks, rel_pos_emb, seed
+
+
+ALONE = beside()
+
+
+# ---- who runs what
+
+
+_default = [None]
+
+
+class use_backend:
+    """
+    What `backend=None` means from here on, for all Cells and functions, the fused layers of models included.
+
+    As a call it holds for good, in a `with` for its block. Under ``"dense"`` everything is plain operators, which a
+    compiled function can differentiate twice. A function that was compiled before keeps what it was compiled with.
+
+    Args:
+        backend (str): ``"ascend"`` , ``"native"`` , ``"blocked"`` , ``"any_length"`` or ``"dense"`` ; ``None`` is the
+            fastest that can.
+
+    Raises:
+        ValueError: If there is no such backend.
+
+    Supported Platforms:
+        Plain Python, the same everywhere.
+
+    Examples:
+        >>> import local_attention
+        >>> with local_attention.use_backend("dense"):
+        ...     print(local_attention.LocalAttention(8).explain(64).splitlines()[0])
+        dense: runs this
+    """
+
+    def __init__(self, backend):
+        self.before = _default[0]
+        _default[0] = native.wanted[0] = check_backend("use_backend", backend)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        _default[0] = native.wanted[0] = self.before
 
 
 def refusals(problem):
@@ -61,8 +141,14 @@ def refusals(problem):
 
 def choose(problem, backend=None):
     """The name of the backend that runs a problem: the one asked for, else the first that can."""
+    backend = backend or _default[0]
     if backend is None:
-        return next(name for name in BACKENDS if BACKENDS[name].why_not(problem) is None)
+        reasons = refusals(problem)
+        name = next((name for name, reason in reasons.items() if reason is None), None)
+        if name is None:
+            raise ValueError("For 'attend', no backend can run this call: "
+                             + "; ".join(f"'{name}' {reason}" for name, reason in reasons.items()) + ".")
+        return name
     reason = BACKENDS[check_backend("attend", backend)].why_not(problem)
     if reason is not None:
         raise ValueError(f"For 'attend', the backend '{backend}' cannot run this call: it {reason}.")
@@ -70,7 +156,7 @@ def choose(problem, backend=None):
 
 
 def check_backend(owner, backend):
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise checks.value_error(owner, "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
     return backend
 
@@ -103,8 +189,8 @@ class InFloat32(nn.Cell):
 class _Run(Float32):
     """A backend's function as a Cell: float32 in, float32 out."""
 
-    def construct(self, run, constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
-        return run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
+    def construct(self, run, constants, q, k, v, tensors):
+        return run(constants, q, k, v, tensors)
 
 
 _run = _Run()
@@ -118,60 +204,61 @@ def _prepared(problem, name):
 
 
 @constexpr
-def _chosen(spec, scale, q_shape, n_k, dtype, mask_shape, bias_shape, bias_backward, bias_is_constant, by_offset,
-            hide_self, dropout, offset, origin, backend):
+def _chosen(spec, scoring, frame, q_shape, k_shape, dtype, mask_shape, documents_shape, bias_shape, sinks_shape,
+            by_offset, backend):
     *leading, n_q, head_dim = q_shape
-    problem = Problem(spec, math.prod(leading), n_q, n_k, head_dim, scale, str(dtype),
-                      mask_shape[0] if mask_shape else 0, bias_shape, bias_backward, bias_is_constant, by_offset,
-                      hide_self, dropout, offset, origin)
+    *key_leading, n_k, _ = k_shape
+    share = 1 if leading == key_leading else q_shape[-3] // k_shape[-3]
+    offset = frame.offset
+    if offset is None and None not in (n_q, n_k):
+        offset = n_k - n_q
+    problem = Problem(
+        spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, head_dim, str(frame.dtype or dtype),
+        share, mask_shape[0] if mask_shape else 0, documents_shape[0] if documents_shape else 0, bias_shape,
+        frame.bias_is_constant, sinks_shape[0] if sinks_shape else 0, by_offset, frame.lse, offset, frame.origin)
     return _prepared(problem, choose(problem, backend))
 
 
-def attend(q, k, v, spec, scale, key_mask=None, bias=None, bias_backward=0, rel_pos_emb=None, hide_self=False,
-           dropout=0., seed=None, offset=0, origin=(0, 0), backend=None, dtype=None, bias_is_constant=False):
+def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
     """Attention of `q (..., n_q, d)` over `k, v (..., n_k, d)`, every query over the keys that `spec` shows it.
 
     Args:
-        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, heads fastest. The softmax is in float32.
+        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, heads fastest; k and v have as many heads
+            as q or a divisor of them. The softmax is in float32.
         spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
-        scale (float): Multiplies the products of queries and keys.
-        key_mask (Tensor): bool `(batch, n_k)`, True = a real key; `batch` divides the product of
-            the leading axes.
-        bias (Tensor): `(heads, period, columns)`, added to the scaled products: the query at position `i` takes row
-            `i % period`, the key at position `j` column `j - (i - i % period - bias_backward)`.
-        rel_pos_emb (Tensor): `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q, unscaled,
-            and added for the key at position `i + r - backward`.
-        hide_self (bool): Whether a query's own key scores -5e4, seen only where nothing else is.
-        dropout (float): The rate at which weights are dropped, by `seed`, int32 `(1,)`; drawn where it is None.
-        offset (int): The position of the first query among the keys.
-        origin (tuple): The group and the position that the first ones are of the whole that this is a part of: the
-            parts of a whole drop, by one seed, what the whole does.
+        scoring (Scoring): How a score is made.
+        tensors (tuple): What comes with q, k and v, as `beside` puts it. A seed that dropout needs is drawn.
+        frame (Frame): Which part of a larger problem this is.
         backend (str): By name, or None for the fastest that can.
-        dtype (mindspore.dtype): The precision that is called for, where it is not q's: of what was rotated in float32.
-        bias_is_constant (bool): Whether no gradient of the bias is wanted.
 
     Returns:
-        Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key.
+        Tensor of q's shape and dtype; zeros, with zero gradient, for a query that sees no real key. With `frame.lse` a
+        tuple of it and the log-sum-exp, float32 of its shape without the last axis.
     """
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
     if 0 in shape:
-        return q
+        return (q, ops.full(shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
     run, constants, as_given, any_axes = _chosen(
-        spec, scale, shape, k.shape[-2], q.dtype if dtype is None else dtype,
-        None if key_mask is None else key_mask.shape, None if bias is None else bias.shape, bias_backward,
-        bias_is_constant, rel_pos_emb is not None, hide_self, dropout, offset, origin, backend)
-    if dropout > 0 and seed is None:
+        spec, scoring, frame, shape, k.shape, q.dtype, None if mask is None else mask.shape,
+        None if documents is None else documents.shape, None if bias is None else bias.shape,
+        None if sinks is None else sinks.shape, rel_pos_emb is not None, backend)
+    if scoring.dropout > 0 and seed is None:
         seed = draw_seed()
     flatten = not any_axes and len(shape) != 3  # on CPU a reshape is a copy
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
-        out = run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed)
+        out, lse = run(constants, q, k, v, (mask, documents, bias, sinks, rel_pos_emb, seed))
     else:
-        out = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v), key_mask, _in_float32(bias),
-                   _in_float32(rel_pos_emb), seed)
+        out, lse = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v),
+                        (mask, documents, _in_float32(bias), _in_float32(sinks), _in_float32(rel_pos_emb), seed))
     out = ops.cast(out, q.dtype)
-    return out.reshape(shape) if flatten else out
+    if flatten:
+        out = out.reshape(shape)
+    if frame.lse:
+        return out, lse.reshape(shape[:-1])
+    return out
 
 
 def _flat(x):
@@ -192,14 +279,28 @@ def explain(problem, backend=None):
     """In words: which backend runs a problem, why each other one does not, what it works on, and what compiles anew."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
-    elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k) * problem.head_dim
+    elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k // problem.share) * problem.head_dim
     size = 2 if problem.dtype in ascend.AS_GIVEN else 4
-    instead = f"could run it, but {chosen} {'was asked for' if backend else 'comes first'}"
+    instead = f"could run it, but {chosen} {'was asked for' if backend or _default[0] else 'comes first'}"
     lines = [f"{chosen}: runs this"]
     lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
-    lines += [f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
+    lines += [f"options: {', '.join(_options(problem)) or 'none'}",
+              f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
               f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once",
               f"q, k, v and the output: {elements:,} numbers ({size * elements:,} bytes)",
               "compiles anew for: another shape or dtype of an input, a mask or bias where there was none or none where"
               " there was one, training in place of evaluation or the reverse"]
     return "\n".join(lines)
+
+
+def _options(problem):
+    """What a call has beside a span, in words."""
+    scoring = problem.scoring
+    named = {
+        f"{problem.share} query heads to a key head": problem.share > 1, "a key mask": problem.batch != 0,
+        "documents": problem.documents != 0, f"a prefix of {problem.spec.prefix}": problem.spec.prefix > 0,
+        "a bias": problem.bias_shape is not None, "sinks": problem.sinks > 0,
+        "embeddings of offsets": problem.by_offset, f"softcap {scoring.softcap}": scoring.softcap is not None,
+        "shared_qk": scoring.hide_self, f"dropout {scoring.dropout}": scoring.dropout > 0,
+        "the log-sum-exp": problem.lse}
+    return [name for name, there in named.items() if there]

@@ -17,7 +17,7 @@ from mindspore.ops import constexpr
 from . import checks
 from .attend import Float32, attend
 from .backends import native
-from .backends.dense import HIDDEN
+from .backends.spans import HIDDEN
 from .local_attention import l2norm
 from .spec import WindowSpec
 

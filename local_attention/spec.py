@@ -1,5 +1,6 @@
-"""Which keys a query sees: four integers and one formula, from which every mask, plan and picture is derived."""
+"""Which keys a query sees, and how a score is made: numbers alone, from which every mask, plan and picture is derived."""
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
@@ -14,18 +15,20 @@ class WindowSpec:
     The span of keys that each query of a sequence sees.
 
     With :math:`start = \lfloor i / bucket \rfloor \cdot bucket`, query :math:`i` sees the keys from
-    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and none after :math:`i` when
-    `causal`. Keys outside the sequence do not exist.
+    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and besides them the first `prefix`
+    keys of the sequence; none after :math:`i` when `causal`. Keys outside the sequence do not exist.
 
     Args:
         bucket (int): How many consecutive queries share a span, in positions. 1 is a span that moves with the query.
         backward (int): Keys before the start of the bucket, in positions.
         forward (int): Keys after the end of the bucket, in positions. -1 with a bucket of 1 hides the query's own key.
-        causal (bool): Whether the span is cut at the query.
+        causal (bool): Whether a query sees no key after itself.
+        prefix (int): How many keys at the start of the sequence every query sees, wherever its span is (StreamingLLM,
+            Xiao et al., 2023). One that the span holds too is seen once. Default: ``0`` .
 
     Raises:
         TypeError: If a count is not an int or `causal` is not a bool.
-        ValueError: If `bucket` is less than 1, `backward` less than 0 or `forward` less than -1.
+        ValueError: If `bucket` is less than 1, `backward` or `prefix` less than 0, or `forward` less than -1.
 
     Supported Platforms:
         Plain Python, the same everywhere.
@@ -45,24 +48,27 @@ class WindowSpec:
     backward: int
     forward: int
     causal: bool
+    prefix: int = 0
 
     def __post_init__(self):
         checks.positive_int("WindowSpec", "bucket", self.bucket)
         checks.non_negative_int("WindowSpec", "backward", self.backward)
         checks.integer("WindowSpec", "forward", self.forward, -1)
         checks.boolean("WindowSpec", "causal", self.causal)
+        checks.non_negative_int("WindowSpec", "prefix", self.prefix)
 
     def span(self, i):
-        """The first and the last key that query `i` sees, both included; `i` is an int or an array of them."""
+        """The first and the last key of the span of query `i`, both included; `i` is an int or an array of them."""
         start = i // self.bucket * self.bucket
         first, last = start - self.backward, start + self.bucket - 1 + self.forward
         return first, np.minimum(last, i) if self.causal else last
 
     def visible(self, queries, keys):
         """Bool array `(len(queries), len(keys))`: whether the query at one position sees the key at another."""
-        first, last = self.span(np.asarray(queries)[:, None])
-        keys = np.asarray(keys)[None, :]
-        return (first <= keys) & (keys <= last)
+        queries, keys = np.asarray(queries)[:, None], np.asarray(keys)[None, :]
+        first, last = self.span(queries)
+        in_prefix = (keys >= 0) & (keys < self.prefix) & ((keys <= queries) | (not self.causal))
+        return (first <= keys) & (keys <= last) | in_prefix
 
     def show(self, n):
         """The mask of an `n`-token sequence, drawn: a row for each query, a column for each key."""
@@ -85,3 +91,21 @@ class WindowSpec:
         left, right = (NO_LIMIT if checks.integer(owner, "window_size", size, -1) == -1 else int(size)
                        for size in window_size)
         return cls(bucket=1, backward=left, forward=0 if causal else right, causal=causal)
+
+    @classmethod
+    def from_chunks(cls, chunk_size):
+        """Llama 4's `attention_chunk_size`: causal, and nothing before the chunk that the query is in."""
+        return cls(checks.positive_int("WindowSpec.from_chunks", "chunk_size", chunk_size), 0, 0, causal=True)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the score of a query and a key becomes a weight, but for what tensors add to it.
+
+    In this order: `scale` times their product; capped to `softcap * tanh(score / softcap)`; bias and embeddings of the
+    offset; -5e4 for a query's own key where `hide_self`; masks; softmax; weights dropped at the rate `dropout`.
+    """
+    scale: float
+    softcap: Optional[float] = None
+    hide_self: bool = False
+    dropout: float = 0.

@@ -11,6 +11,8 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
+from .spans import repeated
+
 AS_GIVEN = ("Float16", "BFloat16")  # the dtypes that are handed to `run` as they are
 LARGEST_BATCH, MOST_HEADS, LONGEST, LARGEST_HEAD = 2048, 256, 512 * 1024, 512  # the operator's own limits
 BAND = 2048  # the side of its compressed mask; spans to both sides that are wider are reported to come out wrong
@@ -34,20 +36,28 @@ def why_not(problem):
 def _refusal(problem):
     if problem.dtype not in AS_GIVEN:
         return f"takes float16 and bfloat16, and the inputs are {problem.dtype.lower()}"
+    if problem.any_length:
+        return "makes its masks before a graph runs, which does not know a length here"
+    for name, there in (("documents", problem.documents), ("sinks", problem.sinks), ("a prefix", problem.spec.prefix),
+                        ("a softcap", problem.scoring.softcap is not None), ("the log-sum-exp", problem.lse)):
+        if there:
+            return f"has no place for {name} yet"
     if problem.bias_shape and not problem.bias_is_constant:
         return "gives a bias no gradient"
     if problem.by_offset:
         return "has no place for embeddings of offsets"
-    if problem.hide_self:
+    if problem.scoring.hide_self:
         return "gives a query's own key no score of its own"
-    if problem.dropout > 0:
+    if problem.scoring.dropout > 0:
         return "draws dropout that no seed repeats"
     if problem.head_dim > LARGEST_HEAD:
         return f"takes heads of at most {LARGEST_HEAD} dimensions"
     if max(problem.n_q, problem.n_k) > LONGEST:
         return f"takes sequences of at most {LONGEST} tokens"
-    if problem.heads > MOST_HEADS:
+    if max(problem.heads, problem.share) > MOST_HEADS:
         return f"takes at most {MOST_HEADS} heads"
+    if problem.heads > 1 and problem.heads % problem.share:
+        return "wants a bias for each of the heads that share a key head"
     batch = problem.groups // _heads(problem) * (1 if band(problem) else len(fold(problem)[0]))
     if batch > LARGEST_BATCH:
         return f"takes a batch of at most {LARGEST_BATCH}, and this would be one of {batch}"
@@ -58,8 +68,8 @@ def _heads(problem):
     """How many groups are the heads of one batch entry: of one row of the key mask, and as many as a bias has."""
     if problem.bias_shape:
         return problem.heads
-    alike = problem.groups // max(problem.batch, 1)
-    return max(heads for heads in range(1, min(alike, MOST_HEADS) + 1) if alike % heads == 0)
+    alike, share = problem.groups // max(problem.batch, 1), problem.share
+    return max(heads for heads in range(share, min(alike, MOST_HEADS) + 1, share) if alike % heads == 0)
 
 
 def band(problem):
@@ -122,13 +132,15 @@ def _int32(index):
     return Tensor(index.reshape(-1).astype(np.int32))
 
 
-def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
+def run(constants, q, k, v, tensors):
     """The band, or blocks under a mask. A row with nothing to see, where the operator's result is undefined, is shown
     everything there and is zero here."""
     problem, heads, tokens, mask, queries, keys, bias_index = constants
-    dtype, scale = _dtype(problem.dtype), problem.scale
+    key_mask, _, bias, _, _, _ = tensors
+    key_heads = heads // problem.share
+    dtype, scale = _dtype(problem.dtype), problem.scoring.scale
     if key_mask is not None:
-        hidden = _per_group(ops.logical_not(key_mask), problem.groups)
+        hidden = repeated(ops.logical_not(key_mask), k.shape[0])
         k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
     if bias is not None:  # whether the operator scales a bias too is told in two ways: so neither of them is scaled
         q, scale = ops.mul(ops.cast(q, ms.float32), scale), 1.
@@ -137,9 +149,9 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
     q, k, v = _padded(ops.cast(q, dtype)), _padded(ops.cast(k, dtype)), _padded(ops.cast(v, dtype))
     if tokens is not None:
         out = ops.flash_attention_score(
-            _by_head(q, heads), _by_head(k, heads), _by_head(v, heads), heads, attn_mask=mask, scalar_value=scale,
-            pre_tokens=tokens[0], next_tokens=tokens[1], input_layout="BNSD", sparse_mode=4)
-        return out.reshape(q.shape)[..., :problem.head_dim]
+            _by_head(q, heads), _by_head(k, key_heads), _by_head(v, key_heads), heads, attn_mask=mask,
+            scalar_value=scale, pre_tokens=tokens[0], next_tokens=tokens[1], input_layout="BNSD", sparse_mode=4)
+        return out.reshape(q.shape)[..., :problem.head_dim], None
     blocks, rows, width = mask.shape
     mask = mask[:, None]
     if key_mask is not None:
@@ -151,22 +163,17 @@ def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
     if bias is not None:
         bias = ops.cast(bias, dtype).reshape(1, heads, rows, width)
     out = ops.flash_attention_score(
-        _blocks(q, queries, blocks, heads), _blocks(k, keys, blocks, heads), _blocks(v, keys, blocks, heads), heads,
+        _blocks(q, queries, blocks, heads), _blocks(k, keys, blocks, key_heads), _blocks(v, keys, blocks, key_heads), heads,
         real_shift=bias, attn_mask=ops.logical_and(mask, ops.logical_not(nothing)), scalar_value=scale,
         input_layout="BNSD", sparse_mode=0)
     out = ops.masked_fill(out, nothing, 0.).reshape(blocks, problem.groups, rows, -1).swapaxes(0, 1)
     first = problem.offset % max(problem.spec.bucket, problem.bias_period)  # where in its block the first query stands
-    return out.reshape(problem.groups, blocks * rows, -1)[:, first:first + problem.n_q, :problem.head_dim]
+    return out.reshape(problem.groups, blocks * rows, -1)[:, first:first + problem.n_q, :problem.head_dim], None
 
 
 @constexpr
 def _dtype(name):
     return getattr(ms, name.lower())
-
-
-def _per_group(x, groups):
-    """From `(batch, n)` to `(groups, n, 1)`."""
-    return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
 
 
 def _padded(x):

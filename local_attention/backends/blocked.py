@@ -12,7 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ..plan import make_plan
-from .dense import HIDDEN, SELF_SCORE
+from . import any_length
+from .spans import HIDDEN, SELF_SCORE, finished, repeated, tanh
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
@@ -26,7 +27,7 @@ _matmul = ops.MatMul()
 _matmul_transpose_a = ops.MatMul(transpose_a=True)
 _matmul_transpose_b = ops.MatMul(transpose_b=True)
 _bias_add = ops.BiasAdd()
-_softmax = ops.Softmax(-1)
+_softmax, _log_softmax = ops.Softmax(-1), ops.LogSoftmax(-1)
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
 _slice = ops.Slice()
@@ -34,22 +35,27 @@ _concat = ops.Concat(-1)
 
 
 def why_not(problem):
-    """None: it runs everything."""
-    return None
+    """Why it cannot run a problem, None where it can."""
+    return "plans blocks by lengths, which a graph does not know here" if problem.any_length else None
+
+
+def key_heads(problem):
+    """How many key heads differ in more than their tensors: in the bias of the heads that share them."""
+    return max(1, problem.heads // problem.share)
 
 
 def schedule(problem):
-    """The plan's runs, how many groups are worked on together, and the steps of that: (run, queries, keys)."""
+    """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
     runs = make_plan(problem.spec, problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
-    largest = max(run.visible.size for run in runs)
+    largest = max(run.visible.size for run in runs) * problem.share
     gathered = sum(run.keys.size for run in runs) * problem.head_dim
-    alike = problem.groups // problem.heads  # groups that share a bias
+    alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
     together = max(size for size in range(1, alike + 1) if alike % size == 0 and
                    (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
     steps = []
     for number, run in enumerate(runs):
-        blocks = max(1, budget // (together * run.visible.size))
+        blocks = max(1, budget // (together * run.visible.size * problem.share))
         steps += [(number, run.queries[start:start + blocks], run.keys[start:start + blocks])
                   for start in range(0, len(run.queries), blocks)]
     return runs, together, steps
@@ -57,61 +63,71 @@ def schedule(problem):
 
 def scores(problem):
     """How many scores are computed, and how many at once."""
+    if problem.documents:
+        return any_length.scores(problem)
     runs, together, steps = schedule(problem)
-    return (problem.groups * sum(run.scores for run in runs),
-            together * max(queries.size * keys.shape[1] for _, queries, keys in steps))
+    return (problem.groups * (sum(run.scores for run in runs) + problem.n_q * problem.spec.prefix),
+            together * problem.share * max(queries.size * keys.shape[1] for _, queries, keys in steps))
 
 
 def prepare(problem):
-    """The problem's constants, and the Cell that works with them."""
-    return Blocks(problem)
+    """The problem, and the Cell that works with its constants; of documents, which no plan knows, what makes none."""
+    if problem.documents:
+        return problem, None, any_length.prepare(problem)
+    return problem, Blocks(problem), None
 
 
-def run(blocks, q, k, v, key_mask, bias, rel_pos_emb, seed):
+def run(constants, q, k, v, tensors):
     """Around the blocks, what is cheap enough to be left to automatic differentiation."""
-    problem = blocks.problem
-    q = ops.mul(q, problem.scale)
+    problem, blocks, without_plan = constants
+    if blocks is None:
+        return any_length.run(without_plan, q, k, v, tensors)
+    mask, _, bias, _, rel_pos_emb, seed = tensors
     tiles, emb = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32)
     if rel_pos_emb is not None:
-        emb = ops.div(rel_pos_emb, problem.scale)
-    if key_mask is not None:
-        q, k, v = _hide_keys(q, k, v, _per_group(ops.cast(key_mask, ms.float32), problem.groups))
+        emb = ops.div(rel_pos_emb, problem.scoring.scale)
+    if mask is not None:
+        hidden = repeated(ops.logical_not(mask), k.shape[0])
+        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+    block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
+    if mask is not None:  # what is masked carries a score that hides it
+        block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
+        block_k = ops.cat((k, ops.mul(ops.cast(hidden, ms.float32), HIDDEN)), -1)
         emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
+    by_head = key_heads(problem)
     if bias is not None:
-        heads = bias.shape[0]
-        bias = _gather(bias.reshape(heads, -1), blocks.bias_index, 1)
+        bias = _gather(bias.reshape(problem.heads, -1), blocks.bias_index, 1)
         tiles = _bias_add(bias, tiles.reshape(-1))
-        q, k, v = _swap(q, heads), _swap(k, heads), _swap(v, heads)
-    out = blocks(q, k, v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
+        outer = k.shape[0] // by_head
+        block_q, block_k = _swap(block_q, outer, by_head), _swap(block_k, outer, by_head)
+        block_v = _swap(block_v, outer, by_head)
+    out, lse = blocks(block_q, block_k, block_v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
-        out = _swap(out, problem.groups // tiles.shape[0])
-    if key_mask is not None:
-        out = ops.mul(out, _per_group(_sees_something(blocks, key_mask), problem.groups))
+        out = _swap(out, by_head, k.shape[0] // by_head)
+    if mask is not None:
+        seen = repeated(_sees_something(blocks, mask), problem.groups)
     elif not blocks.all_see_something:
-        out = ops.mul(out, ops.cast(blocks.first < blocks.after, ms.float32)[:, None])
-    return out
+        seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
+    if mask is not None or not blocks.all_see_something:
+        out = ops.mul(out, seen)
+    if not blocks.with_lse:
+        return out, None
+    lse = lse.reshape(-1, problem.n_q, 1)
+    if bias is not None:
+        lse = _swap(lse, by_head, k.shape[0] // by_head)
+    if mask is not None or not blocks.all_see_something:
+        lse = ops.masked_fill(lse, seen == 0, float("-inf"))
+    return finished(problem, q, k, v, out, lse[..., 0], tensors)
 
 
-def _swap(x, inner):
-    """From groups in the order (outer, inner) to groups in the order (inner, outer)."""
-    return x.reshape(-1, inner, x.shape[1], x.shape[2]).swapaxes(0, 1).reshape(x.shape)
+def _swap(x, outer, inner):
+    """From groups in the order (outer, inner, ...) to groups in the order (inner, outer, ...)."""
+    return x.reshape(outer, inner, -1).swapaxes(0, 1).reshape(x.shape)
 
 
-def _per_group(x, groups):
-    """From `(batch, n)` to `(groups, n, 1)`."""
-    return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
-
-
-def _hide_keys(q, k, v, real):
-    """Masked keys read as zeros, whatever they hold, and carry a score that hides them."""
-    k, v = ops.masked_fill(k, real == 0, 0.), ops.masked_fill(v, real == 0, 0.)
-    return (ops.cat((q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1),
-            ops.cat((k, ops.mul(ops.sub(1., real), HIDDEN)), -1), v)
-
-
-def _sees_something(blocks, key_mask):
+def _sees_something(blocks, mask):
     """1. for a query whose span holds a real key, else 0.: float32 `(batch, n_q)`."""
-    count = ops.cumsum(ops.cast(key_mask, ms.float32), 1)
+    count = ops.cumsum(ops.cast(mask, ms.float32), 1)
     count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
     seen = ops.sub(_gather(count, blocks.after, 1), _gather(count, blocks.first, 1))
     return ops.cast(seen > 0, ms.float32)
@@ -129,14 +145,20 @@ class Step(NamedTuple):
 
 
 class Blocks(nn.Cell):
-    """Attention of scaled queries, `together` groups and one `Step` at a time, and the constants that takes."""
+    """Attention of scaled queries, `together` groups of keys and one `Step` at a time, and the constants that takes.
+
+    Queries of heads that share a key head are further rows of its blocks. The log-sum-exp is there where it is needed.
+    """
 
     def __init__(self, problem):
         super().__init__()
-        self.problem = problem
+        self.problem, self.share, self.heads = problem, problem.share, key_heads(problem)
+        self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
+        self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
+        self.masked = problem.batch > 0
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
-        self.parts = problem.groups // self.together
+        self.parts = problem.groups // self.share // self.together
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -154,15 +176,15 @@ class Blocks(nn.Cell):
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
                 for run in self.runs]))
-        if problem.dropout > 0:
-            groups = np.arange(problem.groups).reshape(-1, problem.heads).T.reshape(-1)  # in the order a bias has them
+        if self.dropout > 0:  # in the order that a bias has groups in
+            groups = np.arange(problem.groups).reshape(-1, self.heads, self.share).swapaxes(0, 1).reshape(-1)
             group, position = problem.origin
             queries = np.arange(problem.n_q) + problem.offset
             self.row_hash = Tensor(row_hash(groups + group, queries + position)[..., None])
 
     def _mask(self, run):
         mask = np.where(run.visible, 0, HIDDEN).astype(np.float32)
-        if self.problem.hide_self:
+        if self.problem.scoring.hide_self:
             mask[run.queries[0][:, None] + self.problem.offset == run.keys[0]] += SELF_SCORE
         return mask
 
@@ -172,43 +194,54 @@ class Blocks(nn.Cell):
         if not self.runs[number].visible.any():  # such a block gathers some key, whatever its offset
             shift = 0
         columns = None
-        if problem.dropout > 0:
+        if self.dropout > 0:
             columns = Tensor(np.tile(column_hash(keys + problem.origin[1]), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
     def construct(self, q, k, v, tiles, emb, seed):
-        outs = []
+        outs, lses = [], []
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
-            part_q, part_k, part_v = self._part(q, part), self._part(k, part), self._part(v, part)
-            out = []
+            part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
+            out, lse = [], []
             for step in self.steps:
-                query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
-                weights = self._weights(step, query, key, tile[step.run], emb)
-                if self.problem.dropout > 0:
+                query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
+                scores, _ = self._scores(step, query, key, tile[step.run], emb)
+                weights = _softmax(scores)
+                if self.with_lse:
+                    log_weights = _log_softmax(scores)
+                    weights = ops.exp(log_weights)
+                    lse.append(self._rows_back(_largest(scores) - _largest(log_weights), step))
+                if self.dropout > 0:
                     weights = ops.mul(weights, self._keep(step, rows))
-                out.append(self._flat(_bmm(weights, _take(part_v, step.keys, step.width))))
+                out.append(self._rows_back(_bmm(weights, _take(part_v, step.keys, step.width)), step))
             outs.append(self._in_order(out))
-        return _cat(outs, 0)
+            if self.with_lse:
+                lses.append(self._in_order(lse))
+        return _cat(outs, 0), _cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
 
     def bprop(self, q, k, v, tiles, emb, seed, out, dout):
         problem = self.problem
+        out, dout, dlse = out[0], dout[0], dout[1]
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
+        if self.with_lse:
+            row_sums = ops.add(row_sums, dlse)
         dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
         dqs, dks, dvs, dtiles = [], [], [], []
         demb = ops.zeros(emb.shape, ms.float32)
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
-            part_q, part_k, part_v = self._part(q, part), self._part(k, part), self._part(v, part)
-            part_dout = self._part(dout, part)
+            part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
+            part_dout = self._part(dout, part, self.share)
             dq, dk, dv, dtile = [], [], [], []
             for step in self.steps:
-                query, key = _take(part_q, step.queries, step.rows), _take(part_k, step.keys, step.width)
-                grad, value = _take(part_dout, step.queries, step.rows), _take(part_v, step.keys, step.width)
-                weights = self._weights(step, query, key, tile[step.run], emb)
+                query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
+                grad, value = self._queries(part_dout, step), _take(part_v, step.keys, step.width)
+                scores, slope = self._scores(step, query, key, tile[step.run], emb)
+                weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
-                if problem.dropout > 0:
+                if self.dropout > 0:
                     keep = self._keep(step, rows)
                     only_sums = ops.cat((ops.zeros(value.shape[:-1] + (out.shape[-1],), ms.float32),
                                          ops.ones(value.shape[:-1] + (1,), ms.float32)), -1)
@@ -217,16 +250,18 @@ class Blocks(nn.Cell):
                     weights = ops.mul(weights, keep)
                 else:
                     dscores = ops.mul(weights, dweights)
-                dquery = _bmm(dscores, key)
+                dproducts = dscores if self.softcap is None else ops.mul(dscores, slope)
+                dquery = _bmm(dproducts, key)
                 if problem.by_offset:
-                    by_offset = _keys_to_offsets(dscores, step, emb.shape[0]).reshape(-1, emb.shape[0])
+                    by_offset = _keys_to_offsets(self._by_head(dscores, step), step, emb.shape[0])
+                    by_offset = by_offset.reshape(-1, emb.shape[0])
                     dquery = ops.add(dquery, _matmul(by_offset, emb).reshape(dquery.shape))
                     demb = ops.add(demb, _matmul_transpose_a(by_offset, query.reshape(-1, query.shape[-1])))
-                dq.append(self._flat(dquery))
-                dk.append(self._flat(_bmm_transpose_a(dscores, query)))
+                dq.append(self._rows_back(dquery, step))
+                dk.append(self._flat(_bmm_transpose_a(dproducts, query)))
                 dv.append(self._flat(_bmm_transpose_a(weights, grad)))
                 if problem.bias_shape is not None:
-                    dscores = dscores.reshape(-1, step.rows * step.width)
+                    dscores = dscores.reshape(-1, self.share * step.rows * step.width)
                     dtile.append(ops.matmul(ops.ones((1, dscores.shape[0]), ms.float32), dscores))
             dqs.append(self._in_order(dq))
             dks.append(self._scattered(dk))
@@ -234,21 +269,53 @@ class Blocks(nn.Cell):
             dtiles.append(dtile)
         return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), demb, seed
 
-    def _weights(self, step, query, key, tile, emb):
-        scores = _bmm_transpose_b(query, key)
+    def _scores(self, step, query, key, tile, emb):
+        """Scores `(blocks, share * rows, width)`, and by what their gradients come to those of products, if not by 1."""
+        slope = None
+        if self.softcap is None:
+            scores = _bmm_transpose_b(query, key)
+        elif self.masked:  # what hides a key is not capped
+            d = self.problem.head_dim
+            share = tanh(ops.div(_bmm_transpose_b(query[..., :d], key[..., :d]), self.softcap))
+            slope = ops.sub(1., ops.square(share))
+            scores = ops.add(ops.mul(share, self.softcap), _bmm_transpose_b(query[..., d:], key[..., d:]))
+        else:
+            share = tanh(ops.div(_bmm_transpose_b(query, key), self.softcap))
+            slope, scores = ops.sub(1., ops.square(share)), ops.mul(share, self.softcap)
         if self.problem.by_offset:
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
-            scores = ops.add(scores, _offsets_to_keys(by_offset.reshape(scores.shape[0], step.rows, -1), step))
-        return _softmax(_bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape))
+            by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
+            scores = ops.add(scores, by_offset.reshape(scores.shape))
+        return _bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape), slope
 
-    def _part(self, x, part):
+    def _by_head(self, x, step):
+        """Rows of heads that share a key head as those of blocks of their own."""
+        return x.reshape(-1, step.rows, x.shape[-1])
+
+    def _part(self, x, part, share=1):
         """The groups that are worked on together as part number `part`."""
         if self.parts == 1:
             return x
-        return _slice(x, (part * self.together, 0, 0), (self.together, x.shape[1], x.shape[2]))
+        count = self.together * share
+        return _slice(x, (part * count, 0, 0), (count, x.shape[1], x.shape[2]))
+
+    def _queries(self, x, step):
+        """Positions of queries as blocks of `share * rows`."""
+        x = _take(x, step.queries, step.rows)
+        if self.share > 1:
+            x = x.reshape(self.together, self.share, -1, step.rows * x.shape[-1]).swapaxes(1, 2)
+            x = x.reshape(-1, self.share * step.rows, x.shape[-1] // step.rows)
+        return x
+
+    def _rows_back(self, x, step):
+        """Those blocks back to positions, a row for each group."""
+        last = x.shape[-1]
+        if self.share > 1:
+            x = x.reshape(self.together, -1, self.share, step.rows * last).swapaxes(1, 2)
+        return x.reshape(self.together * self.share, -1, last)
 
     def _flat(self, x):
-        """Blocks back to positions, a row for each group."""
+        """Blocks of keys back to positions, a row for each group."""
         return x.reshape(self.together, -1, x.shape[-1])
 
     def _in_order(self, parts):
@@ -264,9 +331,15 @@ class Blocks(nn.Cell):
         return self._flat(x)
 
     def _tiles(self, tiles, part):
-        """What to add to a block's scores, for each run, by the head that a part belongs to."""
-        head = part * self.problem.heads // self.parts
-        return [_slice(tiles, (head, start), (1, size)).reshape(-1) for start, size in self.tile_ranges]
+        """What to add to a block's scores, for each run, by the heads that a part belongs to."""
+        first = part * self.heads // self.parts * self.share
+        found = []
+        for start, size in self.tile_ranges:
+            heads = []
+            for head in range(first, first + self.share):
+                heads.append(_slice(tiles, (head % self.problem.heads, start), (1, size)))
+            found.append(_cat(heads, 1).reshape(-1))
+        return found
 
     def _tiles_grad(self, tiles, dtiles):
         """The sum over every step of a head's parts, run by run."""
@@ -276,23 +349,26 @@ class Blocks(nn.Cell):
         for head in range(self.problem.heads):
             runs = []
             for number in range(len(self.runs)):
-                total = ops.zeros((1, self.tile_ranges[number][1]), ms.float32)
+                size = self.tile_ranges[number][1]
+                total = ops.zeros((1, size), ms.float32)
                 for part in range(self.parts):
+                    first = part * self.heads // self.parts * self.share
                     for index in range(len(self.steps)):
-                        if part * self.problem.heads // self.parts == head and self.steps[index].run == number:
-                            total = ops.add(total, dtiles[part][index])
+                        for place in range(self.share):
+                            if (first + place) % self.problem.heads == head and self.steps[index].run == number:
+                                total = ops.add(total, _slice(dtiles[part][index], (0, place * size), (1, size)))
                 runs.append(total)
             heads.append(_cat(runs, 1))
         return _cat(heads, 0)
 
     def _rows(self, seed, part):
-        if self.problem.dropout == 0:
+        if self.dropout == 0:
             return seed
-        return seeded_rows(self._part(self.row_hash, part), seed)
+        return seeded_rows(self._part(self.row_hash, part, self.share), seed)
 
     def _keep(self, step, rows):
-        rows = _take(rows, step.queries, step.rows)
-        return keep_factors(rows, step.columns, self.problem.dropout)
+        """Dropout's factors `(blocks, share * rows, width)`."""
+        return keep_factors(self._queries(rows, step), step.columns, self.dropout)
 
 
 def _offsets_to_keys(x, step):
@@ -316,6 +392,10 @@ def _keys_to_offsets(x, step, offsets):
         x = _concat((x, ops.zeros((blocks, rows, after), ms.float32)))
     x = _concat((x.reshape(blocks, -1), ops.zeros((blocks, rows), ms.float32))).reshape(blocks, rows, offsets + rows)
     return _slice(x, (0, 0, 0), (blocks, rows, offsets))
+
+
+def _largest(x):
+    return ops.amax(x, -1, keepdims=True)
 
 
 def _int32(index):

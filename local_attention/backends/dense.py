@@ -3,15 +3,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from .dropout import column_hash, keep_factors, row_hash, seeded_rows
-
-HIDDEN = -1e30  # a score that no softmax row with a visible key can see
-SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
+from .dropout import keep_factors, seeded_rows
+from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, softened, spans, with_sinks,
+                    without_padding)
 
 
 def why_not(problem):
-    """None: it runs everything."""
-    return None
+    """Why it cannot run a problem, None where it can: all but what a graph does not know."""
+    return "needs lengths that are known where a graph is compiled" if problem.any_length else None
 
 
 def scores(problem):
@@ -20,18 +19,17 @@ def scores(problem):
 
 
 def prepare(problem):
-    """The problem, and its constants: who sees whom, who is oneself, where to find a bias, and hashes for dropout.
+    """The problem, and its constants: positions, who sees whom, who is oneself, where to find a bias, and hashes.
 
     A plain tuple: of a NamedTuple that is handed to a Cell, a graph forgets the names.
     """
     queries, keys = np.arange(problem.n_q)[:, None] + problem.offset, np.arange(problem.n_k)
-    group, position = problem.origin
-    return (problem, Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
+    return (problem, Tensor(queries[None].astype(np.int32)), Tensor(keys[None, None].astype(np.int32)),
+            Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
             Tensor((queries == keys)[None]),
-            Tensor(problem.bias_index(queries, keys)) if problem.bias_shape else None,
+            Tensor(problem.bias_index(queries, keys)[None]) if problem.bias_shape else None,
             _offset_index(problem, queries, keys) if problem.by_offset else None,
-            Tensor(row_hash(np.arange(problem.groups) + group, queries[:, 0] + position)[..., None]),
-            Tensor(column_hash(keys + position)))
+            *(hashes(problem) if problem.scoring.dropout > 0 else (None, None)))
 
 
 def _offset_index(problem, queries, keys):
@@ -41,28 +39,49 @@ def _offset_index(problem, queries, keys):
     return Tensor((queries - problem.offset) * offsets + row)
 
 
-def run(constants, q, k, v, key_mask, bias, rel_pos_emb, seed):
-    """`out[i] = sum_j softmax_j(scale * q[i]·k[j] + bias[i, j]) * v[j]` over the keys `j` that query `i` sees."""
-    problem, seen, is_self, bias_index, offset_index, rows, columns = constants
-    if key_mask is not None:
-        real = ops.tile(ops.cast(key_mask, ms.float32)[:, None], (1, problem.groups // problem.batch, 1))
-        real = real.reshape(problem.groups, 1, problem.n_k)
-        k, v = ops.masked_fill(k, real.swapaxes(1, 2) == 0, 0.), ops.masked_fill(v, real.swapaxes(1, 2) == 0, 0.)
-        seen = seen * real
-    scores = ops.bmm(q * problem.scale, k.swapaxes(1, 2))
+def run(constants, q, k, v, tensors):
+    """`out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
+    problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+    spec, scoring = problem.spec, problem.scoring
+    if documents is not None:
+        q, mask = without_padding(q, mask, documents, problem.offset)
+        first, last = bounds_of(documents, queries.reshape(-1))
+        first, last = first.expand_dims(-1), last.expand_dims(-1)
+        low, high = spans(spec, queries, first, last)
+        seen = ops.logical_and(keys >= low, keys <= high)
+        if spec.prefix > 0:
+            seen = ops.logical_or(seen, in_prefix(spec, queries, keys, first, last))
+        seen = _per_group(ops.cast(seen, ms.float32), problem.groups)
+    if mask is not None:
+        real = ops.cast(mask, ms.float32).reshape(-1, 1, problem.n_k)
+        hidden = _per_group(real, k.shape[0]).swapaxes(1, 2) == 0
+        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        seen = seen * _per_group(real, problem.groups)
+    shape = (problem.groups, problem.n_q, problem.n_k)
+    scores = capped(_by_key_head(q * scoring.scale, problem), k, scoring.softcap).reshape(shape)
     if bias is not None:
-        bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1)
-        scores = scores + ops.tile(bias, (problem.groups // bias.shape[0], 1, 1))
+        if documents is not None:  # of each batch entry its own
+            bias_index = bias_entries(problem, queries, keys, first)
+        bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1).swapaxes(0, 1)  # (batch or 1, heads, ...)
+        scores = (scores.reshape(bias.shape[0], -1, *bias.shape[1:]) + bias[:, None]).reshape(shape)
     if rel_pos_emb is not None:
         by_offset = ops.matmul(q, rel_pos_emb.T).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
-    if problem.hide_self:
+    if scoring.hide_self:
         scores = ops.masked_fill(scores, is_self, SELF_SCORE)
-    # not ops.softmax: outside a graph its gradient over one key alone is kept and used again for other lengths
-    scores = ops.masked_fill(scores, seen == 0, HIDDEN)
-    weights = ops.exp(scores - ops.stop_gradient(ops.amax(scores, -1, keepdims=True))) * seen
-    total = weights.sum(-1, keepdims=True)
-    weights = weights / (total + ops.cast(total == 0, ms.float32))
-    if problem.dropout > 0:
-        weights = weights * keep_factors(seeded_rows(rows, seed), columns, problem.dropout)
-    return ops.bmm(weights, v)
+    weights, lse = softened(scores, seen)
+    if scoring.dropout > 0:
+        weights = weights * keep_factors(seeded_rows(rows, seed), columns, scoring.dropout)
+    out = ops.bmm(_by_key_head(weights, problem), v).reshape(q.shape)
+    return (out, lse) if sinks is None else with_sinks(problem, out, lse, sinks)
+
+
+def _by_key_head(x, problem):
+    """The heads that share a key head as further rows: `(groups / share, share * n_q, ...)`."""
+    return x.reshape(problem.groups // problem.share, -1, x.shape[2])
+
+
+def _per_group(x, groups):
+    """From `(batch, rows, columns)` to `(groups, rows, columns)`."""
+    return ops.tile(x[:, None], (1, groups // x.shape[0], 1, 1)).reshape(groups, *x.shape[1:])

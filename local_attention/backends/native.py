@@ -17,13 +17,14 @@ from mindspore.ops import CustomRegOp, DataType
 
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
-INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "bias": FLOATS, "emb": FLOATS,
-          "seed": INT32, "numbers": INT64}
+INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
+          "emb": FLOATS, "seed": INT32, "numbers": INT64}
 TILE = 64  # queries by as many keys
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
-INTERFACE = 3  # of the kernel that this file was written for
+INTERFACE = 4  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
+wanted = [None]  # the backend that `use_backend` asks for: layers beside attention follow it
 
 
 @cache
@@ -75,17 +76,19 @@ def unavailable():
 
 def why_not(problem):
     """Why it cannot run a problem, None where it can: all that `attend` is asked for is implemented."""
+    if problem.any_length:
+        return "takes its numbers from lengths, which a graph does not know here"
     return unavailable()
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once."""
+    """How many scores are computed, and how many at once; of documents, as of one."""
     starts = np.arange(0, problem.n_q, TILE) + problem.offset
     first, _ = problem.spec.span(starts)
     _, last = problem.spec.span(np.minimum(starts + TILE, problem.n_q + problem.offset) - 1)
     keys = np.minimum(last, problem.n_k - 1) - np.maximum(first, 0) + 1
     tiles = int(np.ceil(np.maximum(keys, 0) / TILE).sum()) * problem.groups
-    return tiles * TILE**2, min(threads(), tiles) * TILE**2
+    return tiles * TILE**2 + problem.groups * problem.n_q * problem.spec.prefix, min(threads(), tiles) * TILE**2
 
 
 def prepare(problem):
@@ -93,13 +96,17 @@ def prepare(problem):
     return Fused(problem)
 
 
-def run(fused, q, k, v, key_mask, bias, rel_pos_emb, seed):
+def run(fused, q, k, v, tensors):
     """One operator forward, one backward."""
-    absent = ops.zeros((1,), ms.float32)
-    mask = ops.zeros((1,), ms.bool_) if key_mask is None else key_mask
-    seed = ops.zeros((1,), ms.int32) if seed is None else seed
-    return fused(q, k, v, mask, absent if bias is None else bias, absent if rel_pos_emb is None else rel_pos_emb,
-                 seed)[0]
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+    out, _, lse = fused(q, k, v, _there(mask, ms.bool_), _there(documents, ms.int32), _there(bias, ms.float32),
+                        _there(sinks, ms.float32), _there(rel_pos_emb, ms.float32), _there(seed, ms.int32))
+    return out, lse
+
+
+def _there(x, dtype):
+    """A tensor, or something in its place that is not read."""
+    return ops.zeros((1,), dtype) if x is None else x
 
 
 class Fused(nn.Cell):
@@ -107,28 +114,30 @@ class Fused(nn.Cell):
 
     def __init__(self, problem):
         super().__init__()
-        spec = problem.spec
+        spec, scoring = problem.spec, problem.scoring
         heads, period, columns = problem.bias_shape or (1, 1, 0)
         offsets = spec.backward + 1 + spec.forward if problem.by_offset else 0
         self.numbers = integers(  # in the order of Call in native.cpp
-            problem.groups, problem.n_q, problem.n_k, problem.head_dim, spec.bucket, spec.backward, spec.forward,
-            spec.causal, problem.offset, problem.batch, heads, period, columns, problem.bias_backward, offsets,
-            problem.hide_self, threads(), level, *problem.origin, float(problem.scale), float(problem.dropout))
-        self.forward = custom("attention_forward", [*INPUTS.values()], 2 * [FLOATS])  # the output and statistics
-        self.backward = custom("attention_backward", [*INPUTS.values(), *3 * [FLOATS]], 5 * [FLOATS])
+            problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
+            spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
+            heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,
+            *problem.origin, float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
+        self.forward = custom("attention_forward", [*INPUTS.values()], 3 * [FLOATS])  # the output, statistics, lse
+        self.backward = custom("attention_backward", [*INPUTS.values(), *4 * [FLOATS]], 6 * [FLOATS])
 
-    def construct(self, q, k, v, mask, bias, emb, seed):
-        return self.forward(q, k, v, mask, bias, emb, seed, self.numbers)
+    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed):
+        return self.forward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers)
 
-    def bprop(self, q, k, v, mask, bias, emb, seed, out, dout):
-        dq, dk, dv, dbias, demb = self.backward(q, k, v, mask, bias, emb, seed, self.numbers, out[0], out[1], dout[0])
-        return dq, dk, dv, mask, dbias, demb, seed
+    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, dout):
+        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
+                                                        out[0], out[1], dout[0], dout[2])
+        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed
 
 
 def made(cell, *args):
     """A Cell of operators that work row by row, `cell(*args)`, for as many threads and as wide vectors as there may be
-    now; None where the library cannot run."""
-    return _made(cell, threads(), level, *args) if unavailable() is None else None
+    now; None where the library cannot run, or is not wanted."""
+    return _made(cell, threads(), level, *args) if wanted[0] in (None, "native") and unavailable() is None else None
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,165 @@
+"""Blocks of queries in plain operators that make no plan: for lengths that a graph does not know, and for documents.
+
+Blocks of one size, each with the keys of its own, all under masks that the running graph computes. It keeps the weights
+of all blocks for the backward pass: memory is linear in the sequence, but grows with the span.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops import constexpr
+
+from .dropout import keep_factors, seeded_rows
+from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, repeated, softened, spans,
+                    without_padding)
+
+ROWS = 128  # queries in a block, at least
+WIDEST = 2**16  # of a block's keys; a span that reaches farther takes all keys in one block
+
+
+@constexpr
+def unknown(shape):
+    """Whether a shape is not known where a graph is compiled."""
+    return None in shape
+
+
+def why_not(problem):
+    """Why it cannot run a problem, None where it can."""
+    if not problem.any_length:
+        return "is for lengths that are not known where a graph is compiled"
+    if problem.scoring.dropout > 0:
+        return "drops no weights of a sequence whose length a graph does not know"
+    return None
+
+
+def layout(problem):
+    """How many queries a block has, and the first and the number of the keys beside its first query; None where all keys
+    are in one block."""
+    spec = problem.spec
+    backward, forward, unit = spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
+    if problem.documents != 0:  # windows start anew with each, anywhere
+        backward, unit = backward + spec.bucket - 1, 1
+        forward = 0 if spec.causal else forward + spec.bucket - 1
+    if problem.n_k is not None:
+        backward, forward = min(backward, problem.n_k), min(forward, problem.n_k)
+    if backward + forward > WIDEST:
+        return None
+    rows = unit * max(1, max(ROWS, (backward + spec.bucket + forward) // 2) // unit)
+    return rows, -backward, rows + backward + forward, unit
+
+
+def scores(problem):
+    """How many scores are computed, and how many at once."""
+    whole = layout(problem)
+    if whole is None:
+        return (problem.groups * problem.n_q * problem.n_k,) * 2
+    rows, _, width, unit = whole
+    blocks = -(-(problem.offset % unit + problem.n_q) // rows)
+    return (problem.groups * blocks * rows * (width + problem.spec.prefix),) * 2
+
+
+def prepare(problem):
+    """The problem, a block's size, and the places of its queries and keys, counted from its start."""
+    found = layout(problem)
+    if found is None:
+        return problem, None, None, None, None
+    rows, first, width, unit = found
+    return problem, rows, unit, _int32(np.arange(rows)), _int32(np.arange(width) + first)
+
+
+def _int32(index):
+    return Tensor(index.astype(np.int32))
+
+
+def run(constants, q, k, v, tensors):
+    """Every block against its keys, then prefix and sinks."""
+    problem, rows, unit, queries, keys = constants
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
+    n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
+    groups = key_groups * share
+    offset = n_k - n_q if problem.offset is None else problem.offset
+    if documents is not None:
+        q, mask = without_padding(q, mask, documents, offset)
+    if mask is not None:
+        hidden = repeated(ops.logical_not(mask), key_groups)
+        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+
+    base = 0
+    if rows is None:
+        rows, blocks = n_k, 1
+        queries, keys = ops.arange(0, n_k, 1), ops.arange(0, n_k, 1)
+    else:
+        base = offset // unit * unit
+        blocks = (offset - base + n_q + rows - 1) // rows
+    starts = base + ops.arange(0, blocks * rows, rows).reshape(-1, 1)
+    positions, places = starts + queries[None], starts + keys[None]  # (blocks, rows) and (blocks, width)
+    width = keys.shape[0]
+    taken, key_index = ops.clamp(positions - offset, 0, n_q - 1).reshape(-1), ops.clamp(places, 0, n_k - 1).reshape(-1)
+
+    first, last = 0, n_k - 1
+    if documents is not None:
+        first, last = bounds_of(documents, ops.clamp(positions, 0, n_k - 1).reshape(-1))
+        first, last = first.reshape(-1, blocks, rows), last.reshape(-1, blocks, rows)
+    low, high = spans(spec, positions[None], first, last)
+    seen = ops.logical_and(places[None, :, None] >= low[..., None], places[None, :, None] <= high[..., None])
+    if mask is not None:
+        seen = ops.logical_and(seen, ops.gather(mask, key_index, 1).reshape(-1, blocks, 1, width))
+    seen = ops.cast(seen, ms.float32)  # (batch, blocks, rows, width)
+
+    # heads that share a key head are further rows of its blocks: (key groups, blocks, share * rows, ...)
+    blocked_q = ops.gather(q, taken, 1)
+    if share > 1:
+        blocked_q = blocked_q.reshape(key_groups, share, blocks, rows * head_dim).swapaxes(1, 2)
+    blocked_q = blocked_q.reshape(-1, share * rows, head_dim)
+    blocked_k = ops.gather(k, key_index, 1).reshape(-1, width, head_dim)
+    blocked_v = ops.gather(v, key_index, 1).reshape(-1, width, head_dim)
+    scores = capped(blocked_q * scoring.scale, blocked_k, scoring.softcap)
+    if bias is not None:
+        heads = bias.shape[0]
+        if heads < share:
+            bias, heads = ops.tile(bias, (share // heads, 1, 1)), share
+        if documents is None:  # the same in each block
+            entries = bias_entries(problem, queries[:, None], keys[None], 0)
+            bias = ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1)
+            bias = bias.reshape(1, 1, heads // share, 1, share, -1)
+        else:
+            entries = bias_entries(problem, positions[None, ..., None], places[None, :, None], first[..., None])
+            bias = ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1)
+            bias = bias.reshape(heads // share, share, -1, blocks, rows * width).transpose(2, 0, 3, 1, 4)[:, None]
+        scores = scores.reshape(bias.shape[0], -1, heads // share, blocks, share, rows * width) + bias
+        scores = scores.reshape(-1, share * rows, width)
+    if rel_pos_emb is not None:
+        offsets = rel_pos_emb.shape[0]
+        apart = ops.clamp(keys[None] - queries[:, None] + spec.backward, 0, offsets - 1)
+        index = (queries[:, None] * offsets + apart).reshape(-1)
+        by_offset = ops.matmul(blocked_q.reshape(-1, head_dim), rel_pos_emb.T).reshape(-1, rows * offsets)
+        scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
+    if scoring.hide_self:
+        own = ops.cast(queries[:, None] == keys[None], ms.float32)
+        scores = scores.reshape(-1, rows, width) * (1. - own) + own * SELF_SCORE
+    seen = seen.reshape(-1, 1, blocks, 1, rows, width)
+    weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
+    if scoring.dropout > 0:
+        weights = weights * _kept(problem, seed, taken, key_index, blocks, rows).reshape(weights.shape)
+    out = ops.bmm(weights.reshape(-1, share * rows, width), blocked_v)
+    back = ops.arange(0, n_q, 1) + (offset - base)
+    out = _in_order(out.reshape(key_groups, blocks, share, rows * head_dim), share, groups, head_dim, back)
+    lse = _in_order(lse.reshape(key_groups, blocks, share, rows), share, groups, 1, back)[..., 0]
+    return finished(problem, q, k, v, out, lse, (mask, documents, bias, sinks, rel_pos_emb, seed))
+
+
+def _in_order(x, share, groups, width, back):
+    """Blocks back to positions, the heads that share a key head as heads: `(g, n_q, width)`."""
+    if share > 1:
+        x = x.swapaxes(1, 2)
+    return ops.gather(x.reshape(groups, -1, width), back, 1)
+
+
+def _kept(problem, seed, taken, key_index, blocks, rows):
+    """Dropout's factors, in the order of blocked scores."""
+    row_hashes, column_hashes = hashes(problem)
+    share = problem.share
+    row_hashes = ops.gather(seeded_rows(row_hashes, seed), taken, 1)
+    row_hashes = row_hashes.reshape(-1, share, blocks, rows).swapaxes(1, 2).reshape(-1, blocks, share, rows, 1)
+    columns = ops.gather(column_hashes, key_index, 0).reshape(1, blocks, 1, 1, -1)
+    return keep_factors(row_hashes, columns, problem.scoring.dropout)

@@ -1,0 +1,206 @@
+"""What the backends of MindSpore's own operators share: spans within documents, capped scores, and pieces put together.
+
+Documents are two bounds for each position, its document's first and last, `(batch, n_k, 2)`; a position of padding, which
+is in none, has a last that is before its first.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops import constexpr
+
+from .dropout import column_hash, keep_factors, row_hash, seeded_rows
+
+HIDDEN = -1e30  # a score that no softmax row with a visible key can see
+SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
+FAR = 2**30  # farther than any key, and a sum of two is still an int32
+
+
+def document_bounds(segment_ids):
+    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding."""
+    changes = ops.cast(ops.not_equal(segment_ids[:, 1:], segment_ids[:, :-1]), ms.int32)
+    number = ops.cumsum(ops.cat((ops.zeros((segment_ids.shape[0], 1), ms.int32), changes), 1), 1)
+    first, last = ops.searchsorted(number, number), ops.searchsorted(number, number, right=True) - 1
+    padding = ops.cast(segment_ids < 0, first.dtype)
+    own = ops.cast(ops.arange(0, segment_ids.shape[1], 1), first.dtype)[None]
+    first, last = first + padding * (own - first), last + padding * (own - 1 - last)
+    return ops.cast(ops.stack((first, last), -1), ms.int32)
+
+
+def bounds_of(documents, positions):
+    """The first and the last position, `(batch, len(positions))` each, of the documents that positions are in."""
+    bounds = ops.gather(documents, positions, 1)
+    return bounds[..., 0], bounds[..., 1]
+
+
+def spans(spec, positions, first, last):
+    """`WindowSpec.span` on tensors of positions, from the first position of each one's document on and within it."""
+    place = positions - first
+    start = positions if spec.bucket == 1 else positions - place % spec.bucket
+    low = ops.maximum(start - min(spec.backward, FAR), first)
+    high = ops.minimum(start + min(spec.bucket - 1 + spec.forward, FAR), last)
+    return low, ops.minimum(high, positions) if spec.causal else high
+
+
+def in_prefix(spec, positions, keys, first, last):
+    """Whether keys are in the prefix of the document of a query at a position."""
+    end = ops.minimum(first + (min(spec.prefix, FAR) - 1), last)
+    return ops.logical_and(keys >= first, keys <= (ops.minimum(end, positions) if spec.causal else end))
+
+
+def bias_entries(problem, positions, keys, first):
+    """`Problem.bias_index` on tensors, from the first position of each query's document on."""
+    _, period, columns = problem.bias_shape
+    place = (positions - first) % period
+    column = keys - (positions - place) + problem.spec.backward
+    return place * columns + ops.clamp(column, 0, columns - 1)
+
+
+def without_padding(q, mask, documents, offset):
+    """Queries that are padding as zeros, whatever they hold, and a mask that hides padding too."""
+    real = documents[..., 0] <= documents[..., 1]
+    queries = real[:, offset:offset + q.shape[1]]
+    q = ops.masked_fill(q, repeated(ops.logical_not(queries), q.shape[0]), 0.)
+    return q, merge_masks(mask, real)
+
+
+def merge_masks(mask, other):
+    return other if mask is None else ops.logical_and(mask, other)
+
+
+def repeated(x, groups):
+    """From `(batch, n)` to `(groups, n, 1)`."""
+    return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
+
+
+def tanh(x):
+    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
+    grown = ops.expm1(2. * ops.clamp(x, -10., 10.))  # beyond which tanh is 1 in float32
+    return grown / (grown + 2.)
+
+
+def capped(q, k, softcap):
+    """The products of scaled queries and keys, `(g, rows, n_k)`, brought into `-softcap … softcap` where there is one."""
+    scores = ops.bmm(q, k.swapaxes(-1, -2))
+    return scores if softcap is None else tanh(scores / softcap) * softcap
+
+
+def softened(scores, seen):
+    """Scores as weights, and their log-sum-exp; `seen` is 1. or 0. and broadcasts. Where nothing is, zeros and -inf.
+
+    Not `ops.softmax`: outside a graph its gradient over one key alone is kept and used again for other lengths.
+    """
+    scores = ops.masked_fill(scores, seen == 0, HIDDEN)
+    top = ops.stop_gradient(ops.amax(scores, -1, keepdims=True))
+    weights = ops.exp(scores - top) * seen
+    total = weights.sum(-1, keepdims=True)
+    nothing = ops.cast(total == 0, ms.float32)
+    lse = ops.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
+    return weights / (total + nothing), lse[..., 0]
+
+
+# ---- attention over some keys, put together with that over others
+
+
+def merged(outs, lses):
+    """The output and log-sum-exp over all keys from those of pieces over some each: `(..., n, d)` and `(..., n)`."""
+    top = lses[0]
+    for lse in lses[1:]:
+        top = ops.maximum(top, lse)
+    top = ops.stop_gradient(ops.masked_fill(top, top == float("-inf"), 0.))
+    shares, total = [], 0.
+    for lse in lses:
+        share = ops.exp(lse - top)
+        shares.append(share)
+        total = total + share
+    nothing = ops.cast(total == 0, ms.float32)
+    out = 0.
+    for index in range(len(outs)):
+        out = out + ops.cast(outs[index], ms.float32) * (shares[index] / (total + nothing))[..., None]
+    return ops.cast(out, outs[0].dtype), ops.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
+
+
+def finished(problem, q, k, v, out, lse, tensors):
+    """What attention to spans, `out (g, n_q, d)` and its `lse (g, n_q)`, is with the prefix and the sinks."""
+    if problem.spec.prefix > 0:
+        more, more_lse = _prefix(problem, q, k, v, tensors)
+        out, lse = merged((out, more), (lse, more_lse))
+    return (out, lse) if tensors[3] is None else with_sinks(problem, out, lse, tensors[3])
+
+
+def with_sinks(problem, out, lse, sinks):
+    """The same with a sink for each head: a piece whose value is 0."""
+    by_head = lse.reshape(-1, problem.sinks, lse.shape[-1])
+    sinks = (ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)).reshape(lse.shape)
+    return merged((out, ops.zeros_like(out)), (lse, sinks))
+
+
+def _prefix(problem, q, k, v, tensors):
+    """Attention to what of the prefix no span holds, and its log-sum-exp."""
+    mask, documents, _, _, _, seed = tensors
+    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
+    n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
+    offset = n_k - n_q if problem.offset is None else problem.offset
+    count = spec.prefix if problem.n_k is None else min(spec.prefix, problem.n_k)
+    positions, first, last = ops.arange(0, n_q, 1) + offset, 0, n_k - 1
+    keys = ops.arange(0, count, 1).reshape(1, 1, -1)
+    if documents is not None:
+        first, last = bounds_of(documents, positions)
+        first, last = first.expand_dims(-1), last.expand_dims(-1)
+        keys = keys + first
+    positions = positions.reshape(1, -1, 1)
+    low, high = spans(spec, positions, first, last)
+    seen = ops.logical_and(in_prefix(spec, positions, keys, first, last), ops.logical_or(keys < low, keys > high))
+    index = ops.clamp(keys, 0, n_k - 1)  # (1, 1, count), or, in documents, (batch, n_q, count)
+    if documents is None:
+        k, v = ops.gather(k, index.reshape(-1), 1), ops.gather(v, index.reshape(-1), 1)
+        q = q.reshape(key_groups, -1, head_dim)
+        if mask is not None:
+            seen = ops.logical_and(seen, ops.gather(mask, index.reshape(-1), 1)[:, None])
+    else:
+        batch = documents.shape[0]
+        rows = index[:, None] + (ops.arange(0, key_groups, 1) * n_k).reshape(batch, -1, 1, 1)
+        k = ops.gather(k.reshape(-1, head_dim), rows.reshape(-1), 0).reshape(-1, count, head_dim)
+        v = ops.gather(v.reshape(-1, head_dim), rows.reshape(-1), 0).reshape(-1, count, head_dim)
+        q = q.reshape(key_groups, share, n_q, head_dim).swapaxes(1, 2).reshape(-1, share, head_dim)
+        rows = index + (ops.arange(0, batch, 1) * n_k).reshape(batch, 1, 1)
+        seen = ops.logical_and(seen, ops.gather(mask.reshape(-1), rows.reshape(-1), 0).reshape(seen.shape))
+    scores = capped(q * scoring.scale, k, scoring.softcap)
+    if documents is not None:
+        scores = scores.reshape(key_groups, n_q, share, count).swapaxes(1, 2)
+    groups = key_groups * share
+    scores = scores.reshape(groups, n_q, count)
+    if scoring.hide_self:
+        scores = ops.masked_fill(scores, positions == keys, SELF_SCORE)
+    seen = ops.cast(seen, ms.float32)
+    seen = ops.tile(seen[:, None], (1, groups // seen.shape[0], 1, 1)).reshape(groups, n_q, count)
+    weights, lse = softened(scores, seen)
+    if scoring.dropout > 0:
+        weights = weights * _kept(problem, keys, index, documents, seed)
+    weights = weights.reshape(key_groups, -1, count)
+    if documents is not None:
+        weights = weights.reshape(key_groups, share, n_q, count).swapaxes(1, 2).reshape(-1, share, count)
+    out = ops.bmm(weights, v)
+    if documents is not None:
+        out = out.reshape(key_groups, n_q, share, head_dim).swapaxes(1, 2)
+    return out.reshape(groups, n_q, head_dim), lse
+
+
+def _kept(problem, keys, index, documents, seed):
+    """What dropout makes of the weights of a prefix."""
+    rows, columns = hashes(problem)
+    columns = ops.gather(columns, index.reshape(-1), 0)
+    if documents is None:
+        columns = columns.reshape(1, 1, -1)
+    else:
+        batch, n_q, count = index.shape
+        columns = ops.tile(columns.reshape(batch, 1, n_q, count), (1, problem.groups // batch, 1, 1))
+        columns = columns.reshape(problem.groups, n_q, count)
+    return keep_factors(seeded_rows(rows, seed), columns, problem.scoring.dropout)
+
+
+@constexpr
+def hashes(problem):
+    """Dropout's, of every query `(g, n_q, 1)` and of every key."""
+    group, position = problem.origin
+    rows = row_hash(np.arange(problem.groups) + group, np.arange(problem.n_q) + problem.offset + position)
+    return Tensor(rows[..., None]), Tensor(column_hash(np.arange(problem.n_k) + position))
