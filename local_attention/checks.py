@@ -7,6 +7,7 @@ import numbers
 from mindspore import Tensor
 
 FLOATS = ("Float32", "Float16", "BFloat16")
+INTEGERS = ("Int32", "Int64")
 
 
 def value_error(owner, name, rule, got):
@@ -104,3 +105,18 @@ def fraction(owner, name, value):
     if not 0 <= number(owner, name, value) <= 1:
         raise value_error(owner, name, "a number in [0, 1]", value)
     return float(value)
+
+
+def key_mask(owner, got, shape):
+    """A mask, as `described`, of a batch of sequences; returns the shape of these."""
+    if got is not None:
+        tensor(owner, "mask", got, ("Bool",), shape)
+    return shape
+
+
+def tokens(owner, name, got, mask):
+    """Token sequences and their mask, as `described`; returns the batch and length."""
+    shape = tensor(owner, name, got, INTEGERS)
+    if len(shape) != 2 or 0 in shape:
+        raise value_error(owner, name, "of shape (batch, n), not empty", shape)
+    return key_mask(owner, mask, shape)

@@ -1,4 +1,4 @@
-"""Layers that a model has beside attention, each by the kernel of backends/native.py where there is one."""
+"""Layers that a model has beside attention, by the kernel of backends/native.py where there is one."""
 import math
 from functools import lru_cache
 
@@ -9,8 +9,9 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .any_length import unknown
-from .attend import InFloat32
+from .attend import InFloat32, draw_seed
 from .backends import native
+from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
 
@@ -167,3 +168,65 @@ def _halves(owner, x):
         raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
     count = None if None in shape else math.prod(shape[:-1])
     return (*shape[:-1], shape[-1] // 2), count, shape[-1] // 2
+
+
+class _Dropout(nn.Cell):
+    """Dropout in training that a seed repeats: which numbers `nn.Dropout` drops on CPU depends on its threads too."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def construct(self, x):
+        if self.rate == 0 or not self.training:
+            return x
+        rows, columns = _hashes(x.shape)
+        keep = keep_factors(seeded_rows(rows, draw_seed()), columns, self.rate)
+        return ops.mul(x, ops.cast(keep.reshape(x.shape), x.dtype))
+
+
+@constexpr
+def _hashes(shape):
+    if None in shape:
+        raise checks.value_error("FeedForward", "dropout", "0 in training in a graph for every length", "another")
+    rows = row_hash([0], np.arange(math.prod(shape[:-1])))
+    return Tensor(rows.reshape(-1, 1)), Tensor(column_hash(np.arange(shape[-1])))
+
+
+class FeedForward(nn.SequentialCell):
+    r"""
+    The feed-forward half of a layer: LayerNorm, a projection to twice `int(dim * mult * 2 / 3)`, GEGLU, dropout, back.
+
+    Args:
+        dim (int): Size of the last axis.
+        mult (float): How many times wider than `dim` a plain feed-forward of as many weights would be.
+            Default: ``4`` .
+        dropout (float): Rate in [0, 1), in training alone. Default: ``0.`` .
+
+    Inputs:
+        - **x** (Tensor) - :math:`(..., dim)`.
+
+    Outputs:
+        Tensor of the shape of `x`.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of its range.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention.transformer import FeedForward
+        >>> print(FeedForward(8)(ops.ones((2, 5, 8))).shape)
+        (2, 5, 8)
+    """
+
+    def __init__(self, dim, mult=4, dropout=0.):
+        owner = type(self).__name__  # before there is a `cls_name`
+        inner = int(checks.positive_int(owner, "dim", dim) * checks.positive_number(owner, "mult", mult) * 2 / 3)
+        if inner < 1:
+            raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
+        super().__init__(LayerNorm(dim), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
+                         _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))

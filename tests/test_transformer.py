@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer, transformer
+from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer, generation, layers, mha, transformer
 from local_attention.transformer import GEGLU, FeedForward, top_k
 
 TOKENS, LONGEST, DIM, HEADS, DIM_HEAD, WINDOW = 23, 37, 11, 3, 10, 5
@@ -433,13 +433,13 @@ def test_sampling_follows_the_seed():
 def test_samples_are_of_the_softmax_of_what_is_kept():
     draws, temperature = 20000, 0.7
     logits = np.array([0.3, -1., 1.2, 0.9, -2.], np.float32)
-    found = transformer._sample(np.tile(logits, (draws, 1)), temperature, 0.4)
+    found = generation.sample(np.tile(logits, (draws, 1)), temperature, 0.4)
     kept = np.sort(np.argsort(logits)[-3:])
     expected = np.exp(logits[kept] / temperature) / np.exp(logits[kept] / temperature).sum()
     assert set(found) == set(kept)
     frequencies = np.array([(found == token).mean() for token in kept])
     assert largest_error(frequencies, expected) < 4 * 0.5 / draws ** 0.5  # four times the largest standard deviation
-    coldest = transformer._sample(np.tile(logits, (3, 1)), 1e-38, 0.)
+    coldest = generation.sample(np.tile(logits, (3, 1)), 1e-38, 0.)
     np.testing.assert_array_equal(coldest, [2, 2, 2])
 
 
@@ -456,7 +456,7 @@ def test_generation_leaves_the_mode_as_it_was(monkeypatch):
         assert not cell.training
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformer, "_sample", interrupted)
+    monkeypatch.setattr(generation, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cell.generate(prime, 2)
     assert [part.training for _, part in cell.cells_and_names()] == before
@@ -477,4 +477,5 @@ def test_top_k_keeps_no_more_of_equal_logits():
 
 
 def test_examples():
-    assert doctest.testmod(transformer).failed == 0
+    for module in (layers, mha, transformer):
+        assert doctest.testmod(module).failed == 0

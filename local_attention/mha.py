@@ -1,0 +1,226 @@
+"""A block of local attention: projections around :class:`LocalAttention`, and a learned bias of distances."""
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
+from .any_length import unknown
+from .cache import attend_cached, attend_in_place, checked_cache, entered, first_cache, fused_entry
+from .layers import LayerNorm, reorder, take
+from .local_attention import LocalAttention, l2norm
+
+
+@constexpr
+def check_cacheable(owner, causal, masked, n, sliced, global_takes_cache=True):
+    """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
+    if sliced:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
+    if not global_takes_cache:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'global_attn_layer' is not "
+                                 "causal or its 'construct' does not take both", "a cache")
+    if not causal:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
+    if masked:
+        raise checks.value_error(owner, "mask", "None with a cache", "a mask")
+    if n is None:
+        raise checks.value_error(owner, "cache", "None in a graph for every length, and 'return_cache' False", "one")
+
+
+@constexpr
+def checked_block(owner, dim, x, mask):
+    """The rules of a call on vectors: its batch and length."""
+    shape = checks.tensor(owner, "x", x, checks.FLOATS)
+    if len(shape) != 3 or shape[2] != dim or 0 in shape:
+        raise checks.value_error(owner, "x", f"of shape (batch, n, {dim}), not empty", shape)
+    return checks.key_mask(owner, mask, shape[:2])
+
+
+@constexpr
+def _distances(owner, i, j, after):
+    """Every distance there is, as a column, and which of them each query and key are apart, flattened."""
+    checks.positive_int(owner, "i", i)
+    if checks.positive_int(owner, "j", j) < i:
+        raise checks.value_error(owner, "j", f"at least i ({i})", j)
+    checks.non_negative_int(owner, "after", after)
+    apart = np.abs(np.arange(j - i, j)[:, None] - np.arange(j + after))
+    return Tensor(np.arange(apart.max() + 1, dtype=np.float32)[:, None]), Tensor(apart.reshape(-1).astype(np.int32))
+
+
+class DynamicPositionBias(nn.Cell):
+    r"""
+    A learned bias of attention scores: a small network of the distance between query and key, an output for each head.
+
+    Args:
+        dim (int): Width of the network's two hidden layers.
+        heads (int): Number of heads.
+
+    Inputs:
+        - **i** (int) - Number of queries.
+        - **j** (int) - Number of keys, at least `i`: the queries are the last `i` of these positions.
+        - **after** (int) - Number of further keys after the last query. Default: ``0`` .
+
+    Outputs:
+        Tensor of shape :math:`(heads, i, j + after)`; it depends on the distance alone, not on its sign.
+
+    Raises:
+        TypeError: If an argument or input is not an int.
+        ValueError: If `dim`, `heads` or `i` is not positive, `j` less than `i`, or `after` negative.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from local_attention import DynamicPositionBias
+        >>> print(DynamicPositionBias(dim=16, heads=8)(5, 10).shape)
+        (8, 5, 10)
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        checks.positive_int(self.cls_name, "dim", dim)
+        checks.positive_int(self.cls_name, "heads", heads)
+        self.mlp = nn.SequentialCell(nn.Dense(1, dim), nn.SiLU(), nn.Dense(dim, dim), nn.SiLU(), nn.Dense(dim, heads))
+
+    def construct(self, i, j, after=0):
+        distances, index = _distances(self.cls_name, i, j, after)
+        return ops.gather(self.mlp(distances).swapaxes(0, 1), index, 1).reshape(-1, i, j + after)
+
+
+class LocalMHA(nn.Cell):
+    r"""
+    Multi-head self-attention over local windows: project to queries, keys and values, attend, project back.
+
+    Args:
+        dim (int): Size of the last axis of the input.
+        window_size (int): Positions in a window.
+        dim_head (int): Dimension of a head, even for rotary embeddings. Default: ``64`` .
+        heads (int): Number of heads. Default: ``8`` .
+        dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
+        causal (bool): Whether a query sees no key after itself. Default: ``False`` .
+        prenorm (bool): Whether LayerNorm comes first. Default: ``False`` .
+        qk_rmsnorm (bool): Whether queries and keys are scaled to a learned length, and their products by `qk_scale`.
+            Default: ``False`` .
+        qk_scale (float): Used with `qk_rmsnorm` alone. Default: ``8`` .
+        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
+        exact_windowsize (bool): Whether every query sees the same number of keys; ``None`` is ``True`` .
+            Default: ``None`` .
+        gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
+            Default: ``False`` .
+        kwargs (dict): Further arguments of :class:`LocalAttention`. With its `sequence_parallel`, inputs and output are
+            this rank's slice, and gradients of weights are its part.
+
+    Inputs:
+        - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
+        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
+          :class:`LocalAttention` takes it. Default: ``None`` .
+        - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
+          next, one or more. Its size does not grow with what has been fed. Default: ``None`` .
+        - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
+
+    Outputs:
+        Tensor of the shape of `x`: with a cache, the same rows that one call on all the tokens gives. With
+        `return_cache` a tuple of it and the cache.
+
+    Raises:
+        TypeError: If an argument or input is of another type or dtype.
+        ValueError: If an argument is out of its range or shapes do not agree.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import LocalMHA
+        >>> mha = LocalMHA(dim=512, window_size=128, causal=True, prenorm=True)
+        >>> print(mha(ops.randn((2, 1000, 512)), mask=ops.ones((2, 1000)).bool()).shape)
+        (2, 1000, 512)
+    """
+
+    def __init__(self, *, dim, window_size, dim_head=64, heads=8, dropout=0., causal=False, prenorm=False,
+                 qk_rmsnorm=False, qk_scale=8, use_xpos=False, xpos_scale_base=None, exact_windowsize=None,
+                 gate_values_per_head=False, **kwargs):
+        super().__init__()
+        owner = self.cls_name
+        self.dim = checks.positive_int(owner, "dim", dim)
+        self.dim_head = checks.positive_int(owner, "dim_head", dim_head)
+        self.heads = checks.positive_int(owner, "heads", heads)
+        if dim_head % 2 and kwargs.get("use_rotary_pos_emb", True):
+            raise checks.value_error(owner, "dim_head", "even for rotary embeddings", dim_head)
+        self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
+        checks.number(owner, "qk_scale", qk_scale)
+        self.attn_fn = LocalAttention(
+            dim=dim_head, window_size=window_size, causal=causal, autopad=True, scale=qk_scale if qk_rmsnorm else None,
+            exact_windowsize=True if exact_windowsize is None else exact_windowsize, use_xpos=use_xpos,
+            xpos_scale_base=xpos_scale_base, dropout=dropout, **kwargs)
+        self.causal, self.window_size = self.attn_fn.causal, self.attn_fn.window_size
+        self.exact_windowsize = self.attn_fn.exact_windowsize
+
+        self.norm = LayerNorm(dim) if checks.boolean(owner, "prenorm", prenorm) else None
+        self.to_qkv = nn.Dense(dim, dim_head * heads * 3, has_bias=False)
+        if qk_rmsnorm:
+            self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
+            self.k_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="k_scale")
+        gated = checks.boolean(owner, "gate_values_per_head", gate_values_per_head)
+        self.to_v_gate = nn.SequentialCell(nn.Dense(dim, heads)) if gated else None
+        self.to_out = nn.Dense(dim_head * heads, dim, has_bias=False)
+
+    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
+        b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
+        if cache is not None or return_cache:
+            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None)
+        if self.norm is not None:
+            x = self.norm(x)
+        if unknown((b, n)):
+            return self._any_length(x, mask, attn_bias)
+        qkv = self.to_qkv(x)
+        entry = None
+        if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
+            entry = fused_entry(self.attn_fn, qkv.dtype)
+        if entry is not None:
+            out = attend_in_place(self.attn_fn, entry(qkv, cache[0], cache[1], cache[2]), cache, attn_bias)
+        else:
+            out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache)
+        out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
+        if self.to_v_gate is not None:
+            gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
+            out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
+        out = self.to_out(out.reshape(b, n, -1))
+        return (out, cache) if return_cache else out
+
+    def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache):
+        """Attention of what is projected, heads before positions, and the next cache."""
+        q, k, v = take((b, n, 3, self.heads), (2, 0, 3, 1), 3)(qkv.reshape(-1, self.dim_head))
+        if self.qk_rmsnorm:
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
+        if cache is None:
+            shape = (b, self.heads, n, self.dim_head)
+            out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
+            if return_cache:
+                shape = (b * self.heads, n, self.dim_head)
+                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape))
+        else:
+            shape = (b * self.heads, n, self.dim_head)
+            checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,
+                          k.dtype)
+            q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+            if len(cache) == 3:
+                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias)
+            else:
+                q, cache = entered(self.attn_fn, q, k, v, cache)
+                out = attend_in_place(self.attn_fn, q, cache, attn_bias)
+        return out, cache
+
+    def _any_length(self, x, mask, attn_bias):
+        """A call, past its norm, in a graph that is compiled for every length."""
+        b, n, _ = x.shape
+        q, k, v = ops.split(self.to_qkv(x).reshape(b, n, 3 * self.heads, self.dim_head), self.heads, 2)
+        if self.qk_rmsnorm:
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
+        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias)
+        out = out.swapaxes(1, 2)
+        if self.to_v_gate is not None:
+            out = ops.mul(out, ops.sigmoid(self.to_v_gate(x))[..., None])
+        return self.to_out(out.reshape(b, n, self.heads * self.dim_head))
