@@ -15,11 +15,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32, attend
+from .attend import Float32, Frame, attend, beside
 from .backends import native
 from .backends.spans import HIDDEN
 from .local_attention import l2norm
-from .spec import WindowSpec
+from .spec import Scoring, WindowSpec
 
 
 _slice, _update = ops.Slice(), ops.ScatterNdUpdate()
@@ -174,10 +174,9 @@ def _next_token(attn, q, k, v, position, attn_bias, ages=None):
     if attn_bias is not None:
         columns = ops.clamp(place + windows.backward - ages, 0, windows.span - 1)
         attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
-    out = attend(q, k, v, _all_before(last), q.shape[-1] ** -0.5 if attn.scale is None else attn.scale,
-                 bias=_hide(unseen, attn_bias), bias_backward=last, hide_self=attn.shared_qk,
-                 dropout=attn.dropout if attn.training else 0., offset=last, backend=attn.backend, dtype=dtype,
-                 bias_is_constant=attn_bias is None)
+    spec, scoring, frame = _one_query(last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.shared_qk,
+                                      attn.dropout if attn.training else 0., dtype, attn_bias is None)
+    out = attend(q, k, v, spec, scoring, beside(bias=_hide(unseen, attn_bias)), frame, attn.backend)
     return ops.cast(out, dtype)
 
 
@@ -193,8 +192,10 @@ _hide = _Hide()
 
 
 @constexpr
-def _all_before(kept):
-    return WindowSpec(bucket=1, backward=kept, forward=0, causal=True)
+def _one_query(last, scale, hide_self, dropout, dtype, bias_is_constant):
+    """The numbers of a call of one query that sees all keys, its own the last."""
+    return (WindowSpec(bucket=1, backward=last, forward=0, causal=True), Scoring(scale, None, hide_self, dropout),
+            Frame(last, dtype=dtype, bias_is_constant=bias_is_constant))
 
 
 def _next_tokens(attn, q, k, v, position, attn_bias):
@@ -210,5 +211,5 @@ def _next_tokens(attn, q, k, v, position, attn_bias):
     q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-    out = attn.attend_prepared(q, k, v, windows, real[None], attn_bias, dtype=dtype)
+    out = attn.attend_prepared(q, k, v, windows, beside(real[None], bias=attn_bias), dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

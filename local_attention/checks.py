@@ -91,13 +91,59 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
 
 
 def alike(owner, q, k, v):
-    """Queries, keys and values, as `described`, of one shape and dtype; returns the shape."""
+    """Queries, keys and values, as `described`, of one dtype and shape, but for fewer heads, a divisor of q's, in the
+    axis before the last two of k and v; returns q's shape and how many of its heads share one of theirs."""
     shape = tensor(owner, "q", q, FLOATS)
     if len(shape) < 2 or 0 in shape[-2:]:
         raise value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
-    for name, x in (("k", k), ("v", v)):
-        tensor(owner, name, x, (str(q[1]),), shape, f"of q's shape {shape}")
+    got = tensor(owner, "k", k, (str(q[1]),))
+    share = shared(shape, got)
+    if share is None:
+        of_heads = len(got) == len(shape) > 2 and got[:-3] + got[-2:] == shape[:-3] + shape[-2:]
+        fewer = f", or of a divisor of its {shape[-3]} heads" if of_heads else ""
+        raise value_error(owner, "k", f"of q's shape {shape}{fewer}", got)
+    tensor(owner, "v", v, (str(q[1]),), got, f"of k's shape {got}")
+    return shape, share
+
+
+def shared(q_shape, k_shape):
+    """How many heads of q share one of k, given that the shapes differ in their number alone; None where they do not."""
+    if k_shape == q_shape:
+        return 1
+    if len(q_shape) < 3 or len(k_shape) != len(q_shape) or None in (q_shape[-3], k_shape[-3]):
+        return None
+    fewer, heads = k_shape[-3], q_shape[-3]
+    if (*q_shape[:-3], fewer, *q_shape[-2:]) != tuple(k_shape) or fewer == 0 or heads % fewer:
+        return None
+    return heads // fewer
+
+
+def seed(owner, value):
+    """A seed that is an int."""
+    return integer(owner, "seed", value, -2**63)
+
+
+def segment_ids(owner, got, batch, n):
+    """Ids of documents, as `described`, `(batch, n)`."""
+    shape = tensor(owner, "segment_ids", got, ("Int32", "Int64"))
+    if len(shape) != 2 or shape[1] != n or (batch is not None and shape[0] != batch):
+        raise value_error(owner, "segment_ids", f"of shape ({'batch' if batch is None else batch}, {n})", shape)
     return shape
+
+
+def sinks(owner, got, heads):
+    """Sinks of heads, as `described`."""
+    return tensor(owner, "sinks", got, FLOATS, (heads,), f"of shape ({heads},), one for each head")
+
+
+def softcap(owner, value):
+    return None if value is None else positive_number(owner, "softcap", value)
+
+
+def together(owner, one, other):
+    """Two options, `(name, value)`, of which no more than one may be given."""
+    if one[1] and other[1]:
+        raise ValueError(f"For '{owner}', '{one[0]}' and '{other[0]}' cannot go together, but got both.")
 
 
 def fraction(owner, name, value):

@@ -8,9 +8,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .any_length import unknown
 from .attend import InFloat32, draw_seed
 from .backends import native
+from .backends.any_length import unknown
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch

@@ -8,10 +8,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .any_length import attend_any_length, unknown
-from .attend import Float32, Problem, attend, check_backend, explain
+from .attend import Float32, Frame, Problem, attend, beside, check_backend, explain
+from .backends.any_length import unknown
+from .backends.spans import document_bounds
 from .rotary import SinusoidalEmbeddings
-from .spec import WindowSpec
+from .spec import Scoring, WindowSpec
 
 
 def pad_to_multiple(tensor, multiple, dim=-1, value=0):
@@ -64,6 +65,7 @@ class Windows:
     look_forward: int
     causal: bool
     exact: bool
+    prefix: int = 0
 
     @property
     def backward(self):
@@ -80,7 +82,7 @@ class Windows:
 
     @property
     def spec(self):
-        return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal)
+        return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal, self.prefix)
 
     def folded(self, n, n_k=None, offset=0):
         """The sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
@@ -92,18 +94,26 @@ class Windows:
 
 
 @constexpr
-def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, q, k, v, mask, attn_bias, window_size):
+def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, backend, q, k, v, mask, attn_bias,
+             segment_ids, sinks, window_size):
     """The rules of a call: how many groups it has, and its windows."""
     if window_size is not None:
         if not use_xpos:
             raise checks.value_error(owner, "window_size", "None in a call without 'use_xpos'", window_size)
         windows = replace(windows, size=checks.positive_int(owner, "window_size", window_size))
-    shape = checks.alike(owner, q, k, v)
+    shape, share = checks.alike(owner, q, k, v)
     *leading, n, head_dim = shape
     groups = None if None in leading else math.prod(leading)
     if rotary_dim not in (None, head_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
     known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    if not known and dropout > 0:
+        raise checks.value_error(owner, "dropout", "0 in training in a graph for every length", dropout)
+    if not known and backend is not None:
+        raise checks.value_error(owner, "backend", "None in a graph for every length", repr(backend))
+    for other in (("use_xpos", use_xpos), ("sequence_parallel", group)):
+        checks.together(owner, ("segment_ids", segment_ids), other)
+    checks.together(owner, ("attn_bias", attn_bias), ("prefix", windows.prefix))
     if group is not None:
         if not known:
             raise checks.value_error(owner, "q", "of a known shape with 'sequence_parallel'", tuple(shape))
@@ -126,7 +136,24 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, q, k, v, mask
         if rest != [windows.size, windows.span] or heads == 0 or (groups or 0) % heads:
             raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span}), heads a "
                                      f"divisor of {groups}", attn_bias[0])
+        if heads % share and share % heads:
+            raise checks.value_error(owner, "attn_bias", f"of a multiple or a divisor of the {share} heads that share "
+                                     "one of k", attn_bias[0])
+    if segment_ids is not None:
+        batch, _ = checks.segment_ids(owner, segment_ids, None if mask is None else mask[0][0], n)
+        if known and groups // share % batch:
+            raise checks.value_error(owner, "segment_ids", f"of shape (batch, {n}), batch a divisor of {groups}",
+                                     segment_ids[0])
+    if sinks is not None:
+        checks.sinks(owner, sinks, shape[-3] if len(shape) > 2 else 1)
     return groups, windows
+
+
+@constexpr
+def _call(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype):
+    """A call's numbers as `attend` takes them."""
+    return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
+            Frame(offset, origin, dtype))
 
 
 @constexpr
@@ -136,10 +163,22 @@ def _fold_indices(windows, n, n_k, offset):
             Tensor(real.reshape(1, -1)))
 
 
+def _fold_indices_of_any_length(windows, n):
+    """The same where a graph does not know the length."""
+    count = (n + windows.size - 1) // windows.size
+    starts = ops.arange(0, count * windows.size, windows.size).reshape(-1, 1)
+    queries, keys = starts + ops.arange(0, windows.size, 1), starts - windows.backward + ops.arange(0, windows.span, 1)
+    real = ops.logical_and(keys >= 0, keys < n)
+    return count, ops.clamp(queries, 0, n - 1).reshape(-1), ops.clamp(keys, 0, n - 1).reshape(-1), real.reshape(1, -1)
+
+
 def fold(q, k, v, mask, windows, offset=0):
     """Windows as further batch entries, for positions that are counted anew in each: q `(windows * g, size, d)`, k and
     v `(windows * g, span, d)`, and a mask of the keys that are real. The first query stands at key `offset`."""
-    count, queries, keys, real = _fold_indices(windows, q.shape[1], k.shape[1], offset)
+    if unknown(q.shape):
+        count, queries, keys, real = _fold_indices_of_any_length(windows, q.shape[1])
+    else:
+        count, queries, keys, real = _fold_indices(windows, q.shape[1], k.shape[1], offset)
     if mask is not None:
         real = ops.logical_and(ops.gather(mask, keys, 1), real)
     real = real.reshape(-1, count, windows.span).swapaxes(0, 1).reshape(-1, windows.span)
@@ -148,14 +187,14 @@ def fold(q, k, v, mask, windows, offset=0):
 
 def _side_by_side(x, index, count):
     """`(g, n, d)`, gathered, as `(count * g, n', d)`: heads stay the fastest axis of the groups."""
-    groups, _, head_dim = x.shape
-    x = ops.gather(x, index, 1).reshape(groups, count, -1, head_dim)
-    return x.swapaxes(0, 1).reshape(groups * count, -1, head_dim)
+    head_dim = x.shape[2]
+    x = ops.gather(x, index, 1).reshape(x.shape[0], count, -1, head_dim)
+    return x.swapaxes(0, 1).reshape(-1, x.shape[2], head_dim)
 
 
 def unfold(x, groups, n):
     """`(windows * g, size, d)` as `(g, n, d)`."""
-    count, size, head_dim = x.shape
+    _, size, head_dim = x.shape
     return x.reshape(-1, groups, size, head_dim).swapaxes(0, 1).reshape(groups, -1, head_dim)[:, :n]
 
 
@@ -186,6 +225,10 @@ class LocalAttention(nn.Cell):
         use_rotary_pos_emb (bool): Whether `dim` turns rotary embedding on. Default: ``True`` .
         use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
         xpos_scale_base (float): In positions; ``None`` is :math:`\lfloor W/2 \rfloor`. Default: ``None`` .
+        prefix (int): How many positions at the start of a sequence every query sees, wherever its window is; when
+            `causal`, those at or after them. Default: ``0`` .
+        softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
+            (Gemma 2); ``None`` leaves them. Default: ``None`` .
         backend (str): What computes it, by name: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None``
             is the fastest that can. Default: ``None`` .
         sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are one rank's slice of sequences that
@@ -198,13 +241,19 @@ class LocalAttention(nn.Cell):
 
     Inputs:
         - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
-          dtype: float32, float16 or bfloat16. The softmax is computed in float32.
+          dtype: float32, float16 or bfloat16. k and v may have fewer heads, a divisor of q's: query head `i` of `h`
+          reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. The softmax is computed in float32.
         - **mask** (Tensor) - bool :math:`(batch, n)`, True = a real key; `batch` divides the product of the leading
           axes. Default: ``None`` .
         - **input_mask** (Tensor) - Another name of `mask`, which goes before it. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores:
           row = place of the query in its window, column = place of the key in the window's span. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(batch, n)`: consecutive tokens of one id are a document, and the result is
+          that of a call on each by itself. A negative id is padding: seen by nobody, and it sees nothing.
+          Default: ``None`` .
+        - **sinks** (Tensor) - :math:`(h,)`, a score that joins the softmax of every query of its head and has no value
+          (gpt-oss). Default: ``None`` .
 
     Outputs:
         Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
@@ -228,8 +277,8 @@ class LocalAttention(nn.Cell):
 
     def __init__(self, window_size, causal=False, look_backward=1, look_forward=None, dropout=0., shared_qk=False,
                  rel_pos_emb_config=None, dim=None, autopad=False, exact_windowsize=False, scale=None,
-                 use_rotary_pos_emb=True, use_xpos=False, xpos_scale_base=None, *, backend=None,
-                 sequence_parallel=False):
+                 use_rotary_pos_emb=True, use_xpos=False, xpos_scale_base=None, *, prefix=0, softcap=None,
+                 backend=None, sequence_parallel=False):
         super().__init__()
         owner = type(self).__name__
         self.window_size = checks.positive_int(owner, "window_size", window_size)
@@ -241,7 +290,10 @@ class LocalAttention(nn.Cell):
         if causal and look_forward:
             raise checks.value_error(owner, "look_forward", "0 when causal", look_forward)
         self.exact_windowsize = checks.boolean(owner, "exact_windowsize", exact_windowsize)
-        self.windows = Windows(self.window_size, self.look_backward, self.look_forward, causal, exact_windowsize)
+        self.prefix = checks.non_negative_int(owner, "prefix", prefix)
+        self.softcap = checks.softcap(owner, softcap)
+        self.windows = Windows(self.window_size, self.look_backward, self.look_forward, causal, exact_windowsize,
+                               self.prefix)
         self.spec = self.windows.spec
         self.dropout = checks.rate(owner, "dropout", dropout)
         self.shared_qk = checks.boolean(owner, "shared_qk", shared_qk)
@@ -250,6 +302,9 @@ class LocalAttention(nn.Cell):
         self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
         self.backend = check_backend(owner, backend)
         self.group = parallel.sequence_group(owner, sequence_parallel)
+
+        for other in (("use_xpos", use_xpos), ("sequence_parallel", self.group)):
+            checks.together(owner, ("prefix", prefix), other)
 
         if rel_pos_emb_config is not None:
             if not isinstance(rel_pos_emb_config, (tuple, list)) or not rel_pos_emb_config:
@@ -270,49 +325,54 @@ class LocalAttention(nn.Cell):
         elif use_xpos:
             raise checks.value_error(owner, "use_xpos", "False without 'use_rotary_pos_emb' and 'dim'", use_xpos)
 
-    def explain(self, n, dtype=None, mask=False, attn_bias=False):
-        """In words: the backend that would run a sequence of n, why no other would, and what one head of it costs.
+    def explain(self, n, dtype=None, mask=False, attn_bias=False, *, segment_ids=False, sinks=False, share=1):
+        """In words: the backend that would run a sequence of n, why no other would, and what one key head of it costs.
 
         Args:
             n (int): Sequence length.
             dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
             mask (bool): Whether the call has a mask. Default: ``False`` .
             attn_bias (bool): Whether the call has a bias. Default: ``False`` .
+            segment_ids (bool): Whether the call has documents; they are counted as one. Default: ``False`` .
+            sinks (bool): Whether the call has sinks. Default: ``False`` .
+            share (int): How many query heads share a key head. Default: ``1`` .
 
         Returns:
-            str, a line for each backend, the multiply-adds, the bytes of scores and of inputs and output, and what a
-            compiled function compiles anew for.
+            str, a line for each backend, the options, the multiply-adds, the bytes of scores and of inputs and output,
+            and what a compiled function compiles anew for.
         """
-        checks.positive_int("LocalAttention.explain", "n", n)
+        owner = "LocalAttention.explain"
+        checks.positive_int(owner, "n", n)
+        checks.positive_int(owner, "share", share)
         windows, head_dim = self.windows, self.rotary_dim or 64
-        groups, n_q, n_k, offset, halo = 1, n, n, 0, ""
+        groups, n_q, n_k, offset, halo = share, n, n, 0, ""
         if self.group is not None:
             offset, after = self.group.before(windows.backward), self.group.after(windows.forward)
             n_k = offset + n + after
             halo = f"\nhalo: {offset + after} keys and values of other ranks, whatever n"
         if self.use_xpos:
-            groups, n_q, n_k, offset = len(windows.folded(n)[0]), windows.size, windows.span, windows.backward
+            groups, n_q, n_k, offset = len(windows.folded(n)[0]) * share, windows.size, windows.span, windows.backward
+        spec, scoring, _ = self._call(windows, head_dim)
         return explain(Problem(
-            self.spec, groups, n_q, n_k, head_dim, self.scale or head_dim ** -0.5, str(dtype or ms.float32),
-            batch=groups if self.use_xpos else int(mask), bias_backward=windows.backward, hide_self=self.shared_qk,
-            bias_shape=(1, windows.size, windows.span) if attn_bias else None, offset=offset,
-            dropout=self.dropout if self.training else 0.), self.backend) + halo
+            spec, scoring, groups, n_q, n_k, head_dim, str(dtype or ms.float32), share,
+            batch=groups // share if self.use_xpos else int(mask), documents=int(segment_ids),
+            bias_shape=(share, windows.size, windows.span) if attn_bias else None, sinks=share if sinks else 0,
+            offset=offset), self.backend) + halo
 
-    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
+    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
+                  sinks=None):
         if mask is None:
             mask = input_mask
         groups, windows = _checked(
             "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
-            checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
-            checks.described(attn_bias), window_size)
+            self.dropout if self.training else 0., self.backend, checks.described(q), checks.described(k),
+            checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
+            checks.described(sinks), window_size)
         if groups == 0:
             return q
-        if unknown(q.shape):
-            return self._any_length(q, k, v, mask, attn_bias, windows)
         shape, dtype = q.shape, q.dtype
         if self.group is not None or self.use_xpos:
-            flat = (groups, *shape[-2:])
-            q, k, v = q.reshape(flat), k.reshape(flat), v.reshape(flat)
+            q, k, v = _flat(q), _flat(k), _flat(v)
         if self.shared_qk:
             k = l2norm(k)
         offset = 0
@@ -323,39 +383,37 @@ class LocalAttention(nn.Cell):
         if self.rel_pos is not None and not self.use_xpos:
             q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
             k = self.rel_pos.rotate(k)
-        out = ops.cast(self.attend_prepared(q, k, v, windows, mask, attn_bias, offset, dtype), dtype)
+        documents = None if segment_ids is None else document_bounds(segment_ids)
+        tensors = beside(mask, documents, attn_bias, sinks)
+        out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out if out.shape == shape else out.reshape(shape)
 
-    def attend_prepared(self, q, k, v, windows, mask, attn_bias, offset=0, dtype=None):
+    def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
         """Attention of `q, k, v (..., n, d)` that are normalised and rotated, but for xpos's rotation in windows, which
         takes `(groups, n, d)`.
 
         The first query stands at key `offset`; `dtype` is the precision called for, where it is not q's.
         """
-        groups, (n, head_dim) = q.shape[0], q.shape[-2:]
+        groups, n, head_dim = q.shape[0], q.shape[-2], q.shape[-1]
         rank = 0 if self.group is None else self.group.rank
-        origin = (0, rank * n - offset)
+        origin = (0, rank * n - offset) if rank > 0 else (0, 0)
         if self.use_xpos:
+            mask, documents, bias, sinks, rel_pos_emb, seed = tensors
             q, k, v, mask = fold(q, k, v, mask, windows, offset)
-            origin = (rank * q.shape[0], 0)
+            tensors = beside(mask, documents, bias, sinks, rel_pos_emb, seed)
+            origin = (rank * q.shape[0], 0) if rank > 0 else (0, 0)
             offset, middle = windows.backward, windows.span // 2
             start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
-        out = attend(q, k, v, windows.spec, head_dim ** -0.5 if self.scale is None else self.scale,
-                     key_mask=mask, bias=attn_bias, bias_backward=windows.backward, hide_self=self.shared_qk,
-                     dropout=self.dropout if self.training else 0., offset=offset, origin=origin, backend=self.backend,
-                     dtype=dtype)
+        spec, scoring, frame = self._call(windows, head_dim, offset, origin, dtype)
+        out = attend(q, k, v, spec, scoring, tensors, frame, self.backend)
         return unfold(out, groups, n) if self.use_xpos else out
 
-    def _any_length(self, q, k, v, mask, attn_bias, windows):
-        """A call in a graph that is compiled for every length, `autopad` or not."""
-        flat = (-1, q.shape[-2], q.shape[-1])
-        rotary = None
-        if self.rel_pos is not None:
-            rotary = self.rel_pos.frequencies, self.rel_pos.scale_base if self.use_xpos else None, windows.forward
-        k = l2norm(k) if self.shared_qk else k
-        return attend_any_length(
-            "LocalAttention", q.reshape(flat), k.reshape(flat), v.reshape(flat), windows.spec,
-            q.shape[-1] ** -0.5 if self.scale is None else self.scale, mask, attn_bias, windows.backward,
-            self.shared_qk, self.dropout if self.training else 0., rotary, self.backend).reshape(q.shape)
+    def _call(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
+        return _call(windows, self.scale, head_dim, self.softcap, self.shared_qk, self.dropout if self.training else 0.,
+                     offset, origin, dtype)
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-2], x.shape[-1])

@@ -5,7 +5,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .any_length import unknown
+from .backends.any_length import unknown
 from .cache import attend_cached, attend_in_place, checked_cache, entered, first_cache, fused_entry
 from .layers import LayerNorm, reorder, take
 from .local_attention import LocalAttention, l2norm

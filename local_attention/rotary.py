@@ -14,6 +14,7 @@ from mindspore.ops import constexpr
 from . import checks
 from .attend import Float32, InFloat32
 from .backends import native
+from .backends.any_length import unknown
 
 ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
 
@@ -111,10 +112,12 @@ class SinusoidalEmbeddings(nn.Cell):
         `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
         `(first + step * r) / scale_base`.
         """
+        power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
+        if unknown(x.shape):
+            return _rotation_of_any(self.frequencies, x.shape[-2], start, power)(x)
         fused = None if xpos_power is not None else _fused_rotation(self.frequencies)
         if fused is not None:
             return fused(x, _as_tensor(start))
-        power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
         return _rotation(self.frequencies, x.shape, start, power)(x)
 
     def rotate_at(self, x, position):
@@ -213,6 +216,31 @@ class _RotationAt(Float32):
 
 
 _rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
+
+
+class _RotationOfAny(Float32):
+    """The same where a graph does not know how many there are of x, or, without xpos, how long x is."""
+
+    def __init__(self, frequencies, n, start, power):
+        super().__init__()
+        self.start, self.half = start, rotation_matrix(2 * len(frequencies))
+        self.units = Tensor(np.tile(_in_turns(frequencies), 2)[None])
+        self.tables = None
+        if n is not None:
+            self.tables = tuple(Tensor(table.astype(np.float32))
+                                for table in rotation_tables(frequencies, start, n, power))
+
+    def construct(self, x):
+        if self.tables is None:
+            positions = ops.cast(ops.arange(0, x.shape[-2], 1) + self.start, ms.int32).reshape(-1, 1)
+            angles = ops.mul(ops.cast(ops.mul(positions, self.units), ms.float32), 2 * math.pi / 2**32)
+            cos, sin = ops.cos(angles), ops.sin(angles)
+        else:
+            cos, sin = self.tables
+        return ops.add(ops.mul(x, cos), ops.mul(ops.matmul(x, self.half), sin))
+
+
+_rotation_of_any = constexpr(lru_cache(maxsize=64)(_RotationOfAny))
 
 
 class _FusedRotation(InFloat32):

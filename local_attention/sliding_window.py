@@ -1,113 +1,10 @@
-"""Sliding-window attention: every query its own span of keys, as a function and as self- and cross-attention Cells."""
-import math
-
-import mindspore as ms
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+"""Sliding-window attention as self- and cross-attention Cells."""
+from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import attend, check_backend
-from .spec import WindowSpec
-
-
-@constexpr
-def _checked(owner, q, k, v, mask, rel_pos_emb, left, right, dropout_rate, backend):
-    """The rules of a call: its number of groups, its span within the sequence, and the mask's shape to tile."""
-    checks.non_negative_int(owner, "window_size_left", left)
-    checks.non_negative_int(owner, "window_size_right", right)
-    checks.rate(owner, "dropout_rate", dropout_rate)
-    check_backend(owner, backend)
-    shape = checks.alike(owner, q, k, v)
-    if None in shape:
-        raise checks.value_error(owner, "q", "of a shape that is known where a graph is compiled", shape)
-    *leading, n, head_dim = shape
-    if mask is not None:
-        got = checks.tensor(owner, "mask", mask, ("Bool",))
-        padded = (1,) * (len(shape) - 1 - len(got)) + got
-        if len(padded) != len(shape) - 1 or any(a not in (1, b) for a, b in zip(padded, (*leading, n))):
-            raise checks.value_error(owner, "mask", f"broadcastable to {(*leading, n)}", got)
-        mask = padded, tuple(b // a for a, b in zip(padded, (*leading, n)))
-    if rel_pos_emb is not None:
-        checks.tensor(owner, "rel_pos_emb", rel_pos_emb, checks.FLOATS, (left + right, head_dim),
-                      f"of shape (window_size_left + window_size_right, d), {(left + right, head_dim)}")
-    return math.prod(leading), min(left, n), min(right, n), mask
-
-
-@constexpr
-def _seed_tensor(seed):
-    checks.integer("sliding_window_attention", "seed", seed, -2**63)
-    return Tensor(np.array([seed % 2**32], np.uint32).view(np.int32))
-
-
-@constexpr
-def _span(left, right):
-    return WindowSpec(bucket=1, backward=left, forward=right - 1, causal=False)
-
-
-def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_left=128, window_size_right=128,
-                             dropout_rate=0., seed=None, *, backend=None):
-    r"""
-    Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
-
-    That is `window_size_left + window_size_right` keys, the query's own the first of the right ones: a
-    `window_size_right` of 1 is causal, and with 0 the query does not see itself. `left=2, right=2` on 5 tokens:
-
-    .. code-block::
-
-        ■ ■ · · ·
-        ■ ■ ■ · ·
-        ■ ■ ■ ■ ·
-        · ■ ■ ■ ■
-        · · ■ ■ ■
-
-    Scores are scaled by :math:`d^{-0.5}`. Cost and memory are linear in the sequence.
-
-    Args:
-        q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16. The softmax is
-            computed in float32.
-        mask (Tensor): bool, broadcastable to :math:`(..., n)`, True = a real key. Default: ``None`` .
-        rel_pos_emb (Tensor): :math:`(left + right, d)`; row :math:`r` is scored against q, unscaled, and added for the
-            key at offset :math:`r - left` from the query. Default: ``None`` .
-        window_size_left (int): Keys seen before the query. Default: ``128`` .
-        window_size_right (int): Keys seen from the query on, itself among them. Default: ``128`` .
-        dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
-        seed (Union[int, Tensor]): What the dropped weights are a function of; ``None`` draws one from MindSpore's
-            global seed. Default: ``None`` .
-        backend (str): What computes it, by name; ``None`` is the fastest that can. Default: ``None`` .
-
-    Returns:
-        Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
-
-    Raises:
-        TypeError: If an argument is of another type or dtype.
-        ValueError: If an argument is out of its range or shapes do not agree.
-
-    Supported Platforms:
-        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
-
-    Examples:
-        >>> from mindspore import ops
-        >>> from local_attention import sliding_window_attention
-        >>> q, k, v = (ops.randn((2, 8, 1000, 64)) for _ in range(3))
-        >>> print(sliding_window_attention(q, k, v, window_size_left=127, window_size_right=1).shape)
-        (2, 8, 1000, 64)
-    """
-    groups, left, right, mask_shape = _checked(
-        "sliding_window_attention", checks.described(q), checks.described(k), checks.described(v),
-        checks.described(mask), checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate,
-        backend)
-    if groups == 0:
-        return q
-    if mask is not None:
-        mask = ops.tile(mask.reshape(mask_shape[0]), mask_shape[1]).reshape(groups, -1)
-    if rel_pos_emb is not None:  # rows of offsets that no key of this sequence is at do nothing
-        rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
-    if seed is not None:
-        seed = ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(seed)
-    return attend(q, k, v, _span(left, right), q.shape[-1] ** -0.5, key_mask=mask, rel_pos_emb=rel_pos_emb,
-                  dropout=dropout_rate, seed=seed, backend=backend)
+from .functional import sliding_window_attention
 
 
 class MultiHeadLocalAttention(nn.Cell):
@@ -179,8 +76,8 @@ class MultiHeadLocalAttention(nn.Cell):
         q, k, v = (self._heads(project(x)) for project, x in
                    ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
         out = sliding_window_attention(
-            q, k, v, None if mask is None else mask[:, None], self.rel_pos_emb, self.window_size_left,
-            self.window_size_right, self.dropout_rate if self.training else 0., seed)
+            q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
+            self.dropout_rate if self.training else 0., seed)
         return self.out(out.swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
 
     def _heads(self, x):

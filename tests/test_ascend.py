@@ -45,7 +45,6 @@ class Case:
         self.mask = rng.random((2, n_k)) > .4 if mask else None
         self.bias = draw(HEADS, W, 4 * W) if bias else None
         if bias:
-            self.options["bias_backward"] = 2 * W
 
     def wanted(self):
         out = oracle.attention(self.q, self.k, self.v, self.spec, key_mask=self.mask, bias=self.bias, dout=self.dout,

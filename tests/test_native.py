@@ -10,9 +10,10 @@ from mindspore import Tensor, nn
 
 from local_attention import LocalAttention, LocalTransformer
 from local_attention import attend as pipe
-from local_attention.attend import Problem, attend
+from calls import attend_to
+from local_attention.attend import Problem
 from local_attention.backends import native
-from local_attention.spec import NO_LIMIT, WindowSpec
+from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 from test_attend import SPECS, Case, assert_close
 
 BUILT = native.library()[0] is not None
@@ -50,12 +51,11 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
         if bias_period:
             columns = spec.backward + bias_period + spec.forward
             inputs += (draw(3, bias_period, columns),)
-            options["bias_backward"] = spec.backward
 
         def results(backend):
             def forward(*inputs):
                 bias = inputs[3] if len(inputs) > 3 else None
-                out = attend(*inputs[:3], spec, d ** -0.5, key_mask=key_mask, bias=bias, backend=backend, **options)
+                out = attend_to(*inputs[:3], spec, d ** -0.5, key_mask=key_mask, bias=bias, backend=backend, **options)
                 return (out * dout).sum(), out
             (_, out), grads = ms.value_and_grad(forward, tuple(range(len(inputs))), has_aux=True)(*inputs)
             return [x.asnumpy() for x in (out, *grads)]
@@ -101,19 +101,21 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
     def test_calls_from_several_threads_at_once_do_not_meet():
         """Of the kernel itself: MindSpore's operators outside graphs are not safe to call from several threads."""
         kernel, rng = ctypes.CDLL(native.library()[0]), np.random.default_rng(0)
-        numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), 4, 700, 700, 16, .25)).numbers.asnumpy()
+        numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16)).numbers.asnumpy()
         q, k, v, dout = (rng.standard_normal((4, 700, 16)).astype(np.float32) for _ in range(4))
         absent = np.zeros(1, np.float32)
         results = []
 
         def call():
-            inputs = [q, k, v, absent, absent, absent, absent, numbers]
-            forward = [np.empty_like(q), np.empty((4, 700, 2), np.float32)]
-            backward = [np.empty_like(q), np.empty_like(k), np.empty_like(v), absent.copy(), absent.copy()]
-            for name, arrays in (("forward", inputs + forward), ("backward", inputs + forward + [dout] + backward)):
+            inputs = [q, k, v, *6 * [absent], numbers]
+            statistics = np.empty((4, 700, 2), np.float32)
+            out, lse = np.empty_like(q), np.empty((4, 700), np.float32)
+            backward = [np.empty_like(q), np.empty_like(k), np.empty_like(v), *(absent.copy() for _ in range(3))]
+            for name, arrays in (("forward", [*inputs, out, statistics, lse]),
+                                 ("backward", [*inputs, out, statistics, dout, 0 * lse, *backward])):
                 pointers = (ctypes.c_void_p * len(arrays))(*(x.ctypes.data for x in arrays))
                 assert kernel[f"attention_{name}"](len(arrays), pointers, None, None, None, None, None) == 0
-            results.append([forward[0], *backward[:3]])
+            results.append([out, *backward[:3]])
         threads = [threading.Thread(target=lambda: [call() for _ in range(5)]) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -130,7 +132,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
 
         def loss(whole, backend):
             view = whole.swapaxes(0, 1)[..., ::2]
-            return (attend(view, view, view, SPECS[0], .3, backend=backend) ** 2).sum()
+            return (attend_to(view, view, view, SPECS[0], .3, backend=backend) ** 2).sum()
         got, wanted = (ms.grad(loss)(whole, backend).asnumpy() for backend in ("native", "dense"))
         assert np.abs(wanted).max() > 1e-2
         np.testing.assert_allclose(got, wanted, atol=5e-5, rtol=1e-4)
@@ -163,7 +165,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
 
     def test_nothing_at_all():
         for shape in ((0, 8, 4), (2, 0, 4)):
-            assert attend(*[Tensor(np.zeros(shape, np.float32))] * 3, SPECS[0], 1.).shape == shape
+            assert attend_to(*[Tensor(np.zeros(shape, np.float32))] * 3, SPECS[0], 1.).shape == shape
 
     def test_recomputed_it_gives_the_same_gradients():
         class Block(nn.Cell):
@@ -207,9 +209,9 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
         assert got[-1] < got[0]
 
     def test_scores_are_counted_by_the_tile():
-        problem = Problem(WindowSpec(1, 512, 0, True), 16, 2048, 2048, 64, .125)
+        problem = Problem(WindowSpec(1, 512, 0, True), Scoring(.125), 16, 2048, 2048, 64)
         assert native.scores(problem)[0] == 16 * 64 * 64 * (sum(range(1, 9)) + 24 * 9)
-        everything = Problem(WindowSpec(1, NO_LIMIT, NO_LIMIT, False), 1, 128, 128, 64, .125)
+        everything = Problem(WindowSpec(1, NO_LIMIT, NO_LIMIT, False), Scoring(.125), 1, 128, 128, 64)
         assert native.scores(everything)[0] == 128 * 128
 
 

@@ -5,6 +5,7 @@ weights of each block again. On CPU, broadcasts are slow and matrix products are
 products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient of
 softmax subtracts are one more entry of `dout`, met by a 1 in every value.
 """
+from dataclasses import replace
 from typing import NamedTuple, Optional
 
 import mindspore as ms
@@ -27,7 +28,7 @@ _matmul = ops.MatMul()
 _matmul_transpose_a = ops.MatMul(transpose_a=True)
 _matmul_transpose_b = ops.MatMul(transpose_b=True)
 _bias_add = ops.BiasAdd()
-_softmax, _log_softmax = ops.Softmax(-1), ops.LogSoftmax(-1)
+_softmax = ops.Softmax(-1)
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
 _slice = ops.Slice()
@@ -46,7 +47,7 @@ def key_heads(problem):
 
 def schedule(problem):
     """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
-    runs = make_plan(problem.spec, problem.n_q, problem.n_k, problem.offset, problem.bias_period)
+    runs = make_plan(replace(problem.spec, prefix=0), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
     largest = max(run.visible.size for run in runs) * problem.share
     gathered = sum(run.keys.size for run in runs) * problem.head_dim
@@ -210,9 +211,7 @@ class Blocks(nn.Cell):
                 scores, _ = self._scores(step, query, key, tile[step.run], emb)
                 weights = _softmax(scores)
                 if self.with_lse:
-                    log_weights = _log_softmax(scores)
-                    weights = ops.exp(log_weights)
-                    lse.append(self._rows_back(_largest(scores) - _largest(log_weights), step))
+                    lse.append(self._rows_back(_largest(scores) - ops.log(_largest(weights)), step))
                 if self.dropout > 0:
                     weights = ops.mul(weights, self._keep(step, rows))
                 out.append(self._rows_back(_bmm(weights, _take(part_v, step.keys, step.width)), step))

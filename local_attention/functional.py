@@ -1,0 +1,369 @@
+"""Attention as functions: over any window in the words of today's models, over a span to the left and right, and pieces
+of it put together."""
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.ops import constexpr
+
+from . import checks
+from .attend import Frame, attend, beside, check_backend
+from .backends.any_length import unknown
+from .backends.spans import document_bounds, merged
+from .spec import NO_LIMIT, Scoring, WindowSpec
+
+
+@constexpr
+def _seed_tensor(owner, seed):
+    return Tensor(np.array([checks.seed(owner, seed) % 2**32], np.uint32).view(np.int32))
+
+
+def _seed(owner, seed):
+    """int32 `(1,)`, or None where one is to be drawn."""
+    if seed is None:
+        return None
+    return ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(owner, seed)
+
+
+def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend):
+    """The rules of what is no tensor, and of a seed, an int or a Tensor as `described`."""
+    if scale is not None:
+        checks.number(owner, "scale", scale)
+    checks.softcap(owner, softcap)
+    checks.rate(owner, "dropout_rate", dropout_rate)
+    if seed is not None and not isinstance(seed, tuple):
+        checks.seed(owner, seed)
+    elif seed is not None:
+        shape = checks.tensor(owner, "seed", seed, ("Int32", "Int64"))
+        if shape not in ((), (1,)):
+            raise checks.value_error(owner, "seed", "an int or a Tensor of one", shape)
+    checks.boolean(owner, "return_lse", return_lse)
+    check_backend(owner, backend)
+
+
+def _check_known(owner, dropout_rate, backend, *shapes):
+    """What cannot be had where a graph does not know a length."""
+    if any(None in shape for shape in shapes):
+        if dropout_rate > 0:
+            raise checks.value_error(owner, "dropout_rate", "0 in a graph for every length", dropout_rate)
+        if backend is not None:
+            raise checks.value_error(owner, "backend", "None in a graph for every length", repr(backend))
+
+
+@constexpr
+def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
+    return (spec, Scoring(head_dim ** -0.5 if scale is None else float(scale),
+                          None if softcap is None else float(softcap), False, float(dropout_rate)),
+            Frame(offset, lse=lse))
+
+
+# ---- windows in general
+
+
+@constexpr
+def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale, softcap, dropout_rate, seed, return_lse,
+                      backend):
+    """The rules of a call."""
+    owner = "windowed_attention"
+    if not isinstance(spec, WindowSpec):
+        raise checks.type_error(owner, "spec", "a WindowSpec", spec)
+    _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend)
+    shape = checks.tensor(owner, "q", q, checks.FLOATS)
+    if len(shape) != 4 or 0 in shape[1:]:
+        raise checks.value_error(owner, "q", "of shape (b, h, n_q, d), with h, n_q and d of at least 1", shape)
+    batch, heads, n_q, head_dim = shape
+    k_shape = checks.tensor(owner, "k", k, (str(q[1]),))
+    n_k = k_shape[2] if len(k_shape) == 4 else 0
+    if len(k_shape) != 4 or checks.shared((*shape[:2], n_k, head_dim), k_shape) is None or (
+            None not in (n_q, n_k) and n_k < n_q):
+        raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads} and "
+                                 f"n_k at least {n_q}", k_shape)
+    checks.tensor(owner, "v", v, (str(q[1]),), k_shape, f"of k's shape {k_shape}")
+    if mask is not None:
+        checks.tensor(owner, "mask", mask, ("Bool",), (batch, n_k), f"of shape (b, n_k), {(batch, n_k)}")
+    if segment_ids is not None:
+        checks.segment_ids(owner, segment_ids, batch, n_k)
+    if attn_bias is not None:
+        checks.together(owner, ("attn_bias", attn_bias), ("a prefix of 'spec'", spec.prefix))
+        if NO_LIMIT in (spec.backward, spec.forward):
+            raise checks.value_error(owner, "attn_bias", "None where 'spec' has no limit", attn_bias[0])
+        wanted = heads, spec.bucket, spec.backward + spec.bucket + spec.forward
+        checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS, wanted,
+                      f"of shape (h, bucket, backward + bucket + forward), {wanted}")
+    if sinks is not None:
+        checks.sinks(owner, sinks, heads)
+    _check_known(owner, dropout_rate, backend, shape, k_shape)
+
+
+def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=None, sinks=None, scale=None,
+                       softcap=None, dropout_rate=0., seed=None, return_lse=False, backend=None):
+    r"""
+    Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the words of today's models.
+
+    Cost and memory are linear in the sequence, for a window that does not grow with it. Every option goes with every
+    other, save where an error says so.
+
+    Args:
+        q (Tensor): :math:`(b, h, n_q, d)`, float32, float16 or bfloat16. The queries stand at the last :math:`n_q`
+            positions of the keys, as with a cache: :math:`n_q \le n_k`.
+        k, v (Tensor): :math:`(b, h_{kv}, n_k, d)` of the same dtype. :math:`h_{kv}` divides :math:`h`: query head
+            :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`, and neither is repeated in memory.
+        spec (WindowSpec): Which keys a query sees.
+        mask (Tensor): bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
+        segment_ids (Tensor): int :math:`(b, n_k)`: consecutive tokens of one id are a document, and the result is that of
+            a call on each document by itself: windows, rows of the bias and the prefix start anew. A negative id is
+            padding: seen by nobody, and it sees nothing. Default: ``None`` .
+        attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores: row = place of the
+            query in its bucket, column = place of the key in what the bucket sees; for a moving span, a number for each
+            offset. Default: ``None`` .
+        sinks (Tensor): :math:`(h,)`, a score that joins the softmax of every query of its head and has no value
+            (gpt-oss). Default: ``None`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
+        softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
+            (Gemma 2). Default: ``None`` .
+        dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
+        seed (Union[int, Tensor]): What the dropped weights are a function of; ``None`` draws one from MindSpore's
+            global seed. Default: ``None`` .
+        return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
+        backend (str): What computes it, by name; ``None`` is the fastest that can. Default: ``None`` .
+
+    Returns:
+        Tensor of the shape and dtype of `q`. A query that sees no key gets zeros with zero gradient, with a sink too.
+
+        With `return_lse` a tuple of it and the natural logarithm of the sum of the exponentials of what the softmax ran
+        over, sink included, float32 :math:`(b, h, n_q)`; -inf where that is nothing. It has a gradient.
+
+    Raises:
+        TypeError: If an argument is of another type or dtype.
+        ValueError: If an argument is out of its range, shapes do not agree, or a bias comes with a prefix or a span
+            without limit.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import WindowSpec, windowed_attention
+        >>> q, k, v = ops.randn((1, 8, 1000, 64)), ops.randn((1, 2, 1000, 64)), ops.randn((1, 2, 1000, 64))
+        >>> print(windowed_attention(q, k, v, WindowSpec.from_sliding_window(256), softcap=50.).shape)
+        (1, 8, 1000, 64)
+    """
+    _checked_windowed(
+        spec, checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
+        checks.described(segment_ids), checks.described(attn_bias), checks.described(sinks), scale, softcap,
+        dropout_rate, checks.described(seed), return_lse, backend)
+    spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
+    tensors = beside(mask, None if segment_ids is None else document_bounds(segment_ids), attn_bias, sinks,
+                     seed=_seed("windowed_attention", seed))
+    return attend(q, k, v, spec, scoring, tensors, frame, backend)
+
+
+@constexpr
+def _check_pieces(outs, lses):
+    owner = "merge_attentions"
+    for name, pieces in (("outs", outs), ("lses", lses)):
+        if not isinstance(pieces, (tuple, list)) or not pieces:
+            raise checks.type_error(owner, name, "a tuple of Tensors, one for each piece", pieces)
+    if len(lses) != len(outs):
+        raise checks.value_error(owner, "lses", f"of as many pieces as outs, {len(outs)}", len(lses))
+    shape = checks.tensor(owner, "outs", outs[0], checks.FLOATS)
+    if len(shape) < 2:
+        raise checks.value_error(owner, "outs", "of shape (..., n, d)", shape)
+    for out, lse in zip(outs, lses):
+        checks.tensor(owner, "outs", out, (str(outs[0][1]),), shape, f"of one shape, {shape}")
+        checks.tensor(owner, "lses", lse, checks.FLOATS, shape[:-1], f"of the shape of outs without d, {shape[:-1]}")
+
+
+def merge_attentions(outs, lses):
+    r"""
+    Attention to all keys from attention to some of them each.
+
+    With :math:`lse = \log \sum_i e^{lse_i}`, the output is :math:`\sum_i e^{lse_i - lse} out_i`. Pieces share their
+    queries; no key is in two of them, and a sink is in one.
+
+    Args:
+        outs (tuple[Tensor]): Of each piece the output, :math:`(..., n, d)`.
+        lses (tuple[Tensor]): And its log-sum-exp, :math:`(..., n)`, as :func:`windowed_attention` returns both.
+
+    Returns:
+        Tuple of the output, of the dtype of `outs`, and the log-sum-exp, float32.
+
+    Raises:
+        TypeError: If these are no tuples of Tensors.
+        ValueError: If their numbers or shapes do not agree.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import WindowSpec, merge_attentions, windowed_attention
+        >>> x = ops.randn((1, 2, 10, 8))
+        >>> spec = WindowSpec.from_flash((-1, -1))
+        >>> halves = [windowed_attention(x[:, :, :5], x[:, :, i:i + 5], x[:, :, i:i + 5], spec, return_lse=True)
+        ...           for i in (0, 5)]
+        >>> out, lse = merge_attentions(*zip(*halves))
+        >>> print(out.shape, lse.shape)
+        (1, 2, 5, 8) (1, 2, 5)
+    """
+    _check_pieces(_all_described(outs), _all_described(lses))
+    pieces = []
+    for lse in lses:
+        pieces.append(ops.cast(lse, ms.float32))
+    return merged(outs, pieces)
+
+
+def _all_described(pieces):
+    if not isinstance(pieces, (tuple, list)):
+        return pieces
+    described = []
+    for piece in pieces:
+        described.append(checks.described(piece))
+    return tuple(described)
+
+
+# ---- a span to the left and the right
+
+
+@constexpr
+def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed, scale, softcap, sinks, segment_ids,
+                     return_lse, backend):
+    """The rules of a call: its number of groups, its span within the sequence, and the mask's shape and tiling."""
+    owner = "sliding_window_attention"
+    checks.non_negative_int(owner, "window_size_left", left)
+    checks.non_negative_int(owner, "window_size_right", right)
+    _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend)
+    shape, share = checks.alike(owner, q, k, v)
+    *leading, n, head_dim = shape
+    _check_known(owner, dropout_rate, backend, shape)
+    groups = None if None in leading else math.prod(leading)
+    if mask is not None:
+        mask = _mask_shape(owner, checks.tensor(owner, "mask", mask, ("Bool",)), leading, n, share)
+    if rel_pos_emb is not None:
+        checks.tensor(owner, "rel_pos_emb", rel_pos_emb, checks.FLOATS, (left + right, head_dim),
+                      f"of shape (window_size_left + window_size_right, d), {(left + right, head_dim)}")
+    if sinks is not None:
+        checks.sinks(owner, sinks, leading[-1] if leading else 1)
+    if segment_ids is not None:
+        batch, _ = checks.segment_ids(owner, segment_ids, None, n)
+        if groups is not None and groups // share % batch:
+            raise checks.value_error(owner, "segment_ids", f"of shape (b, {n}), b a divisor of {groups // share}",
+                                     segment_ids[0])
+        if mask is not None and groups is not None and math.prod(mask[0]) * math.prod(mask[1]) != batch * n:
+            raise checks.value_error(owner, "segment_ids", "of as many rows as 'mask'", segment_ids[0])
+    if n is not None:
+        left, right = min(left, n), min(right, n)
+    return groups, left, right, mask
+
+
+def _mask_shape(owner, got, leading, n, share):
+    """A mask's shape without the axes that all of its rows are alike in, and how often to repeat each axis of it, so
+    that its rows divide the groups."""
+    groups = None if None in leading else math.prod(leading)
+    rule = f"of shape ({n},), (b, {n}), or broadcastable to {(*leading, n)}"
+    if len(got) == 1 or (len(got) == 2 and got[1] == n):
+        rows = 1 if len(got) == 1 else got[0]
+        if got[-1] != n or (groups is not None and (rows == 0 or groups // share % rows)):
+            raise checks.value_error(owner, "mask", rule, got)
+        return (rows, n), (1, 1)
+    wanted = (*leading, n)
+    if len(got) != len(wanted) or any(a not in (1, b) for a, b in zip(got, wanted)):
+        raise checks.value_error(owner, "mask", rule, got)
+    if None in got:
+        raise checks.value_error(owner, "mask", "of shape (b, n) in a graph for every length", got)
+    rows = len(leading)
+    while rows > 0 and got[rows - 1] == 1:  # alike in the last of the leading axes: a row for all of them
+        rows -= 1
+    count = math.prod(leading[:rows])
+    if share > 1 and groups // share % count:
+        raise checks.value_error(owner, "mask", "the same for the heads that share one of k", got)
+    as_given = (*got[:rows], got[-1])
+    return as_given, tuple(b // a for a, b in zip(as_given, (*leading[:rows], n)))
+
+
+def _repeated(mask, shape, repeats):
+    """A mask as `(rows, n)`."""
+    if unknown(shape):
+        return mask
+    mask = mask.reshape(shape)
+    if max(repeats) > 1:
+        mask = ops.tile(mask, repeats)
+    return mask.reshape(-1, mask.shape[-1])
+
+
+@constexpr
+def _span(left, right):
+    return WindowSpec(bucket=1, backward=left, forward=right - 1, causal=False)
+
+
+def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_left=128, window_size_right=128,
+                             dropout_rate=0., seed=None, *, scale=None, softcap=None, sinks=None, segment_ids=None,
+                             return_lse=False, backend=None):
+    r"""
+    Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
+
+    That is `window_size_left + window_size_right` keys, the query's own the first of the right ones: a
+    `window_size_right` of 1 is causal, and with 0 the query does not see itself. `left=2, right=2` on 5 tokens:
+
+    .. code-block::
+
+        ■ ■ · · ·
+        ■ ■ ■ · ·
+        ■ ■ ■ ■ ·
+        · ■ ■ ■ ■
+        · · ■ ■ ■
+
+    Cost and memory are linear in the sequence.
+
+    Args:
+        q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16; k and v may have
+            fewer heads, a divisor of q's. The softmax is computed in float32.
+        mask (Tensor): bool, True = a real key: :math:`(n)`, :math:`(b, n)` by batch, where `b` divides the product of
+            q's leading axes, or of one axis less than q and broadcastable to :math:`(..., n)`. Default: ``None`` .
+        rel_pos_emb (Tensor): :math:`(left + right, d)`; row :math:`r` is scored against q, unscaled, and added for the
+            key at offset :math:`r - left` from the query. Default: ``None`` .
+        window_size_left (int): Keys seen before the query. Default: ``128`` .
+        window_size_right (int): Keys seen from the query on, itself among them. Default: ``128`` .
+        dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
+        seed (Union[int, Tensor]): What the dropped weights are a function of; ``None`` draws one from MindSpore's
+            global seed. Default: ``None`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
+        softcap (float): As :func:`windowed_attention` has it. Default: ``None`` .
+        sinks (Tensor): :math:`(h,)`, as there; `h` is the axis before the last two of q. Default: ``None`` .
+        segment_ids (Tensor): int :math:`(b, n)`, as there. Default: ``None`` .
+        return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
+        backend (str): What computes it, by name; ``None`` is the fastest that can. Default: ``None`` .
+
+    Returns:
+        Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient. With
+        `return_lse` a tuple of it and the log-sum-exp, float32 :math:`(..., n)`.
+
+    Raises:
+        TypeError: If an argument is of another type or dtype.
+        ValueError: If an argument is out of its range or shapes do not agree.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import ops
+        >>> from local_attention import sliding_window_attention
+        >>> q, k, v = (ops.randn((2, 8, 1000, 64)) for _ in range(3))
+        >>> print(sliding_window_attention(q, k, v, window_size_left=127, window_size_right=1).shape)
+        (2, 8, 1000, 64)
+    """
+    groups, left, right, mask_shape = _checked_sliding(
+        checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
+        checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate, checks.described(seed), scale,
+        softcap, checks.described(sinks), checks.described(segment_ids), return_lse, backend)
+    if groups == 0:
+        return (q, ops.zeros(q.shape[:-1], ms.float32)) if return_lse else q
+    if mask is not None:
+        mask = _repeated(mask, *mask_shape)
+    if rel_pos_emb is not None:  # rows of offsets that no key of this sequence is at do nothing
+        rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
+    spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
+    documents = None if segment_ids is None else document_bounds(segment_ids)
+    tensors = beside(mask, documents, None, sinks, rel_pos_emb, _seed("sliding_window_attention", seed))
+    return attend(q, k, v, spec, scoring, tensors, frame, backend)
