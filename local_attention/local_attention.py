@@ -150,7 +150,7 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
 
 
 @constexpr
-def _call(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype):
+def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype):
     """A call's numbers as `attend` takes them."""
     return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
             Frame(offset, origin, dtype))
@@ -352,7 +352,7 @@ class LocalAttention(nn.Cell):
             halo = f"\nhalo: {offset + after} keys and values of other ranks, whatever n"
         if self.use_xpos:
             groups, n_q, n_k, offset = len(windows.folded(n)[0]) * share, windows.size, windows.span, windows.backward
-        spec, scoring, _ = self._call(windows, head_dim)
+        spec, scoring, _ = self._numbers_of(windows, head_dim)
         return explain(Problem(
             spec, scoring, groups, n_q, n_k, head_dim, str(dtype or ms.float32), share,
             batch=groups // share if self.use_xpos else int(mask), documents=int(segment_ids),
@@ -406,12 +406,12 @@ class LocalAttention(nn.Cell):
             start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
-        spec, scoring, frame = self._call(windows, head_dim, offset, origin, dtype)
+        spec, scoring, frame = self._numbers_of(windows, head_dim, offset, origin, dtype)
         out = attend(q, k, v, spec, scoring, tensors, frame, self.backend)
         return unfold(out, groups, n) if self.use_xpos else out
 
-    def _call(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
-        return _call(windows, self.scale, head_dim, self.softcap, self.shared_qk, self.dropout if self.training else 0.,
+    def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
+        return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk, self.dropout if self.training else 0.,
                      offset, origin, dtype)
 
 

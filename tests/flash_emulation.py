@@ -19,10 +19,10 @@ def _band(n_q, n_k, pre_tokens, next_tokens):
 
 @constexpr
 def _check(q, k, v, dtypes, heads, shift, mask, scalar_value, layout, mode, pre_tokens, next_tokens):
-    CALLS.append(dict(shape=q, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens, scale=scalar_value))
+    CALLS.append(dict(shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens, scale=scalar_value))
     batch, n_heads, n_q, head_dim = q
     assert layout == "BNSD" and heads == n_heads and batch <= 2048 and heads <= 256
-    assert k == v == (batch, n_heads, k[2], head_dim) and head_dim % 16 == 0 and head_dim <= 512
+    assert k == v == (batch, k[1], k[2], head_dim) and n_heads % k[1] == 0 and head_dim % 16 == 0 and head_dim <= 512
     assert set(map(str, dtypes[:3])) in ({"Float16"}, {"BFloat16"})
     assert isinstance(scalar_value, float)
     if shift is not None:
@@ -48,7 +48,9 @@ def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mas
     dtypes = (query.dtype, key.dtype, value.dtype, None if real_shift is None else real_shift.dtype, attn_mask.dtype)
     _check(query.shape, key.shape, value.shape, dtypes, head_num, None if real_shift is None else real_shift.shape,
            attn_mask.shape, scalar_value, input_layout, sparse_mode, pre_tokens, next_tokens)
-    scores = ops.matmul(ops.cast(query, ms.float32), ops.cast(key, ms.float32).swapaxes(2, 3))
+    share = query.shape[1] // key.shape[1]
+    key, value = (ops.repeat_interleave(ops.cast(x, ms.float32), share, 1) for x in (key, value))
+    scores = ops.matmul(ops.cast(query, ms.float32), key.swapaxes(2, 3))
     if real_shift is not None:
         scores = scores + ops.cast(real_shift, ms.float32)
     scores = scores * scalar_value
@@ -57,4 +59,4 @@ def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mas
         hidden = _band(query.shape[2], key.shape[2], pre_tokens, next_tokens)
         scores = ops.masked_fill(scores, (ops.cast(attn_mask, ms.int32) != _compressed()).any(), float("nan"))
     weights = ops.softmax(ops.masked_fill(scores, hidden, float("-inf")), -1)
-    return ops.cast(ops.matmul(weights, ops.cast(value, ms.float32)), query.dtype)
+    return ops.cast(ops.matmul(weights, value), query.dtype)

@@ -11,9 +11,10 @@ import flash_emulation
 import oracle
 from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention
 from local_attention import attend as attend_module
-from local_attention.attend import Problem, attend, choose
+from calls import attend_to
+from local_attention.attend import Problem, choose
 from local_attention.backends import ascend
-from local_attention.spec import NO_LIMIT
+from local_attention.spec import NO_LIMIT, Scoring
 
 W, D, HEADS = 7, 10, 3
 in_both_modes = pytest.mark.parametrize("mode", ["pynative", "graph"])
@@ -34,17 +35,17 @@ def on_ascend(monkeypatch):
 class Case:
     """Inputs of batch 2 and 3 heads, in values that float16 holds, and what the oracle makes of them."""
 
-    def __init__(self, spec, n, offset=0, mask=False, bias=False, n_k=None):
+    def __init__(self, spec, n, offset=0, mask=False, bias=False, n_k=None, share=1):
         rng = np.random.default_rng(n)
         self.spec, self.options = spec, {"scale": 0.3, "offset": offset}
         n_k = n + offset if n_k is None else n_k
 
         def draw(*shape):
             return rng.standard_normal(shape).astype(np.float16).astype(np.float32)
-        self.q, self.k, self.v, self.dout = draw(6, n, D), draw(6, n_k, D), draw(6, n_k, D), draw(6, n, D)
+        self.q, self.k, self.v, self.dout = (
+            draw(groups, rows, D) for groups, rows in ((6, n), (6 // share, n_k), (6 // share, n_k), (6, n)))
         self.mask = rng.random((2, n_k)) > .4 if mask else None
-        self.bias = draw(HEADS, W, 4 * W) if bias else None
-        if bias:
+        self.bias = draw(HEADS, W, spec.backward + W + spec.forward) if bias else None
 
     def wanted(self):
         out = oracle.attention(self.q, self.k, self.v, self.spec, key_mask=self.mask, bias=self.bias, dout=self.dout,
@@ -56,7 +57,7 @@ class Case:
         dout, spec, options = Tensor(self.dout), self.spec, self.options
 
         def forward(q, k, v):
-            out = attend(q, k, v, spec, key_mask=mask, bias=bias, bias_is_constant=True, backend="ascend", **options)
+            out = attend_to(q, k, v, spec, key_mask=mask, bias=bias, bias_is_constant=True, backend="ascend", **options)
             return (out.astype(ms.float32) * dout).sum(), out
         step = ms.value_and_grad(forward, (0, 1, 2), has_aux=True)
         inputs = [Tensor(x).astype(ms.float16) for x in (self.q, self.k, self.v)]
@@ -101,7 +102,14 @@ FOLDED = {
     "keys after the last query": dict(spec=WindowSpec(1, W, 2, False), n=5, offset=4, n_k=13),
     "a bias": dict(spec=WindowSpec(W, W, 0, True), n=61, bias=True),
     "a bias, a mask and an offset": dict(spec=WindowSpec(1, W, W, False), n=20, offset=9, bias=True, mask=True),
+    "grouped heads, a bias and a mask": dict(spec=WindowSpec(W, W, 0, True), n=23, bias=True, mask=True, share=3),
 }
+
+
+@in_both_modes
+def test_grouped_heads_are_handed_over_as_they_are(mode, on_ascend):
+    Case(WindowSpec(1, W, 0, True), 23, share=3).check(mode)
+    assert {call["key"][1] * 3 for call in on_ascend} == {call["shape"][1] for call in on_ascend}
 
 
 @pytest.mark.parametrize("mode, name", [("pynative", name) for name in FOLDED] +
@@ -126,7 +134,7 @@ def test_bfloat16():
     """Forward and in a band alone: on CPU, bfloat16 can be neither gathered nor, in a gradient, sliced."""
     case = Case(WindowSpec(1, W, 0, True), 23)
     inputs = [Tensor(x).astype(ms.bfloat16) for x in (case.q, case.k, case.v)]
-    out = attend(*inputs, case.spec, backend="ascend", **case.options)
+    out = attend_to(*inputs, case.spec, backend="ascend", **case.options)
     assert out.dtype == ms.bfloat16
     np.testing.assert_allclose(out.astype(ms.float32).asnumpy(), case.wanted()[0], atol=8e-2)  # 8 bits
 
@@ -134,7 +142,7 @@ def test_bfloat16():
 def test_a_bias_that_hides_is_no_infinity():
     case = Case(WindowSpec(1, W, 0, True), 23, bias=True)
     case.bias[:, :, ::2] = -1e30
-    case.bias[:, np.arange(W), 2 * W + np.arange(W)] = 0
+    case.bias[:, np.arange(W), W + np.arange(W)] = 0
     case.check()
 
 
@@ -149,7 +157,7 @@ def test_whether_the_scale_is_of_the_bias_too_does_not_matter(monkeypatch):
 
 def test_spans_to_both_sides_that_are_wider_than_the_mask_are_not_a_band():
     def problem(before, after):
-        return Problem(WindowSpec(1, before, after, False), 1, 5000, 5000, 64, 0.125, "Float16")
+        return Problem(WindowSpec(1, before, after, False), Scoring(0.125), 1, 5000, 5000, 64, "Float16")
     assert ascend.band(problem(4096, 0)) == (4096, 0)
     assert ascend.band(problem(1000, 1000)) == (1000, 1000)
     assert ascend.band(problem(1024, 1024)) is None
@@ -217,19 +225,24 @@ REFUSED = [
     (dict(dtype="Float32"), "takes float16 and bfloat16, and the inputs are float32"),
     (dict(bias_shape=(3, 7, 14)), "gives a bias no gradient"),
     (dict(by_offset=True), "has no place for embeddings of offsets"),
-    (dict(hide_self=True), "gives a query's own key no score of its own"),
-    (dict(dropout=0.1), "draws dropout that no seed repeats"),
+    (dict(scoring=Scoring(.1, hide_self=True)), "gives a query's own key no score of its own"),
+    (dict(scoring=Scoring(.1, dropout=.1)), "draws dropout that no seed repeats"),
     (dict(head_dim=513), "takes heads of at most 512 dimensions"),
     (dict(n_k=524289), "takes sequences of at most 524288 tokens"),
     (dict(groups=999, bias_shape=(333, 1, 1), bias_is_constant=True), "takes at most 256 heads"),
+    (dict(documents=2), "has no place for documents yet"),
+    (dict(sinks=3), "has no place for sinks yet"),
+    (dict(spec=WindowSpec(1, 7, 0, True, prefix=2)), "has no place for a prefix yet"),
+    (dict(scoring=Scoring(.1, softcap=5.)), "has no place for a softcap yet"),
+    (dict(lse=True), "has no place for the log-sum-exp yet"),
     (dict(groups=257 * 2048), "takes a batch of at most 2048, and this would be one of 2056"),
 ]
 
 
 @pytest.mark.parametrize("change, reason", REFUSED)
 def test_what_the_operator_cannot_do_is_refused_with_a_reason(change, reason):
-    problem = Problem(**{**dict(spec=WindowSpec(1, 7, 0, True), groups=6, n_q=23, n_k=23, head_dim=64, scale=0.125,
-                                dtype="Float16"), **change})
+    problem = Problem(**{**dict(spec=WindowSpec(1, 7, 0, True), scoring=Scoring(0.125), groups=6, n_q=23, n_k=23,
+                                head_dim=64, dtype="Float16"), **change})
     assert ascend.why_not(problem) == reason
     with pytest.raises(ValueError, match="the backend 'ascend' cannot run this call: it " + reason):
         choose(problem, "ascend")
@@ -238,6 +251,6 @@ def test_what_the_operator_cannot_do_is_refused_with_a_reason(change, reason):
 
 def test_without_ascend_it_is_refused(monkeypatch):
     monkeypatch.setattr(ascend, "device", lambda: "CPU")
-    problem = Problem(WindowSpec(1, 7, 0, True), 6, 23, 23, 64, 0.125, "Float16")
+    problem = Problem(WindowSpec(1, 7, 0, True), Scoring(0.125), 6, 23, 23, 64, "Float16")
     assert ascend.why_not(problem) == "runs on Ascend alone, and the device is CPU"
     assert choose(problem) != "ascend"

@@ -87,11 +87,11 @@ def run(constants, q, k, v, tensors):
     tiles, emb = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32)
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
-    if mask is not None:
-        hidden = repeated(ops.logical_not(mask), k.shape[0])
-        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
-    if mask is not None:  # what is masked carries a score that hides it
+    if mask is not None:  # masked keys read as zeros, whatever they hold, and carry a score that hides them
+        hidden = repeated(ops.logical_not(mask), k.shape[0])
+        k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        v = block_v
         block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
         block_k = ops.cat((k, ops.mul(ops.cast(hidden, ms.float32), HIDDEN)), -1)
         emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
@@ -105,18 +105,18 @@ def run(constants, q, k, v, tensors):
     out, lse = blocks(block_q, block_k, block_v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
+    seen = None
     if mask is not None:
         seen = repeated(_sees_something(blocks, mask), problem.groups)
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
-    if mask is not None or not blocks.all_see_something:
+    if seen is not None:
         out = ops.mul(out, seen)
     if not blocks.with_lse:
         return out, None
-    lse = lse.reshape(-1, problem.n_q, 1)
     if bias is not None:
         lse = _swap(lse, by_head, k.shape[0] // by_head)
-    if mask is not None or not blocks.all_see_something:
+    if seen is not None:
         lse = ops.masked_fill(lse, seen == 0, float("-inf"))
     return finished(problem, q, k, v, out, lse[..., 0], tensors)
 

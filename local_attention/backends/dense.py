@@ -43,7 +43,7 @@ def run(constants, q, k, v, tensors):
     """`out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
-    spec, scoring = problem.spec, problem.scoring
+    spec, scoring, first = problem.spec, problem.scoring, 0
     if documents is not None:
         q, mask = without_padding(q, mask, documents, problem.offset)
         first, last = bounds_of(documents, queries.reshape(-1))
