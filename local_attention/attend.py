@@ -6,12 +6,12 @@ from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
-from mindspore._c_expression import MixedPrecisionType
+from mindspore import ops
 from mindspore.ops import constexpr
 
 from . import checks
 from .backends import any_length, ascend, blocked, dense, native
+from .cells import Float32, Once
 from .spec import Scoring, WindowSpec
 
 BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length": any_length,
@@ -161,29 +161,7 @@ def check_backend(owner, backend):
     return backend
 
 
-class Float32(nn.Cell):
-    """A Cell that stays in float32 where `to_float` or `amp` casts the model around it.
-
-    Outside a graph, every operator under a `to_float(float16)` Cell gets float16, whatever was cast to what before.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.to_float(ms.float32)
-
-    def add_flags(self, **flags):
-        if "fp16" in flags:
-            flags.update(fp16=False, bf16=False, fp32=True)
-        return super().add_flags(**flags)
-
-
-class InFloat32(nn.Cell):
-    """What `Float32` is, for Cells with a gradient of their own and inputs in float32: a graph casts nothing inside of
-    them, and with `to_float` it would take their gradients for float32 where the model is not."""
-
-    def __init__(self):
-        super().__init__()
-        self.mixed_precision_type = MixedPrecisionType.FP32
+_once, _twice = Once(twice=False), Once(twice=True)
 
 
 class _Run(Float32):
@@ -200,7 +178,12 @@ _run = _Run()
 def _prepared(problem, name):
     module = BACKENDS[name]
     return (module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ()),
-            getattr(module, "ANY_AXES", False))
+            getattr(module, "ANY_AXES", False), {"native": None, "dense": _twice}.get(name, _once))
+
+
+@constexpr
+def _empty(shape):
+    return 0 in shape
 
 
 @constexpr
@@ -237,25 +220,28 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
     """
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
-    if 0 in shape:
+    if _empty(shape):
         return (q, ops.full(shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
-    run, constants, as_given, any_axes = _chosen(
+    run, constants, as_given, any_axes, once = _chosen(
         spec, scoring, frame, shape, k.shape, q.dtype, None if mask is None else mask.shape,
         None if documents is None else documents.shape, None if bias is None else bias.shape,
         None if sinks is None else sinks.shape, rel_pos_emb is not None, backend)
     if scoring.dropout > 0 and seed is None:
         seed = draw_seed()
+    dtype = q.dtype
+    if not as_given:
+        q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
     flatten = not any_axes and len(shape) != 3  # on CPU a reshape is a copy
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
         out, lse = run(constants, q, k, v, (mask, documents, bias, sinks, rel_pos_emb, seed))
     else:
-        out, lse = _run(run, constants, _in_float32(q), _in_float32(k), _in_float32(v),
+        out, lse = _run(run, constants, q, k, v,
                         (mask, documents, _in_float32(bias), _in_float32(sinks), _in_float32(rel_pos_emb), seed))
-    out = ops.cast(out, q.dtype)
-    if flatten:
-        out = out.reshape(shape)
+        if once is not None:
+            out, lse = once(out), once(lse) if frame.lse else None
+    out = ops.cast(out.reshape(shape) if flatten else out, dtype)
     if frame.lse:
         return out, lse.reshape(shape[:-1])
     return out

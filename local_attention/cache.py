@@ -15,7 +15,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32, Frame, attend, beside
+from .attend import Frame, attend, beside
+from .cells import Float32
 from .backends import native
 from .backends.spans import HIDDEN
 from .local_attention import l2norm

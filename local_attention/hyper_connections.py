@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from .attend import Float32
+from .cells import Float32
 
 # Primitives: outside a graph, the gradient of `ops.matmul` with many rows takes six times as long as that of MatMul.
 _matmul, _product, _product_of_transposed = ops.MatMul(), ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)

@@ -8,7 +8,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import InFloat32, draw_seed
+from .attend import draw_seed
+from .cells import InFloat32, last
 from .backends import native
 from .backends.any_length import unknown
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
@@ -77,7 +78,7 @@ class _FusedLayerNorm(InFloat32):
         return self.forward(x, gamma, beta, self.numbers)
 
     def bprop(self, x, gamma, beta, out, dout):
-        return self.backward(x, gamma, self.numbers, dout)
+        return self.backward(x, gamma, self.numbers, last(dout))
 
 
 class _FusedGEGLU(InFloat32):
@@ -94,7 +95,7 @@ class _FusedGEGLU(InFloat32):
         return self.forward(x, self.numbers)
 
     def bprop(self, x, out, dout):
-        return (self.backward(x, self.numbers, dout),)
+        return (self.backward(x, self.numbers, last(dout)),)
 
 
 @constexpr

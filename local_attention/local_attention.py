@@ -8,7 +8,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Float32, Frame, Problem, attend, beside, check_backend, explain
+from .attend import Frame, Problem, attend, beside, check_backend, explain
+from .cells import Float32
 from .backends.any_length import unknown
 from .backends.spans import document_bounds
 from .rotary import SinusoidalEmbeddings
@@ -182,14 +183,14 @@ def fold(q, k, v, mask, windows, offset=0):
     if mask is not None:
         real = ops.logical_and(ops.gather(mask, keys, 1), real)
     real = real.reshape(-1, count, windows.span).swapaxes(0, 1).reshape(-1, windows.span)
-    return (_side_by_side(q, queries, count), _side_by_side(k, keys, count), _side_by_side(v, keys, count), real)
+    return (_side_by_side(q, queries, count, windows.size), _side_by_side(k, keys, count, windows.span),
+            _side_by_side(v, keys, count, windows.span), real)
 
 
-def _side_by_side(x, index, count):
-    """`(g, n, d)`, gathered, as `(count * g, n', d)`: heads stay the fastest axis of the groups."""
-    head_dim = x.shape[2]
-    x = ops.gather(x, index, 1).reshape(x.shape[0], count, -1, head_dim)
-    return x.swapaxes(0, 1).reshape(-1, x.shape[2], head_dim)
+def _side_by_side(x, index, count, n):
+    """`(g, ..., d)`, gathered, as `(count * g, n, d)`: heads stay the fastest axis of the groups."""
+    groups, head_dim = x.shape[0], x.shape[2]
+    return ops.gather(x, index, 1).reshape(groups, count, n, head_dim).swapaxes(0, 1).reshape(-1, n, head_dim)
 
 
 def unfold(x, groups, n):
@@ -371,7 +372,8 @@ class LocalAttention(nn.Cell):
         if groups == 0:
             return q
         shape, dtype = q.shape, q.dtype
-        if self.group is not None or self.use_xpos:
+        flat = self.group is not None or self.use_xpos
+        if flat:
             q, k, v = _flat(q), _flat(k), _flat(v)
         if self.shared_qk:
             k = l2norm(k)
@@ -386,7 +388,7 @@ class LocalAttention(nn.Cell):
         documents = None if segment_ids is None else document_bounds(segment_ids)
         tensors = beside(mask, documents, attn_bias, sinks)
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
-        return out if out.shape == shape else out.reshape(shape)
+        return out.reshape(shape) if flat else out
 
     def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
         """Attention of `q, k, v (..., n, d)` that are normalised and rotated, but for xpos's rotation in windows, which

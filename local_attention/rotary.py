@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Float32, InFloat32
+from .cells import Float32, InFloat32, last
 from .backends import native
 from .backends.any_length import unknown
 
@@ -255,7 +255,7 @@ class _FusedRotation(InFloat32):
         return self.turn(x, position, self.numbers)
 
     def bprop(self, x, position, out, dout):
-        return self.turn(dout, position, self.back), position
+        return self.turn(last(dout), position, self.back), position
 
 
 @constexpr

@@ -10,7 +10,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks, generation, parallel
-from .attend import Float32
+from .cells import Float32
 from .backends.any_length import unknown
 from .generation import top_k  # noqa: F401 - where upstream has it
 from .hyper_connections import HyperConnections, add_output, expand, reduce

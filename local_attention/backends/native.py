@@ -15,6 +15,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
+from ..cells import last
+
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
@@ -130,7 +132,7 @@ class Fused(nn.Cell):
 
     def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, dout):
         dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
-                                                        out[0], out[1], dout[0], dout[2])
+                                                        out[0], out[1], last(dout[0]), last(dout[2]))
         return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed
 
 
