@@ -272,13 +272,17 @@ struct Worker {
   }
 
   void offsets_within(int64_t &from, int64_t &to) const {
-    from = std::max<int64_t>(0, -offset_of(0));
-    to = std::min<int64_t>(keys + QUERIES - 1, call.offsets - offset_of(0));
+    const int64_t rows = keys + QUERIES - 1;
+    from = std::clamp<int64_t>(-offset_of(0), 0, rows), to = std::clamp(call.offsets - offset_of(0), from, rows);
   }
 
+  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score, its
+  // whole vector moves.
   void score_offsets() {
     int64_t from, to;
     offsets_within(from, to);
+    std::fill(by_offset, by_offset + from * QUERIES, 0.f);
+    std::fill(by_offset + to * QUERIES, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
     if (from < to)
       matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_emb_t, QUERIES, by_offset + from * QUERIES,
              QUERIES, false);
