@@ -304,7 +304,7 @@ int main(int count, char **arguments) {
       Case c{};
       c.batch = pick({1, 2}), c.heads = pick({1, 3, 4, 6}), c.share = pick({1, 1, 1, 2, 3, 4, 6});
       if (c.heads % c.share) c.share = c.heads;
-      c.n_q = pick({1, 2, 15, 16, 17, 63, 64, 65, 100, 131, 300, 700}), c.d = pick({1, 3, 8, 16, 20, 64, 257});
+      c.n_q = pick({1, 2, 15, 16, 17, 63, 64, 65, 100, 131, 300, 600, 700}), c.d = pick({1, 3, 8, 16, 20, 64, 257});
       c.bucket = pick({1, 1, 7, 16, 40, 64}), c.backward = pick({0, 1, 2, 5}) * c.bucket + (c.bucket == 1) * pick({0, 3, 90});
       c.causal = pick({0, 1});
       c.forward = c.causal ? 0 : c.bucket == 1 ? pick({-1, 0, 5, 80}) : pick({0, 1}) * c.bucket;
@@ -315,7 +315,7 @@ int main(int count, char **arguments) {
       c.bias = c.bias && columns, c.emb = c.bucket == 1 && columns && random() % 3 == 0;
       c.bias_heads = random() % 3 ? c.heads : 1, c.period = c.bucket;
       c.documents = random() % 2, c.sinks = random() % 3 == 0, c.softcap = pick({0, 0, 2, 30});
-      c.prefix = c.bias || c.emb ? 0 : pick({0, 1, 4, 70, 2000});
+      c.prefix = c.bias || c.emb ? 0 : pick({0, 1, 4, 70, 400, 600});
       c.rate = random() % 4 ? 0 : 0.3;
       const double error = run(c, level, 1 + number % 3, random);
       worst = std::max(worst, error);

@@ -102,9 +102,6 @@ struct Call {
     return {bounds[0], bounds[1]};
   }
 
-  // Where the bucket of a position starts, given where its document does.
-  int64_t bucket_of(int64_t position, int64_t begun) const { return position - (position - begun) % bucket; }
-
   // What the query at a position sees without its prefix, given where its bucket starts.
   Span span(int64_t position, int64_t start, const Span &within) const {
     int64_t last = start + bucket - 1 + spec_forward;
@@ -256,11 +253,9 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
   std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
   grads.dsink_parts = sink_parts.data();
 
-  const auto first_key = [&](int64_t group, int64_t query) {  // of those that a query or a later one sees
+  const auto first_key = [&](int64_t query) {  // at or before those that it or a later one sees of spans
     if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
-    const int64_t position = call.offset + query;
-    const Span within = call.document(group, position);
-    return std::min(call.span(position, call.bucket_of(position, within.first), within).first, call.n_k);
+    return std::clamp<int64_t>(call.offset + query + 1 - call.bucket - call.spec_backward, 0, call.n_k);
   };
   bool fine = true;
   for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
@@ -276,11 +271,11 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
         if (call.document(group, call.offset + from).first < call.offset + from)
           std::fill_n(prefix_part, 2 * prefix_size, 0.f);
         Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
-                    parity ? call.n_k : first_key(group, from)};
+                    parity ? call.n_k : first_key(from)};
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
           for (int64_t i = 0; i < call.share; ++i)
             worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
-        clear_keys(call, grads, key_group, state.cleared, first_key(group, from + 2 * chunk));
+        clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
       }
     });
   }

@@ -68,7 +68,8 @@ struct Worker {
       const Span within = call.document(group, position);
       if (within.first != begins) {
         begins = within.first;
-        bucket = call.bucket_of(position, begins), period = position - (position - begins) % call.period;
+        const int64_t into = position - begins;
+        bucket = position - into % call.bucket, period = position - into % call.period;
       }
       if (position == bucket + call.bucket) bucket = position;
       if (position == period + call.period) period = position;
