@@ -321,8 +321,8 @@ int main(int count, char **arguments) {
       worst = std::max(worst, error);
       if (!(error < 1e-5)) {
         std::printf("case %d at level %d: off by %g of the largest number\n", number, (int)level, error);
-        std::printf("batch %d heads %d/%d n %d %d d %d span %d %d %d %d prefix %d offset %d mask %d documents %d bias %d "
-                    "sinks %d emb %d hide_self %d softcap %g rate %g\n",
+        std::printf("batch %d heads %d/%d n %d %d d %d span %d %d %d %d prefix %d offset %d mask %d documents %d "
+                    "bias %d sinks %d emb %d hide_self %d softcap %g rate %g\n",
                     (int)c.batch, (int)c.heads, (int)c.share, (int)c.n_q, (int)c.n_k, (int)c.d, (int)c.bucket,
                     (int)c.backward, (int)c.forward, (int)c.causal, (int)c.prefix, (int)c.offset, c.mask, c.documents,
                     c.bias ? (int)c.bias_heads : 0, c.sinks, c.emb, c.hide_self, c.softcap, c.rate);

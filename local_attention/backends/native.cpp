@@ -411,8 +411,8 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, documents, bias, sinks, emb, seed, numbers
-// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics: of each row a score near the highest, and the inverse of
-// the sum of weights relative to it. lse tells as much, but weights made from it would be off by its last digit.
+// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics: of each row a score near the highest, and the inverse
+// of the sum of weights relative to it. lse tells as much, but weights made from it would be off by its last digit.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
     float *const *out = (float *const *)params + 10;

@@ -277,8 +277,8 @@ struct Worker {
     from = std::clamp<int64_t>(-offset_of(0), 0, rows), to = std::clamp(call.offsets - offset_of(0), from, rows);
   }
 
-  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score, its
-  // whole vector moves.
+  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score,
+  // its whole vector moves.
   void score_offsets() {
     int64_t from, to;
     offsets_within(from, to);
