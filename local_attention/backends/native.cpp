@@ -102,9 +102,6 @@ struct Call {
     return {bounds[0], bounds[1]};
   }
 
-  // Where the bucket of a position starts, given where its document does.
-  int64_t bucket_of(int64_t position, int64_t begun) const { return position - (position - begun) % bucket; }
-
   // What the query at a position sees without its prefix, given where its bucket starts.
   Span span(int64_t position, int64_t start, const Span &within) const {
     int64_t last = start + bucket - 1 + spec_forward;
@@ -153,7 +150,7 @@ struct Gradients {
 struct Chunk {
   float *dbias, *demb;
   int64_t position;  // of its first query
-  float *dprefix;    // (2, prefix, head_dim): the gradients of a prefix that stands before it, of keys and of values
+  float *dprefix;    // (2, prefix, head_dim): of the prefix of a document that began before, gradients of keys, values
   int64_t cleared;
 };
 
@@ -234,9 +231,9 @@ void sum_rows(std::vector<float> &rows, int64_t count) {
 
 // Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
 // longer than a span: first those of even number, which have no key in common, then those of odd number, each with all
-// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sum for the one that stands before
-// it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the slices at the end:
-// in an order that does not depend on which thread came first.
+// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sums for the one of a document
+// that began before it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the
+// slices at the end: in an order that does not depend on which thread came first.
 template <typename Worker>
 bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
   const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
@@ -256,11 +253,9 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
   std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
   grads.dsink_parts = sink_parts.data();
 
-  const auto first_key = [&](int64_t group, int64_t query) {  // of those that a query or a later one sees
+  const auto first_key = [&](int64_t query) {  // at or before those that it or a later one sees of spans
     if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
-    const int64_t position = call.offset + query;
-    const Span within = call.document(group, position);
-    return std::min(call.span(position, call.bucket_of(position, within.first), within).first, call.n_k);
+    return std::clamp<int64_t>(call.offset + query + 1 - call.bucket - call.spec_backward, 0, call.n_k);
   };
   bool fine = true;
   for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
@@ -273,13 +268,14 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
         const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
         const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
         float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
-        std::fill_n(prefix_part, 2 * prefix_size, 0.f);
+        if (call.document(group, call.offset + from).first < call.offset + from)
+          std::fill_n(prefix_part, 2 * prefix_size, 0.f);
         Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
-                    parity ? call.n_k : first_key(group, from)};
+                    parity ? call.n_k : first_key(from)};
         for (int64_t start = from; start < to; start += BLOCK_QUERIES)
           for (int64_t i = 0; i < call.share; ++i)
             worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
-        clear_keys(call, grads, key_group, state.cleared, first_key(group, from + 2 * chunk));
+        clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
       }
     });
   }
@@ -415,8 +411,8 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, documents, bias, sinks, emb, seed, numbers
-// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics are of each row a score near the highest, and the inverse
-// of the sum of weights relative to it; lse, the logarithm of that sum, is exact for those who ask, but not near enough.
+// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics: of each row a score near the highest, and the inverse
+// of the sum of weights relative to it. lse tells as much, but weights made from it would be off by its last digit.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
     float *const *out = (float *const *)params + 10;

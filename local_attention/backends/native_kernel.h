@@ -27,8 +27,8 @@ struct Worker {
   int64_t group, key_group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
   // Of each query its position, the first and the last key of its span, and those of its prefix, which starts where its
-  // document does: none of them goes down from one query to the next.
-  int32_t positions[QUERIES], first[QUERIES], last[QUERIES], document[QUERIES], prefix_last[QUERIES];
+  // document does: none of these goes down from one query to the next.
+  int32_t positions[QUERIES], first[QUERIES], last[QUERIES], document[QUERIES]{}, prefix_last[QUERIES]{};
   int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
   uint32_t rows[QUERIES];                             // dropout's hash of each
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
@@ -62,17 +62,20 @@ struct Worker {
     transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
     if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
-    int64_t bucket = 0, period = 0;  // where those of a position start
+    int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position do
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       const Span within = call.document(group, position);
-      if (!lane || within.first != document[lane - 1])
-        bucket = call.bucket_of(position, within.first), period = position - (position - within.first) % call.period;
+      if (within.first != begins) {
+        begins = within.first;
+        const int64_t into = position - begins;
+        bucket = position - into % call.bucket, period = position - into % call.period;
+      }
       if (position == bucket + call.bucket) bucket = position;
       if (position == period + call.period) period = position;
       const Span span = call.span(position, bucket, within);
       positions[lane] = position, first[lane] = span.first, last[lane] = span.last;
-      document[lane] = within.first, prefix_last[lane] = call.prefix_last(position, within);
+      if (call.prefix) document[lane] = begins, prefix_last[lane] = call.prefix_last(position, within);
       bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
@@ -270,13 +273,17 @@ struct Worker {
   }
 
   void offsets_within(int64_t &from, int64_t &to) const {
-    from = std::max<int64_t>(0, -offset_of(0));
-    to = std::min<int64_t>(keys + QUERIES - 1, call.offsets - offset_of(0));
+    const int64_t rows = keys + QUERIES - 1;
+    from = std::clamp<int64_t>(-offset_of(0), 0, rows), to = std::clamp(call.offsets - offset_of(0), from, rows);
   }
 
+  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score,
+  // its whole vector moves.
   void score_offsets() {
     int64_t from, to;
     offsets_within(from, to);
+    std::fill(by_offset, by_offset + from * QUERIES, 0.f);
+    std::fill(by_offset + to * QUERIES, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
     if (from < to)
       matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_emb_t, QUERIES, by_offset + from * QUERIES,
              QUERIES, false);
@@ -306,7 +313,7 @@ struct Worker {
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // values that nobody sees may have come through
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < count; ++lane)
-      outputs.lse[at + lane] = (float)(highest[lane] * std::log(2.) + std::log((double)sum[lane]));
+      outputs.lse[at + lane] = highest[lane] * LOG_2 + std::log(sum[lane]);
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
     transpose(d, count, out_t, QUERIES, outputs.out + at * d, d, 1);

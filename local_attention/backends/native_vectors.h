@@ -2,7 +2,7 @@
 
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int QUERIES = BLOCK_QUERIES;
-constexpr float LOG2_E = 1.44269504f;
+constexpr float LOG2_E = 1.44269504f, LOG_2 = 0.69314718f;
 constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
 
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
