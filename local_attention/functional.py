@@ -260,16 +260,16 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed
 def _mask_shape(owner, got, leading, n, share):
     """A mask's shape without the axes that all of its rows are alike in, and how often to repeat each axis of it, so
     that its rows divide the groups."""
-    groups = None if None in leading else math.prod(leading)
-    rule = f"of shape ({n},), (b, {n}), or broadcastable to {(*leading, n)}"
-    if len(got) == 1 or (len(got) == 2 and got[1] == n):
-        rows = 1 if len(got) == 1 else got[0]
-        if got[-1] != n or (groups is not None and (rows == 0 or groups // share % rows)):
-            raise checks.value_error(owner, "mask", rule, got)
-        return (rows, n), (1, 1)
-    wanted = (*leading, n)
+    groups, wanted = None if None in leading else math.prod(leading), (*leading, n)
+    if len(got) == 1 and got[0] == n:
+        return (1, n), (1, 1)
+    if len(got) == 2 and got[1] == n:
+        of_batch = groups is None or got[0] in (1, leading[0]) if len(leading) > 1 else got[0] and groups % got[0] == 0
+        if not of_batch or (groups is not None and groups // share % got[0]):
+            raise checks.value_error(owner, "mask", f"of shape (b, {n}) for a batch as q's, {wanted[:-1]}", got)
+        return got, (1, 1)
     if len(got) != len(wanted) or any(a not in (1, b) for a, b in zip(got, wanted)):
-        raise checks.value_error(owner, "mask", rule, got)
+        raise checks.value_error(owner, "mask", f"broadcastable to {wanted}", got)
     if None in got:
         raise checks.value_error(owner, "mask", "of shape (b, n) in a graph for every length", got)
     rows = len(leading)

@@ -70,7 +70,18 @@ def test_the_query_is_among_the_right_ones():
     assert seen_by(3, 0) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("shape", [(23,), (1, 23), (H, 23), (B, 1, 23), (B, H, 23), (B, H, 1)])
+def test_a_mask_of_two_axes_is_by_batch_always():
+    """Where there are as many heads, too."""
+    q, k, v = (Tensor(draw(2, 2, 23, D, seed=seed)) for seed in range(3))
+    mask = np.random.default_rng(1).random((2, 23)) > .4
+    options = dict(window_size_left=5, window_size_right=5)
+    out = sliding_window_attention(q, k, v, Tensor(mask), **options).asnumpy()
+    wanted = sliding_window_attention(q, k, v, Tensor(np.repeat(mask[:, None], 2, 1)), **options).asnumpy()
+    np.testing.assert_array_equal(out, wanted)
+    assert np.abs(out - sliding_window_attention(q, k, v, Tensor(mask[None]), **options).asnumpy()).max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(23,), (1, 23), (1, H, 23), (B, 1, 23), (B, H, 23), (B, H, 1)])
 def test_masks_broadcast(shape):
     q, k, v = (Tensor(draw(B, H, 23, D, seed=seed)) for seed in range(3))
     mask = np.random.default_rng(1).random(shape) > .4
