@@ -6,7 +6,9 @@ Memory is the peak of a side's whole process. A peer that does not start is repo
 
 The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and both), `long` (16,384 tokens), `options`
 (this package alone: a mask, a bias, windows in place of moving spans, dropout, each against none), `sliding` (128 keys
-each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights), `decode` (128 tokens after 512).
+each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights), `decode` (128 tokens after 512),
+`models` (what today's models want: grouped heads, documents, softcap, sinks, a prefix, the log-sum-exp, each against
+our call without it; grouped heads against SDPA, documents against compiled FlexAttention).
 """
 import argparse
 import json
@@ -22,6 +24,10 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STANDARD = dict(kind="attention", shape=(2, 8, 2048, 64), window=512, sliding=None, backward=False, mode="graph",
+                backend=None, options=())
+
+
+WINDOWED = dict(kind="windowed", shape=(2, 8, 2048, 64), key_heads=8, window=512, backward=False, mode="graph",
                 backend=None, options=())
 
 
@@ -116,6 +122,24 @@ class Runner:
             except RuntimeError as error:
                 print(f"{what}: {error}", flush=True)
 
+    def windowed(self, what, peer, repeat=None, tolerance=None, **spec):
+        """Our `windowed_attention` against a peer of PyTorch's, or, where that is a dict, against our own of other
+        settings."""
+        spec = {**WINDOWED, "backend": self.args.backend, "mode": self.args.mode, **spec}
+        try:
+            ours = self.side("here", sys.executable, **spec)
+            try:
+                theirs = (self.side("here, without", sys.executable, **{**spec, **peer}) if isinstance(peer, dict) else
+                          self.side(peer, self.args.peer_python, **spec))
+            except RuntimeError:
+                ours.close()
+                raise
+            self.records.append(compare(f"{what}, {'forward+backward' if spec['backward'] else 'forward'}", ours, theirs,
+                                        repeat or self.args.repeat, tolerance))
+            print(f"  time of ours: {1 / self.records[-1]['ratio']:.2f} of the other's", flush=True)
+        except RuntimeError as error:
+            print(f"{what}: {error}", flush=True)
+
     def model(self, what, tolerance, repeat, **spec):
         spec["weights"] = str(pathlib.Path(self.folder) / f"weights-{spec['kind']}.npz")
         theirs = self.side("lucidrains", self.args.peer_python, **spec)
@@ -184,11 +208,30 @@ def scaling(runner):
             runner.records[-1]["n"] = 2**k
 
 
+def models(runner, backward):
+    """Each option of today's models against our call without it, and against a peer where one has it."""
+    runner.windowed("8 heads on 2", dict(key_heads=8), key_heads=2, backward=backward)
+    for option in ("softcap", "sinks", "prefix", "lse"):
+        runner.windowed(f"with {option}", dict(options=()), options=[option], backward=backward)
+    row = dict(shape=(1, 8, 8192, 64), options=["documents"], backward=backward)
+    runner.windowed("documents in a row of 8,192", dict(options=()), **row)
+    if backward:
+        runner.windowed("16 heads on 1, 16,384 tokens", dict(key_heads=16), repeat=3, shape=(1, 16, 16384, 64), key_heads=1,
+                        backward=True)
+    else:
+        runner.windowed("a token after 512, 8 heads on 2", dict(key_heads=8), shape=(1, 8, 512, 64), queries=1, key_heads=2,
+                        repeat=200)
+    if runner.args.peer_python:
+        runner.windowed("8 heads on 2", "sdpa", tolerance=1e-3, key_heads=2, backward=backward)
+        if not backward:
+            runner.windowed("documents in a row of 8,192", "flex", tolerance=1e-3, **row)
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+",
-                        choices=("attention", "long", "options", "sliding", "scaling", "train", "decode"))
+                        choices=("attention", "long", "options", "sliding", "scaling", "train", "decode", "models"))
     parser.add_argument("--peer-python", help="the interpreter of an environment with torch and peers")
     parser.add_argument("--peers", default="lucidrains,flex,sdpa", help="of attention: comma-separated")
     parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="of ours")
@@ -197,8 +240,8 @@ def main():
     parser.add_argument("--plot", help="a .png of time and memory against the sequence length, with `scaling`")
     parser.add_argument("--json", help="where all records are written")
     args = parser.parse_args()
-    if args.peer_python is None and set(args.workloads) != {"options"}:
-        parser.error("--peer-python is needed for all but `options`")
+    if args.peer_python is None and not set(args.workloads) <= {"options", "models"}:
+        parser.error("--peer-python is needed for all but `options` and `models`")
     from importlib.metadata import version
     print(f"MindSpore {version('mindspore')}, Python {platform.python_version()}, "
           f"{len(os.sched_getaffinity(0))} cores, float32")
@@ -218,6 +261,8 @@ def main():
                 elif workload == "options":
                     for option in ("mask", "bias", "aligned", "dropout"):
                         runner.attention(f"with {option}", [None], options=[option], backward=backward)
+                elif workload == "models":
+                    models(runner, backward)
                 elif workload == "sliding":
                     runner.attention("sliding 128 + 128", ["flex"], sliding=(128, 128), backward=backward)
             if workload == "scaling":

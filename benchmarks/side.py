@@ -152,8 +152,13 @@ def peer_model(spec):
 
 def main():
     spec = json.loads(sys.argv[1])
-    make = {("attention", True): here, ("attention", False): peer}.get(
-        (spec["kind"], spec["name"] == "here"), here_model if spec["name"] == "here" else peer_model)
+    ours = spec["name"].startswith("here")
+    if spec["kind"] == "windowed":
+        import windowed
+        make = windowed.here if ours else windowed.peer
+    else:
+        make = {("attention", True): here, ("attention", False): peer}.get(
+            (spec["kind"], ours), here_model if ours else peer_model)
     call = make(spec)
     np.savez(spec["outputs"], *(np.asarray(x.asnumpy() if hasattr(x, "asnumpy") else x.detach()) for x in call()))
     call()
