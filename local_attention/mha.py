@@ -195,12 +195,13 @@ class LocalMHA(nn.Cell):
         q, k, v = take((b, n, 3, self.heads), (2, 0, 3, 1), 3)(qkv.reshape(-1, self.dim_head))
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
-        if cache is None:
+        if cache is None or len(cache) == 1:
             shape = (b, self.heads, n, self.dim_head)
             out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
             if return_cache:
                 shape = (b * self.heads, n, self.dim_head)
-                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape))
+                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
+                                    None if cache is None else cache[0])
         else:
             shape = (b * self.heads, n, self.dim_head)
             checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,
