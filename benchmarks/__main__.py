@@ -134,9 +134,9 @@ class Runner:
             except RuntimeError:
                 ours.close()
                 raise
-            self.records.append(compare(f"{what}, {'forward+backward' if spec['backward'] else 'forward'}", ours, theirs,
-                                        repeat or self.args.repeat, tolerance))
-            print(f"  time of ours: {1 / self.records[-1]['ratio']:.2f} of the other's", flush=True)
+            what = f"{what}, {'forward+backward' if spec['backward'] else 'forward'}"
+            self.records.append(compare(what, ours, theirs, repeat or self.args.repeat, tolerance))
+            print(f"  ours in {1 / self.records[-1]['ratio']:.2f} of the other's time", flush=True)
         except RuntimeError as error:
             print(f"{what}: {error}", flush=True)
 
@@ -216,11 +216,11 @@ def models(runner, backward):
     row = dict(shape=(1, 8, 8192, 64), options=["documents"], backward=backward)
     runner.windowed("documents in a row of 8,192", dict(options=()), **row)
     if backward:
-        runner.windowed("16 heads on 1, 16,384 tokens", dict(key_heads=16), repeat=3, shape=(1, 16, 16384, 64), key_heads=1,
-                        backward=True)
+        runner.windowed("16 heads on 1, 16,384 tokens", dict(key_heads=16), repeat=3, shape=(1, 16, 16384, 64),
+                        key_heads=1, backward=True)
     else:
-        runner.windowed("a token after 512, 8 heads on 2", dict(key_heads=8), shape=(1, 8, 512, 64), queries=1, key_heads=2,
-                        repeat=200)
+        runner.windowed("a token after 512, 8 heads on 2", dict(key_heads=8), shape=(1, 8, 512, 64), queries=1,
+                        key_heads=2, repeat=200)
     if runner.args.peer_python:
         runner.windowed("8 heads on 2", "sdpa", tolerance=1e-3, key_heads=2, backward=backward)
         if not backward:

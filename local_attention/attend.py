@@ -80,9 +80,9 @@ WHOLE = Frame()
 def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None):
     """The tensors that come with q, k and v, in the one order in which they travel, None for those that do not.
 
-    mask: bool `(batch, n_k)`, True = a real key; `batch` divides the groups. documents: int32 `(batch, n_k, 2)`, of each
-    position the first and the last of its document, as `document_bounds` makes them. bias: `(heads, period, columns)`,
-    added to the scaled products: the query at position `i` takes row `i % period`, the key at position `j` column
+    mask: bool `(batch, n_k)`, True = a real key; `batch` divides the groups. documents: int32 `(batch, n_k, 2)`, of
+    each position the first and the last of its document, as `document_bounds` makes them. bias: `(heads, period,
+    columns)`, added to the scaled products: the query at position `i` takes row `i % period`, the key at `j` column
     `j - (i - i % period - backward)`; in a document, positions count from its start. sinks: `(heads,)`, a score in each
     softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q,
     unscaled, and added for the key at `i + r - backward`. seed: int32 `(1,)`, what dropout is a function of.

@@ -1,7 +1,9 @@
 """Decoding: the keys and values of the last tokens, of one shape whatever was fed, and attention of new tokens to them.
 
 A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how
-many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Keys are kept as
+many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Where rows are of
+unequal length, the last of each stands on the right all the same, and the third is `(1 + b,)`: how many the longest row
+was fed, which is the clock that keys are rotated by, as a rotation is relative, and then each row. Keys are kept as
 attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose scales would
 overflow. What is compiled for one step serves all positions, as a position is a tensor. Into a compiled function a
 cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
@@ -57,23 +59,46 @@ def as_kept(attn, k, position):
     return rotated(attn, l2norm(k) if attn.shared_qk else k, position)
 
 
-def first_cache(attn, k, v):
-    """The cache after a first call on `k, v (groups, n, d)`."""
+def first_cache(attn, k, v, position=None):
+    """The cache after a first call on `k, v (groups, n, d)`. Where a `position (1 + b,)` is given, as the cache is to
+    have it, only the first of each row are tokens, as many as it says."""
     groups, n, head_dim = k.shape
     kept = capacity(attn.windows)
     stay = min(n, kept)
-    if n > kept:
+    if position is not None:
+        _, rows = clock_and_rows(position)
+        last = _of_heads(ops.clamp(rows[:, None] - stay + _range(0, stay)[None], 0, n - 1), groups)
+        last = (last + _range(0, groups * n, n)[:, None]).reshape(-1)
+        k, v = ops.gather(k.reshape(-1, head_dim), last, 0), ops.gather(v.reshape(-1, head_dim), last, 0)
+        k, v = k.reshape(groups, stay, head_dim), v.reshape(groups, stay, head_dim)
+    elif n > kept:
         last = _range(n - kept, n)
         k, v = ops.gather(k, last, 1), ops.gather(v, last, 1)  # in PyNative, forty times as fast as a slice
     k = as_kept(attn, k, n - stay)
     if n < kept:
         empty = ops.zeros((groups, kept - n, head_dim), k.dtype)
         k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
-    return k, v, ops.full((1,), n, dtype=ms.int32)
+    return k, v, ops.full((1,), n, dtype=ms.int32) if position is None else position
+
+
+@constexpr
+def _row_of_group(rows, groups):
+    return Tensor(np.repeat(np.arange(rows, dtype=np.int32), groups // rows))
+
+
+def _of_heads(x, groups):
+    """What there is of each row, `(rows, n)`, for all of its heads: `(groups, n)`."""
+    return ops.gather(x, _row_of_group(x.shape[0], groups), 0)
+
+
+def clock_and_rows(position):
+    """A cache's third: the clock `(1,)`, and where each row is, `(1,)` where that is the same."""
+    rows = position.shape[0] - 1
+    return (position, position) if rows == 0 else (_slice(position, (0,), (1,)), _slice(position, (1,), (rows,)))
 
 
 class Rings(nn.Cell):
-    """Each block's cache as two Parameters `(groups, capacity, d)`, the token at position p in place p % capacity."""
+    """Each block's cache as two Parameters `(groups, capacity, d)`, the token of clock p in place p % capacity."""
 
     def __init__(self, caches):
         super().__init__()
@@ -82,9 +107,9 @@ class Rings(nn.Cell):
 
     def construct(self, fed, *caches):
         """Takes over keys and values, a cache's after the other's, after so many tokens as were `fed` to them."""
-        kept = self.keys[0].shape[1]
-        order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
         for number in range(len(self.keys)):
+            kept = self.keys[number].shape[1]
+            order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
             ops.assign(self.keys[number], ops.gather(caches[2 * number], order, 1))
             ops.assign(self.values[number], ops.gather(caches[2 * number + 1], order, 1))
         return fed
@@ -121,26 +146,23 @@ def fused_entry(attn, dtype):
 
 
 def entered(attn, q, k, v, ring):
-    """The query and the ring `(keys, values, position, place)` once a token `q, k, v (g, 1, d)` is written to it."""
-    keys, values, position, place = ring
-    q, k = rotated(attn, q, position), as_kept(attn, k, position)
-    keys, values = _update(keys, place, k.reshape(-1, k.shape[2])), _update(values, place, v.reshape(-1, v.shape[2]))
-    return q, (keys, values, position, place)
+    """The query and the ring `(keys, values, clock, rows)` once a token `q, k, v (g, 1, d)` is written to it."""
+    keys, values, clock, rows = ring
+    groups, kept, head_dim = keys.shape
+    q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
+    place = ops.stack((_range(0, groups), ops.tile(clock % kept, (groups,))), 1)
+    keys, values = _update(keys, place, k.reshape(-1, head_dim)), _update(values, place, v.reshape(-1, head_dim))
+    return q, (keys, values, clock, rows)
 
 
 def attend_in_place(attn, q, ring, attn_bias=None):
     """What `attend_cached` gives for one new token, whose key and value are in the ring."""
-    keys, values, position, _ = ring
+    keys, values, clock, rows = ring
     kept = keys.shape[1]
     if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
-        order = (position + 1 + _range(0, kept)) % kept
-        return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), position, attn_bias)
-    return _next_token(attn, q, keys, values, position, attn_bias, (position + kept - _range(0, kept)) % kept)
-
-
-def place_in_rings(position, groups, kept):
-    """Where the token at a position `(1,)` is in a ring, for each group: `(groups, 2)`."""
-    return ops.stack((_range(0, groups), ops.tile(position % kept, (groups,))), 1)
+        order = (clock + 1 + _range(0, kept)) % kept
+        return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), rows, attn_bias)
+    return _next_token(attn, q, keys, values, rows, attn_bias, (clock + kept - _range(0, kept)) % kept)
 
 
 def attend_cached(attn, q, k, v, cache, attn_bias=None):
@@ -148,24 +170,27 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
     groups, m, head_dim = q.shape
     kept = capacity(attn.windows)
     old_k, old_v, position = cache
-    q, k = rotated(attn, q, position), as_kept(attn, k, position)
+    clock, rows = clock_and_rows(position)
+    q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
     if m == 1:
         first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
         k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)
-        return _next_token(attn, q, k, v, position, attn_bias), (k, v, position + 1)
+        return _next_token(attn, q, k, v, rows, attn_bias), (k, v, position + 1)
     k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
-    out = _next_tokens(attn, q, k, v, position, attn_bias)
+    out = _next_tokens(attn, q, k, v, clock, attn_bias)
     first, last = (0, m, 0), (groups, kept, head_dim)
     return out, (_slice(k, first, last), _slice(v, first, last), position + m)
 
 
 def _next_token(attn, q, k, v, position, attn_bias, ages=None):
-    """One query against the whole cache, its own key the last unless the keys' `ages` in tokens are given. What it does
-    not see is hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and
-    here that is tokens out of sight or zeros."""
-    windows = attn.windows
+    """One query of each group against the whole cache, its own key the last unless the keys' `ages` in tokens are
+    given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a query does not see is
+    hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and here that
+    is tokens out of sight or zeros."""
+    windows, groups = attn.windows, q.shape[0]
     dtype, last = q.dtype, capacity(windows) - 1
-    ages = _range(last, -1, -1) if ages is None else ages
+    ages = (_range(last, -1, -1) if ages is None else ages)[None]
+    position = position[:, None]
     place = position % windows.size  # of the query in its window
     unseen = ages > ops.minimum(position, last if windows.exact else windows.backward + place)
     if attn.use_xpos:
@@ -174,28 +199,32 @@ def _next_token(attn, q, k, v, position, attn_bias, ages=None):
         k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
         columns = ops.clamp(place + windows.backward - ages, 0, windows.span - 1)
-        attn_bias = ops.gather(ops.gather(attn_bias, place, 1), columns, 2)
-    spec, scoring, frame = _one_query(last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.shared_qk,
-                                      attn.dropout if attn.training else 0., dtype, attn_bias is None)
+        attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), place * windows.span + columns, 1)
+        attn_bias = attn_bias.swapaxes(0, 1).reshape(-1, last + 1)
+    if position.shape[0] > 1 or attn_bias is not None:
+        unseen = _of_heads(unseen, groups if position.shape[0] > 1 else attn_bias.shape[0])
+    spec, scoring, frame = _one_query(
+        last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
+        attn.dropout if attn.training else 0., dtype, attn_bias is None)
     out = attend(q, k, v, spec, scoring, beside(bias=_hide(unseen, attn_bias)), frame, attn.backend)
     return ops.cast(out, dtype)
 
 
 class _Hide(Float32):
-    """A bias `(heads, 1, n)` that hides the unseen of n keys, added to another."""
+    """A bias `(heads, 1, n)` that hides what is unseen of n keys, `(heads, n)`, added to another."""
 
     def construct(self, unseen, attn_bias):
-        bias = ops.mul(ops.cast(unseen, ms.float32), HIDDEN).reshape(1, 1, -1)
-        return bias if attn_bias is None else ops.add(bias, attn_bias)
+        bias = ops.mul(ops.cast(unseen, ms.float32), HIDDEN)
+        return (bias if attn_bias is None else ops.add(bias, attn_bias))[:, None]
 
 
 _hide = _Hide()
 
 
 @constexpr
-def _one_query(last, scale, hide_self, dropout, dtype, bias_is_constant):
+def _one_query(last, scale, softcap, hide_self, dropout, dtype, bias_is_constant):
     """The numbers of a call of one query that sees all keys, its own the last."""
-    return (WindowSpec(bucket=1, backward=last, forward=0, causal=True), Scoring(scale, None, hide_self, dropout),
+    return (WindowSpec(bucket=1, backward=last, forward=0, causal=True), Scoring(scale, softcap, hide_self, dropout),
             Frame(last, dtype=dtype, bias_is_constant=bias_is_constant))
 
 

@@ -36,8 +36,8 @@ class InFloat32(nn.Cell):
 
 
 def _refuse():
-    raise NotImplementedError("For 'local_attention', a gradient of a gradient can be had of a function that is compiled "
-                              "(ms.jit) under local_attention.use_backend('dense'), and nowhere else.")
+    raise NotImplementedError("For 'local_attention', a gradient of a gradient can be had of a function that is "
+                              "compiled (ms.jit) under local_attention.use_backend('dense'), and nowhere else.")
 
 
 @constexpr

@@ -62,8 +62,8 @@ def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
 
 
 @constexpr
-def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale, softcap, dropout_rate, seed, return_lse,
-                      backend):
+def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale, softcap, dropout_rate, seed,
+                      return_lse, backend):
     """The rules of a call."""
     owner = "windowed_attention"
     if not isinstance(spec, WindowSpec):
@@ -77,8 +77,8 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
     n_k = k_shape[2] if len(k_shape) == 4 else 0
     if len(k_shape) != 4 or checks.shared((*shape[:2], n_k, head_dim), k_shape) is None or (
             None not in (n_q, n_k) and n_k < n_q):
-        raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads} and "
-                                 f"n_k at least {n_q}", k_shape)
+        raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads} "
+                                 f"and n_k at least {n_q}", k_shape)
     checks.tensor(owner, "v", v, (str(q[1]),), k_shape, f"of k's shape {k_shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), (batch, n_k), f"of shape (b, n_k), {(batch, n_k)}")
@@ -111,8 +111,8 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
             :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`, and neither is repeated in memory.
         spec (WindowSpec): Which keys a query sees.
         mask (Tensor): bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
-        segment_ids (Tensor): int :math:`(b, n_k)`: consecutive tokens of one id are a document, and the result is that of
-            a call on each document by itself: windows, rows of the bias and the prefix start anew. A negative id is
+        segment_ids (Tensor): int :math:`(b, n_k)`: consecutive tokens of one id are a document, and the result is that
+            of a call on each document by itself: windows, rows of the bias and the prefix start anew. A negative id is
             padding: seen by nobody, and it sees nothing. Default: ``None`` .
         attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores: row = place of the
             query in its bucket, column = place of the key in what the bucket sees; for a moving span, a number for each

@@ -1,11 +1,17 @@
 """Generation: sampling, and a token at a time of a model that is handed in, whatever keeps its cache."""
+import operator
+from functools import cache
+
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .cache import Rings, place_in_rings
+from .cache import Rings, clock_and_rows
+
+KEPT = 4  # compiled steps of a model, each for another batch size
+BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"}  # what MindSpore keeps of a Cell's calls
 
 
 def _kept_count(thres, vocabulary):
@@ -53,6 +59,7 @@ def sample(logits, temperature, thres):
 
 
 def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
+    """The rules of `generate`, and its prompts as `runs`."""
     owner = f"{model.cls_name}.generate"
     if model.num_tokens is None:
         raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
@@ -67,32 +74,67 @@ def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
     smallest, largest = prime.asnumpy().min(), prime.asnumpy().max()
     if smallest < 0 or largest >= model.num_tokens:
         raise checks.value_error(owner, "prime", f"of tokens in [0, {model.num_tokens})", f"{smallest} to {largest}")
+    return runs(owner, mask, prime.shape)
+
+
+def runs(owner, mask, shape):
+    """Where the tokens of each row begin and how many they are, one run each: two arrays."""
+    if mask is None:
+        return np.zeros(shape[0], np.int64), np.full(shape[0], shape[1])
+    mask = mask.asnumpy()
+    begin, lengths = mask.argmax(1), mask.sum(1)
+    if not lengths.all():
+        raise checks.value_error(owner, "mask", "of at least one real token in each row",
+                                 f"none in row {lengths.argmin()}")
+    whole = mask[:, ::-1].argmax(1) + lengths + begin == shape[1]
+    if not whole.all():
+        raise checks.value_error(owner, "mask", "of one run of real tokens in each row",
+                                 f"a hole in row {whole.argmin()}")
+    return begin, lengths
 
 
 def padded(model, n):
     """A length of at least n: one for many n, as each new length is planned, and in Graph mode compiled, anew."""
     if not model.global_takes_cache:  # nothing is known of what such a layer sees
         return n
-    step = min(model.local_attn_window_size, 1 << (n - 1).bit_length())
+    step = min(model.local_attn_window_size, 1 << int(n - 1).bit_length())
     return min(-(-n // step) * step, model.max_seq_len)
 
 
+def whole_logits(model, tokens, ends):
+    """Logits of the token after the first `ends` of each row of `tokens`, by a call on the last `max_seq_len`."""
+    starts = np.maximum(0, ends - model.max_seq_len)
+    lengths = ends - starts
+    even = (lengths == lengths[0]).all()
+    if not (even or model.global_takes_mask or model.global_takes_cache):  # such a layer would see the padding
+        return np.concatenate([whole_logits(model, tokens[row:row + 1], ends[row:row + 1])
+                               for row in range(len(ends))])
+    places = np.arange(padded(model, lengths.max()))
+    seen = np.take_along_axis(tokens, starts[:, None] + places, 1)
+    unneeded = model.causal and (even or model.global_takes_cache)  # what is causal does not see what comes after it
+    logits = model(Tensor(seen), None if unneeded else Tensor(places < lengths[:, None]))
+    return as_array(logits)[np.arange(len(ends)), lengths - 1]
+
+
+def as_array(logits):
+    return (logits if logits.dtype == ms.float32 else ops.cast(logits, ms.float32)).asnumpy()
+
+
 def next_logits(model, token, position, attn_bias, rings, sizes, *flat):
-    """A step of decoding: logits of the token after `token (b, 1)`, which stands at `position (1,)`, and the caches
+    """A step of decoding: logits of the token after `token (b, 1)` at a `position`, as caches have it, and the caches
     of global layers as flat as they came.
 
     Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
     """
-    groups, kept, _ = rings.keys[0].shape
-    place = place_in_rings(position, groups, kept)
+    clock, rows = clock_and_rows(position)
     layers = []
     for number in range(len(model.layers)):
-        layers.append((rings.keys[number], rings.values[number], position, place))
+        layers.append((rings.keys[number], rings.values[number], clock, rows))
     start = 0
     for size in sizes:
         layers.append(flat[start:start + size])
         start += size
-    x = model.token_emb(token) + model.pos_emb(position)
+    x = model.token_emb(token) + model.pos_emb(rows[:, None])
     x, layers = model._through_layers(x, None, attn_bias, layers, True)
     flat = []
     for layer in layers[len(model.layers):]:
@@ -100,62 +142,115 @@ def next_logits(model, token, position, attn_bias, rings, sizes, *flat):
     return (model.to_logits(x)[:, 0], *flat)
 
 
-def compiled_step(model, layers):
-    """`next_logits`, compiled at its first call for a batch size, and the rings that it keeps, after a prompt.
+@cache
+def _compound(kind):
+    return issubclass(kind, (nn.Cell, Tensor, tuple, list, dict))
 
-    A function around it, as a Cell with a compiled method is compiled to that method wherever it is called later;
-    kept beside whose it is, as a copy of the model has steps of its own.
+
+def _collect(values, parts, places, met):
+    for x in values:
+        parts.append(x)
+        if not _compound(type(x)) or id(x) in met:
+            continue
+        met.add(id(x))
+        if isinstance(x, nn.Cell):
+            _collect([setting for name, setting in vars(x).items() if name not in BOOKKEEPING], parts, places, met)
+            for held in (x._cells, x._params, x._buffers):
+                _collect(held.values(), parts, places, met)
+        elif isinstance(x, Tensor):
+            places.append(x.data_ptr())
+        else:
+            _collect(x.values() if isinstance(x, dict) else x, parts, places, met)
+
+
+class State:
+    """What a model is made of: its Cells, their settings and Parameters, and where the data of these is.
+
+    `Parameter.set_data` and what is built on it, such as loading a checkpoint, put other data in the place of a
+    Parameter's, and a compiled function goes on with the former; optimizers and `ops.assign` change the data itself.
     """
-    if model._steps is None or model._steps[0] != id(model):
-        model._steps = id(model), {}
+
+    def __init__(self, model):
+        self.parts, self.places = [], []  # the parts themselves: an identity could come back
+        _collect((model,), self.parts, self.places, set())
+
+    def __eq__(self, other):
+        return (self.places == other.places and len(self.parts) == len(other.parts)
+                and all(map(operator.is_, self.parts, other.parts)))
+
+
+class Steps:
+    """The compiled steps of a model for the last few kinds of batches, as long as it is what they were compiled of.
+
+    Functions around the model, as a Cell with a compiled method is compiled to that method wherever it is called later.
+    """
+
+    def __init__(self):
+        self.state, self.kept = None, {}
+
+    def __deepcopy__(self, memo):
+        return Steps()
+
+    def after(self, model, layers):
+        """`next_logits`, compiled at its first call, its rings filled with the caches of a prompt."""
+        state = State(model)
+        if self.state is None or state != self.state:
+            self.state, self.kept = state, {}
+        local = layers[:len(model.layers)]
+        kind = local[0][0].shape, tuple(str(layer[0].dtype) for layer in local)
+        step, fill = self.kept.pop(kind, None) or compiled_step(model, layers)
+        self.kept = {**dict(list(self.kept.items())[1 - KEPT:]), kind: (step, fill)}
+        fill(clock_and_rows(local[0][2])[0], *[x for keys, values, _ in local for x in (keys, values)])
+        return step
+
+
+def compiled_step(model, layers):
+    """`next_logits` and what fills the rings that it keeps, from a prompt's caches."""
     local = layers[:len(model.layers)]
-    kind = local[0][0].shape, str(local[0][0].dtype)
-    if kind not in model._steps[1]:
-        rings = Rings(local)
-        sizes = tuple(len(layer) for layer in layers[len(local):])
+    rings, sizes = Rings(local), tuple(len(layer) for layer in layers[len(local):])
 
-        def step(token, position, attn_bias, *flat):
-            return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
+    def step(token, position, attn_bias, *flat):
+        return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
 
-        def fill(*caches):
-            return rings(*caches)
-        model._steps[1][kind] = ms.jit(step), ms.jit(fill)
-    step, fill = model._steps[1][kind]
-    fill(local[0][2], *[x for keys, values, _ in local for x in (keys, values)])
-    return step
+    def fill(*caches):
+        return rings(*caches)
+    return ms.jit(step), ms.jit(fill)
 
 
 def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
-    """What `LocalTransformer.generate` gives."""
-    check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
-    b, n = prime.shape
-    tokens = np.zeros((b, n + seq_len + model.local_attn_window_size), prime.asnumpy().dtype)
-    real = np.zeros(tokens.shape, bool)
-    tokens[:, :n], real[:, :n] = prime.asnumpy(), True if mask is None else mask.asnumpy()
+    """What `LocalTransformer.generate` gives: tokens of each row moved to the left, and then one at a time."""
+    begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
+    given, rows = prime.asnumpy(), np.arange(len(lengths))
+    even = (lengths == lengths[0]).all()
+    tokens = np.zeros((len(rows), lengths.max() + seq_len + model.local_attn_window_size), given.dtype)
+    for row in rows:
+        tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
+    cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache and (even or model.global_cache_is_ours)
     modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
-    model.set_train(False)
+    trains = any(training for _, training in modes)
+    if trains:
+        model.set_train(False)
     try:
         step, attn_bias, flat = None, None, []
-        for end in range(n, n + seq_len):
-            start = max(0, end - model.max_seq_len)
-            if start or not (use_kv_cache and model.causal and model.global_takes_cache and mask is None):
-                seen = slice(start, start + padded(model, end - start))
-                keys = None if model.causal and mask is None else Tensor(real[:, seen])
-                logits = model(Tensor(tokens[:, seen]), keys)[:, end - start - 1]
+        for count in range(seq_len):
+            ends = lengths + count
+            if not cached or ends.max() > model.max_seq_len:
+                logits = whole_logits(model, tokens, ends)
             elif step is not None:
-                position = Tensor(np.array([end - 1], np.int32))
-                logits, *flat = step(Tensor(tokens[:, end - 1:end]), position, attn_bias, *flat)
+                position = Tensor(np.array([ends.max() - 1, *(ends - 1)], np.int32))
+                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, attn_bias, *flat)
+                logits = as_array(logits)
             else:
-                logits, (layers, attn_bias, _) = model(Tensor(tokens[:, :end]), return_cache=True)
-                logits, step = logits[:, -1], compiled_step(model, layers)
+                begun = None
+                if not even:
+                    begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, None, 0
+                logits, (layers, attn_bias, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
+                logits, step = as_array(logits)[rows, ends - 1], model.steps.after(model, layers)
                 flat = [x for layer in layers[len(model.layers):] for x in layer]
-            if logits.dtype != ms.float32:
-                logits = ops.cast(logits, ms.float32)
-            tokens[:, end] = sample(logits.asnumpy(), temperature, filter_thres)
-            real[:, end] = True
+            tokens[rows, ends] = sample(logits, temperature, filter_thres)
             if callback is not None:
-                callback(end - n + 1)
+                callback(count + 1)
     finally:
-        for cell, training in modes:
+        for cell, training in modes if trains else ():
             cell.set_train(training)
-    return Tensor(tokens[:, n:n + seq_len])
+    return Tensor(np.take_along_axis(tokens, lengths[:, None] + np.arange(seq_len), 1))

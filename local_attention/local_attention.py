@@ -250,8 +250,8 @@ class LocalAttention(nn.Cell):
         - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores:
           row = place of the query in its window, column = place of the key in the window's span. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
-        - **segment_ids** (Tensor) - int :math:`(batch, n)`: consecutive tokens of one id are a document, and the result is
-          that of a call on each by itself. A negative id is padding: seen by nobody, and it sees nothing.
+        - **segment_ids** (Tensor) - int :math:`(batch, n)`: consecutive tokens of one id are a document, and the result
+          is that of a call on each by itself. A negative id is padding: seen by nobody, and it sees nothing.
           Default: ``None`` .
         - **sinks** (Tensor) - :math:`(h,)`, a score that joins the softmax of every query of its head and has no value
           (gpt-oss). Default: ``None`` .
@@ -413,8 +413,8 @@ class LocalAttention(nn.Cell):
         return unfold(out, groups, n) if self.use_xpos else out
 
     def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
-        return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk, self.dropout if self.training else 0.,
-                     offset, origin, dtype)
+        return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk,
+                        self.dropout if self.training else 0., offset, origin, dtype)
 
 
 def _flat(x):

@@ -12,7 +12,7 @@ from .local_attention import LocalAttention, l2norm
 
 
 @constexpr
-def check_cacheable(owner, causal, masked, n, sliced, global_takes_cache=True):
+def check_cacheable(owner, causal, masked, n, sliced, prefix, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
     if sliced:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
@@ -23,6 +23,8 @@ def check_cacheable(owner, causal, masked, n, sliced, global_takes_cache=True):
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
     if masked:
         raise checks.value_error(owner, "mask", "None with a cache", "a mask")
+    if prefix:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with a 'prefix'", "a cache")
     if n is None:
         raise checks.value_error(owner, "cache", "None in a graph for every length, and 'return_cache' False", "one")
 
@@ -170,7 +172,8 @@ class LocalMHA(nn.Cell):
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
         if cache is not None or return_cache:
-            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None)
+            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
+                            self.attn_fn.prefix)
         if self.norm is not None:
             x = self.norm(x)
         if unknown((b, n)):
@@ -195,12 +198,13 @@ class LocalMHA(nn.Cell):
         q, k, v = take((b, n, 3, self.heads), (2, 0, 3, 1), 3)(qkv.reshape(-1, self.dim_head))
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
-        if cache is None:
+        if cache is None or len(cache) == 1:
             shape = (b, self.heads, n, self.dim_head)
             out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
             if return_cache:
                 shape = (b * self.heads, n, self.dim_head)
-                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape))
+                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
+                                    None if cache is None else cache[0])
         else:
             shape = (b * self.heads, n, self.dim_head)
             checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and how a score is made: numbers alone, from which every mask, plan and picture is derived."""
+"""Which keys a query sees, and how a score is made: numbers, from which every mask, plan and picture is derived."""
 from dataclasses import dataclass
 from typing import Optional
 

@@ -247,11 +247,12 @@ class LocalTransformer(nn.Cell):
                                           for place in self.global_places if global_numbers])
         self.cached_cells = depth + len(global_numbers)
         self.global_takes_mask, self.global_takes_cache = _takes(global_attn_layer)
+        self.global_cache_is_ours = global_attn_layer is None or isinstance(global_attn_layer, LocalMHA)
         self.hyper_connections = None
         if num_residual_streams > 1:
             self.hyper_connections = HyperConnections(num_residual_streams, dim, depth, global_numbers)
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
-        self._steps = None
+        self.steps = generation.Steps()
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
@@ -259,7 +260,7 @@ class LocalTransformer(nn.Cell):
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                             self.global_takes_cache)
+                            self.windows.prefix, self.global_takes_cache)
         if cache is not None:
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
             _check_cached_call(self.cls_name, n, seen, len(layers), self.cached_cells, return_loss)
@@ -336,7 +337,11 @@ class LocalTransformer(nn.Cell):
     def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None,
                  callback=None):
         r"""
-        Continue sequences, a token at a time; past `max_seq_len` the model sees the last `max_seq_len` tokens.
+        Continue sequences, each as if it were alone, a token at a time; past `max_seq_len` the model sees the last
+        `max_seq_len` tokens.
+
+        Whatever has changed since the last call counts: weights, however they were set, Cells and their settings. What
+        an optimizer or `ops.assign` changes costs nothing, other changes a compilation.
 
         Args:
             prime (Tensor): int :math:`(b, n)`, `n` at least 1: what is continued.
@@ -345,11 +350,11 @@ class LocalTransformer(nn.Cell):
                 taken. Default: ``1.`` .
             filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
                 Default: ``0.9`` .
-            use_kv_cache (bool): Whether a causal model without a mask computes each token once, in a step that is
-                compiled once for a batch size, as long as all fit in `max_seq_len`; not where a global layer keeps no
-                cache. Default: ``True`` .
-            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`; what is generated is real.
-                Default: ``None`` .
+            use_kv_cache (bool): Whether a causal model computes each token once, in a step that is compiled once for a
+                batch size, as long as all fit in `max_seq_len`; not where a global layer keeps no cache, nor in rows of
+                unequal length where that is another Cell than :class:`LocalMHA`. Default: ``True`` .
+            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`, which are one run in each row, padded
+                before, after or both. Default: ``None`` .
             callback (function): Called with the number of tokens generated so far after each of them.
                 Default: ``None`` .
 
@@ -359,6 +364,7 @@ class LocalTransformer(nn.Cell):
 
         Raises:
             TypeError: If an argument is of another type or dtype.
-            ValueError: If an argument is out of its range, or the model has no tokens.
+            ValueError: If an argument is out of its range, the model has no tokens, or a row of the mask has a hole or
+                nothing real.
         """
         return generation.generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)

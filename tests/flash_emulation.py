@@ -19,7 +19,8 @@ def _band(n_q, n_k, pre_tokens, next_tokens):
 
 @constexpr
 def _check(q, k, v, dtypes, heads, shift, mask, scalar_value, layout, mode, pre_tokens, next_tokens):
-    CALLS.append(dict(shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens, scale=scalar_value))
+    CALLS.append(dict(shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens,
+                      scale=scalar_value))
     batch, n_heads, n_q, head_dim = q
     assert layout == "BNSD" and heads == n_heads and batch <= 2048 and heads <= 256
     assert k == v == (batch, k[1], k[2], head_dim) and n_heads % k[1] == 0 and head_dim % 16 == 0 and head_dim <= 512

@@ -8,8 +8,8 @@ def attention(q, k, v, spec, scale, dout=None, **options):
     return got["out"] if dout is None else tuple(got[name] for name in ("out", "q", "k", "v", "bias", "rel_pos_emb"))
 
 
-def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, hide_self=False, offset=0, sinks=None,
-               softcap=None, dout=None, dlse=None):
+def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, hide_self=False, offset=0,
+               sinks=None, softcap=None, dout=None, dlse=None):
     """By name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and given gradients of these, those of all that has one."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, n_q, _ = q.shape

@@ -10,8 +10,8 @@ from local_attention.attend import Problem, explain, refusals
 from local_attention.spec import NO_LIMIT, Scoring
 
 B, H, D, W = 2, 6, 10, 7
-SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, 2 * W, W, False), WindowSpec(1, W, 3, False),
-         WindowSpec.from_chunks(W), WindowSpec(1, W, 0, True, prefix=3), WindowSpec(W, 0, 0, True, prefix=W + 2),
+SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, 2 * W, W, False),
+         WindowSpec(1, W, 3, False), WindowSpec.from_chunks(W), WindowSpec(1, W, 0, True, prefix=3), WindowSpec(W, 0, 0, True, prefix=W + 2),
          WindowSpec(1, 2, -1, False, prefix=2), WindowSpec.from_flash((-1, 0), causal=True)]
 BACKENDS = [name for name in ("native", "blocked", "dense")
             if refusals(Problem(SPECS[0], Scoring(1.), 6, 9, 9, 10))[name] is None]
@@ -213,7 +213,8 @@ class Windowed(nn.Cell):
 
 @pytest.mark.parametrize("spec", [SPECS[2], SPECS[5], SPECS[8]], ids=["windows", "prefix", "unlimited"])
 def test_lengths_that_a_graph_does_not_know(spec):
-    case = Case(8, spec=spec, n_k=150, n_q=70, key_heads=2, documents=True, mask=True, sinks=True, softcap=2., bias=False)
+    case = Case(8, spec=spec, n_k=150, n_q=70, key_heads=2, documents=True, mask=True, sinks=True, softcap=2.,
+                bias=False)
     net = Windowed(spec, softcap=2., scale=case.options["scale"])
     inputs = [Tensor(case.tensors[name]) for name in "qkv"] + [
         Tensor(case.plain["mask"]), Tensor(case.plain["segment_ids"]), Tensor(case.tensors["sinks"])]

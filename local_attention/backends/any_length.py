@@ -32,8 +32,8 @@ def why_not(problem):
 
 
 def layout(problem):
-    """How many queries a block has, and the first and the number of the keys beside its first query; None where all keys
-    are in one block."""
+    """How many queries a block has, the first of its keys counted from its first query, how many keys, and of what its
+    start is a multiple; None where all keys are in one block."""
     spec = problem.spec
     backward, forward, unit = spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
     if problem.documents != 0:  # windows start anew with each, anywhere

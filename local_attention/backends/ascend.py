@@ -163,8 +163,8 @@ def run(constants, q, k, v, tensors):
     if bias is not None:
         bias = ops.cast(bias, dtype).reshape(1, heads, rows, width)
     out = ops.flash_attention_score(
-        _blocks(q, queries, blocks, heads), _blocks(k, keys, blocks, key_heads), _blocks(v, keys, blocks, key_heads), heads,
-        real_shift=bias, attn_mask=ops.logical_and(mask, ops.logical_not(nothing)), scalar_value=scale,
+        _blocks(q, queries, blocks, heads), _blocks(k, keys, blocks, key_heads), _blocks(v, keys, blocks, key_heads),
+        heads, real_shift=bias, attn_mask=ops.logical_and(mask, ops.logical_not(nothing)), scalar_value=scale,
         input_layout="BNSD", sparse_mode=0)
     out = ops.masked_fill(out, nothing, 0.).reshape(blocks, problem.groups, rows, -1).swapaxes(0, 1)
     first = problem.offset % max(problem.spec.bucket, problem.bias_period)  # where in its block the first query stands

@@ -269,7 +269,7 @@ class Blocks(nn.Cell):
         return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), demb, seed
 
     def _scores(self, step, query, key, tile, emb):
-        """Scores `(blocks, share * rows, width)`, and by what their gradients come to those of products, if not by 1."""
+        """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
         slope = None
         if self.softcap is None:
             scores = _bmm_transpose_b(query, key)

@@ -1,7 +1,7 @@
 """What the backends of MindSpore's own operators share: spans within documents, capped scores, and pieces put together.
 
-Documents are two bounds for each position, its document's first and last, `(batch, n_k, 2)`; a position of padding, which
-is in none, has a last that is before its first.
+Documents are two bounds for each position, its document's first and last, `(batch, n_k, 2)`; a position of padding,
+which is in none, has a last that is before its first.
 """
 import mindspore as ms
 import numpy as np
@@ -79,7 +79,7 @@ def tanh(x):
 
 
 def capped(q, k, softcap):
-    """The products of scaled queries and keys, `(g, rows, n_k)`, brought into `-softcap … softcap` where there is one."""
+    """The products of scaled queries and keys, `(g, rows, n_k)`, within `-softcap … softcap` where there is one."""
     scores = ops.bmm(q, k.swapaxes(-1, -2))
     return scores if softcap is None else tanh(scores / softcap) * softcap
 
