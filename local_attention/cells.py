@@ -47,13 +47,13 @@ def _refuse_in_graphs():
 
 @constexpr
 def _refuse_outside_graphs():
-    """Where a bprop runs in Python and what it does is recorded, a gradient of it is going to be asked for."""
-    frame = sys._getframe()
-    while frame is not None and not (frame.f_code.co_name == "bprop"
-                                     and frame.f_globals.get("__name__", "").startswith("local_attention.")):
-        frame = frame.f_back
-    if frame is not None and PyNativeExecutor_.get_instance().requires_grad():
-        _refuse()
+    """Where a bprop runs in the forward pass of another gradient, and is recorded, it is going to be differentiated."""
+    if PyNativeExecutor_.get_instance().requires_grad():  # so too, for once, after an exception within a gradient
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_name not in ("__infer__", "_pynative_forward_run"):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_name != "__infer__":  # which is a compiler's
+            _refuse()
 
 
 class _Last(InFloat32):

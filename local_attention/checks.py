@@ -107,7 +107,7 @@ def alike(owner, q, k, v):
 
 
 def shared(q_shape, k_shape):
-    """How many heads of q share one of k, given that the shapes differ in their number alone; None where they do not."""
+    """How many heads of q share one of k, if shapes differ in the number of heads alone; None where they do not."""
     if k_shape == q_shape:
         return 1
     if len(q_shape) < 3 or len(k_shape) != len(q_shape) or None in (q_shape[-3], k_shape[-3]):

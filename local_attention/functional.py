@@ -264,8 +264,9 @@ def _mask_shape(owner, got, leading, n, share):
     if len(got) == 1 and got[0] == n:
         return (1, n), (1, 1)
     if len(got) == 2 and got[1] == n:
-        of_batch = groups is None or got[0] in (1, leading[0]) if len(leading) > 1 else got[0] and groups % got[0] == 0
-        if not of_batch or (groups is not None and groups // share % got[0]):
+        batches = [math.prod(leading[:axes]) for axes in range(len(leading))] if groups is not None else []
+        fits = groups is None or (got[0] > 0 and groups // share % got[0] == 0)
+        if not fits or (len(leading) > 1 and groups is not None and got[0] not in (*batches, groups)):
             raise checks.value_error(owner, "mask", f"of shape (b, {n}) for a batch as q's, {wanted[:-1]}", got)
         return got, (1, 1)
     if len(got) != len(wanted) or any(a not in (1, b) for a, b in zip(got, wanted)):

@@ -225,7 +225,8 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
     tokens = np.zeros((len(rows), lengths.max() + seq_len + model.local_attn_window_size), given.dtype)
     for row in rows:
         tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
-    cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache and (even or model.global_cache_is_ours)
+    cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache
+    cached = cached and (even or model.global_cache_is_ours)
     modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
     trains = any(training for _, training in modes)
     if trains:

@@ -95,7 +95,7 @@ CONSTRUCTORS = [
     (attention, {"dim": 8, "use_xpos": True, "window_size": 1}, ValueError,
      "'xpos_scale_base' must be a positive number, but got 0."),
     (attention, {"backend": "fast"}, ValueError,
-     "'backend' must be None or one of ascend, native, blocked, dense, but got 'fast'."),
+     "'backend' must be None or one of ascend, native, blocked, any_length, dense, but got 'fast'."),
     (attention, {"sequence_parallel": True}, ValueError, "For 'LocalAttention', 'sequence_parallel' needs a "
      "communication group with this rank in it, made by 'mindspore.communication.init()' or 'create_group()', but got "
      "True."),

@@ -11,7 +11,8 @@ from local_attention.spec import NO_LIMIT, Scoring
 
 B, H, D, W = 2, 6, 10, 7
 SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, 2 * W, W, False),
-         WindowSpec(1, W, 3, False), WindowSpec.from_chunks(W), WindowSpec(1, W, 0, True, prefix=3), WindowSpec(W, 0, 0, True, prefix=W + 2),
+         WindowSpec(1, W, 3, False), WindowSpec.from_chunks(W), WindowSpec(1, W, 0, True, prefix=3),
+         WindowSpec(W, 0, 0, True, prefix=W + 2),
          WindowSpec(1, 2, -1, False, prefix=2), WindowSpec.from_flash((-1, 0), causal=True)]
 BACKENDS = [name for name in ("native", "blocked", "dense")
             if refusals(Problem(SPECS[0], Scoring(1.), 6, 9, 9, 10))[name] is None]
