@@ -12,11 +12,13 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from local_attention.spec import WindowSpec  # noqa: E402
 
 WINDOW, LENGTH, QUERY = 4, 16, 9
-PANELS = (  # title, spec: every panel looks one window back, and one forward where it may
+PANELS = (  # title, spec: the first four look one window back, and one forward where they may
     ("window-aligned, causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=0, causal=True)),
     ("window-aligned, not causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=WINDOW, causal=False)),
     ("exact, causal", WindowSpec(bucket=1, backward=WINDOW, forward=0, causal=True)),
     ("exact, not causal", WindowSpec(bucket=1, backward=WINDOW, forward=WINDOW, causal=False)),
+    ("chunks", WindowSpec.from_chunks(WINDOW)),
+    ("exact, causal, a prefix of 2", WindowSpec(bucket=1, backward=WINDOW, forward=0, causal=True, prefix=2)),
 )
 HIDDEN, SEEN, SEEN_BY_QUERY, OWN = range(4)
 COLOURS = ListedColormap(["#eef0f3", "#8fb3d9", "#f2a541", "#1f3b5c"])
@@ -39,7 +41,8 @@ def draw_panel(axes, title, spec):
         axes.axhline(edge, color="#5b6470", linewidth=1, linestyle=":")
     first, last = (int(np.clip(key, 0, LENGTH - 1)) for key in spec.span(QUERY))
     axes.set_title(title, fontsize=15, fontweight="bold", pad=8)
-    axes.set_xlabel(f"query {QUERY} sees keys {first} to {last}", fontsize=13, labelpad=6)
+    prefix = f"0 to {spec.prefix - 1}, " if spec.prefix else ""
+    axes.set_xlabel(f"query {QUERY} sees keys {prefix}{first} to {last}", fontsize=13, labelpad=6)
     axes.set_xticks([])
     axes.set_yticks([QUERY + 0.5], [f"{QUERY}"], fontsize=13)
     axes.tick_params(length=0)
@@ -48,7 +51,7 @@ def draw_panel(axes, title, spec):
 
 
 def main(path):
-    figure, grid = plt.subplots(2, 2, figsize=(8, 9.4), layout="constrained")
+    figure, grid = plt.subplots(3, 2, figsize=(8, 13.8), layout="constrained")
     for axes, (title, spec) in zip(grid.flat, PANELS):
         draw_panel(axes, title, spec)
     figure.suptitle(f"Which keys (columns) a query (row) sees, window_size={WINDOW}", fontsize=15)

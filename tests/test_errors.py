@@ -114,6 +114,13 @@ CONSTRUCTORS = [
     (WindowSpec.from_flash, {"window_size": 5}, TypeError, "'window_size' must be a pair (left, right), but got 5"),
     (WindowSpec.from_flash, {"window_size": (-2, 0)}, ValueError,
      "'window_size' must be an int of at least -1, but got -2."),
+    (WindowSpec.from_chunks, {"chunk_size": 0}, ValueError,
+     "For 'WindowSpec.from_chunks', 'chunk_size' must be a positive int, but got 0."),
+    (spec, {"prefix": -1}, ValueError, "For 'WindowSpec', 'prefix' must be a non-negative int, but got -1."),
+    (attention, {"prefix": 2.}, TypeError, "'prefix' must be a non-negative int, but got 2.0 of type float."),
+    (attention, {"softcap": 0}, ValueError, "'softcap' must be a positive number, but got 0."),
+    (attention, {"dim": 8, "use_xpos": True, "prefix": 2}, ValueError,
+     "For 'LocalAttention', 'prefix' and 'use_xpos' cannot go together, but got both."),
     (SinusoidalEmbeddings, {"dim": 3}, ValueError, "For 'SinusoidalEmbeddings', 'dim' must be even"),
     (SinusoidalEmbeddings, {"dim": 4, "use_xpos": True}, ValueError, "'scale_base' must be given with 'use_xpos'"),
 

@@ -37,6 +37,22 @@ def test_show_draws_a_row_for_each_query():
         "· · ■ ■ ■"])
 
 
+def test_a_prefix_is_seen_from_everywhere():
+    assert WindowSpec(1, 1, 0, True, prefix=2).show(6) == "\n".join([
+        "■ · · · · ·",
+        "■ ■ · · · ·",
+        "■ ■ ■ · · ·",
+        "■ ■ ■ ■ · ·",
+        "■ ■ · ■ ■ ·",
+        "■ ■ · · ■ ■"])
+    assert WindowSpec(1, 0, -1, False, prefix=2).show(3) == "\n".join(["■ ■ ·"] * 3)
+
+
+def test_chunks_see_themselves_alone():
+    assert WindowSpec.from_chunks(2) == WindowSpec(2, 0, 0, True)
+    assert WindowSpec.from_chunks(2).show(4) == "\n".join(["■ · · ·", "■ ■ · ·", "· · ■ ·", "· · ■ ■"])
+
+
 def test_hugging_face_counts_the_query_among_its_keys():
     first, last = WindowSpec.from_sliding_window(4096).span(10_000)
     assert last == 10_000 and last - first + 1 == 4096
