@@ -10,7 +10,7 @@ def attention(q, k, v, spec, scale, dout=None, **options):
 
 def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, hide_self=False, offset=0,
                sinks=None, softcap=None, dout=None, dlse=None):
-    """By name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and given gradients of these, those of all that has one."""
+    """By name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and, given gradients of these, those of what has one."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, n_q, _ = q.shape
     share, n_k = groups // len(k), k.shape[1]

@@ -250,3 +250,61 @@ def test_pad_to_multiple_says_whether_it_did():
     assert not needed and same.shape == (2, 6)
     needed, padded = pad_to_multiple(ops.ones((2, 7, 4)), 3, dim=-2, value=5)
     assert needed and padded.shape == (2, 9, 4) and (padded.asnumpy()[:, 7:] == 5).all()
+
+
+# ---- what today's models have
+
+
+OF_TODAY = [dict(causal=True, dim=D), dict(dim=D), dict(causal=True, exact_windowsize=True, prefix=3, dim=D),
+            dict(causal=True, softcap=2., shared_qk=True), dict(causal=True, look_backward=2, softcap=2.)]
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.parametrize("settings", OF_TODAY, ids=lambda settings: ",".join(settings))
+def test_documents_are_as_if_alone_with_grouped_heads_and_sinks(settings, mode):
+    """Lengths are no multiples of the window: windows, rotation and the prefix start anew."""
+    attn = LocalAttention(W, autopad=True, **settings)
+    q, k, v = draw(B, 4, 40, D), draw(B, 2, 40, D, seed=1), draw(B, 2, 40, D, seed=2)
+    sinks = draw(4)
+    ids = np.repeat([[0] * 17 + [3] * 12 + [-1] * 11], B, 0).astype(np.int32)
+    got = outputs(attn, (q, k, v), mode, segment_ids=ids, sinks=sinks)
+    wanted = [np.zeros_like(x) for x in got]
+    for start, end in ((0, 17), (17, 29)):
+        parts = outputs(attn, [x[:, :, start:end] for x in (q, k, v)], sinks=sinks)
+        for whole, part in zip(wanted, parts):
+            whole[:, :, start:end] = part
+    for a, b in zip(got, wanted):
+        assert np.abs(b).max() > 1e-2
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(causal=True, dim=D), dict(causal=True, use_xpos=True, dim=D),
+                                      dict(exact_windowsize=True, shared_qk=True)])
+def test_grouped_heads_are_repeated_ones(settings):
+    attn = LocalAttention(W, autopad=True, **settings)
+    q, k, v = draw(B, 4, 23, D), draw(B, 2, 23, D, seed=1), draw(B, 2, 23, D, seed=2)
+    got = outputs(attn, (q, k, v))
+    out, dq, dk, dv = outputs(attn, (q, np.repeat(k, 2, 1), np.repeat(v, 2, 1)))
+    for a, b in zip(got, (out, dq, dk.reshape(B, 2, 2, 23, D).sum(2), dv.reshape(B, 2, 2, 23, D).sum(2))):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+@pytest.mark.parametrize("settings, given, message", [
+    (dict(use_xpos=True, dim=D), dict(segment_ids=np.zeros((B, 14), np.int32)),
+     "'segment_ids' and 'use_xpos' cannot go together"),
+    (dict(prefix=2), dict(attn_bias=np.zeros((H, W, 3 * W), np.float32)),
+     "'attn_bias' and 'prefix' cannot go together"),
+    (dict(), dict(segment_ids=np.zeros((B, 13), np.int32)), r"'segment_ids' must be of shape \(batch, 14\)"),
+    (dict(), dict(segment_ids=np.zeros((4, 14), np.int32)), r"'segment_ids' must be .* a divisor of 6"),
+    (dict(), dict(sinks=np.zeros(4, np.float32)), r"'sinks' must be of shape \(3,\), one for each head, but got"),
+])
+def test_what_does_not_go_together_or_fit_is_named(settings, given, message):
+    x = Tensor(draw(B, H, 14, D))
+    with pytest.raises(ValueError, match=f"For 'LocalAttention', {message}"):
+        LocalAttention(W, **settings)(x, x, x, **{name: Tensor(value) for name, value in given.items()})
+
+
+def test_heads_that_do_not_divide_are_named():
+    q, k = Tensor(draw(B, H, 14, D)), Tensor(draw(B, 2, 14, D))
+    with pytest.raises(ValueError, match=r"'k' must be of q's shape \(2, 3, 14, 10\), or of a divisor of its 3 heads"):
+        LocalAttention(W)(q, k, k)

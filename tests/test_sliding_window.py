@@ -222,3 +222,44 @@ def test_bad_cell_inputs_are_named():
         attn(x[..., :6], x)
     with pytest.raises(ValueError, match=r"'mask' must be of shape \(b, n\)"):
         attn(x, x, mask=Tensor(np.ones((2, 5), bool)))
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_grouped_heads_documents_sinks_and_a_cap(mode):
+    q, k, v = draw(B, 4, 23, D), draw(B, 2, 23, D, seed=1), draw(B, 2, 23, D, seed=2)
+    emb, sinks = draw(8, D) / 3, draw(4)
+    ids = np.repeat([[0] * 9 + [1] * 14], B, 0).astype(np.int32)
+
+    def forward(q, k, v, emb, sinks):
+        out, lse = sliding_window_attention(q, k, v, None, emb, 5, 3, scale=.4, softcap=2., sinks=sinks,
+                                            segment_ids=Tensor(ids), return_lse=True)
+        return (out * out).sum() + lse.sum(), out, lse
+    step = ms.value_and_grad(forward, (0, 1, 2, 3, 4), has_aux=True)
+    (_, out, lse), grads = (ms.jit(step) if mode == "graph" else step)(*map(Tensor, (q, k, v, emb, sinks)))
+    flat = [x.reshape(-1, 23, D) for x in (q, k, v)]
+    options = dict(rel_pos_emb=emb, sinks=sinks, softcap=2.)
+    spec = WindowSpec(1, 5, 2, False)
+    wanted = oracle.in_documents(*flat, spec, .4, ids, **options)
+    wanted = oracle.in_documents(*flat, spec, .4, ids, dout=2 * wanted["out"], dlse=np.ones(wanted["lse"].shape),
+                                 **options)
+    for a, name in zip((out, lse, *grads), ("out", "lse", "q", "k", "v", "rel_pos_emb", "sinks")):
+        assert np.abs(a.asnumpy()).max() > 1e-2
+        np.testing.assert_allclose(a.asnumpy(), wanted[name].reshape(a.shape), atol=5e-5)
+
+
+class AnyLength(nn.Cell):
+    def construct(self, q, k, v, mask):
+        return sliding_window_attention(q, k, v, mask, window_size_left=5, window_size_right=3)
+
+
+def test_lengths_that_a_graph_does_not_know(tmp_path):
+    """As it is exported."""
+    net, x = AnyLength(), [Tensor(draw(B, H, 300, D, seed=seed)) for seed in range(3)]
+    mask = Tensor(np.random.default_rng(0).random((B, 300)) > .3)
+    open_shape = Tensor(shape=[None, H, None, D], dtype=ms.float32)
+    ms.export(net, open_shape, open_shape, open_shape, Tensor(shape=[None, None], dtype=ms.bool_),
+              file_name=str(tmp_path / "sliding"), file_format="MINDIR")
+    graph = nn.GraphCell(ms.load(str(tmp_path / "sliding.mindir")))
+    for n in (300, 37):
+        part = [y[:, :, :n] for y in x] + [mask[:, :n]]
+        np.testing.assert_allclose(graph(*part).asnumpy(), net(*part).asnumpy(), atol=2e-5)

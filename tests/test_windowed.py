@@ -264,3 +264,55 @@ def test_use_backend_holds_for_its_block_and_for_good():
     assert runs() == "blocked"
     use_backend(None)
     assert runs() == before
+
+
+def bad(**change):
+    x = Tensor(np.zeros((B, H, 9, D), np.float32))
+    return windowed_attention(**{**dict(q=x, k=x, v=x, spec=SPECS[0]), **change})
+
+
+def zeros(*shape, dtype=np.float32):
+    return Tensor(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(spec=5), TypeError, "'spec' must be a WindowSpec, but got 5 of type int"),
+    (dict(q=zeros(B, H, 9)), ValueError, r"'q' must be of shape \(b, h, n_q, d\)"),
+    (dict(q=np.zeros((B, H, 9, D))), TypeError, "'q' must be a Tensor"),
+    (dict(k=zeros(B, 4, 9, D)), ValueError,
+     r"'k' must be of shape \(2, h_kv, n_k, 10\), h_kv a divisor of 6 and n_k at least 9, but got \(2, 4, 9, 10\)"),
+    (dict(k=zeros(B, H, 8, D)), ValueError, "'k' must be .* n_k at least 9"),
+    (dict(v=zeros(B, 2, 9, D)), ValueError, "'v' must be of k's shape"),
+    (dict(v=zeros(B, H, 9, D, dtype=np.float16)), TypeError, "'v' must be a Tensor of float32, but got float16"),
+    (dict(mask=zeros(B, 8, dtype=bool)), ValueError, r"'mask' must be of shape \(b, n_k\), \(2, 9\)"),
+    (dict(mask=[True]), TypeError, "'mask' must be a Tensor"),
+    (dict(segment_ids=zeros(B, 9)), TypeError, "'segment_ids' must be a Tensor of int32 or int64, but got float32"),
+    (dict(segment_ids=zeros(3, 9, dtype=np.int32)), ValueError, r"'segment_ids' must be of shape \(2, 9\)"),
+    (dict(attn_bias=zeros(H, 2, W + 1)), ValueError, r"'attn_bias' must be of shape .* \(6, 1, 8\), but got"),
+    (dict(attn_bias=zeros(H, 1, W + 1), spec=SPECS[5]), ValueError,
+     "'attn_bias' and 'a prefix of 'spec'' cannot go together"),
+    (dict(attn_bias=zeros(H, 1, W + 1), spec=SPECS[8]), ValueError,
+     "'attn_bias' must be None where 'spec' has no limit"),
+    (dict(sinks=zeros(2)), ValueError, r"'sinks' must be of shape \(6,\)"),
+    (dict(softcap=0.), ValueError, "'softcap' must be a positive number, but got 0"),
+    (dict(scale="1"), TypeError, "'scale' must be a number"),
+    (dict(dropout_rate=1.), ValueError, r"'dropout_rate' must be a rate in \[0, 1\)"),
+    (dict(seed=.5), TypeError, "'seed' must be an int"),
+    (dict(return_lse=1), TypeError, "'return_lse' must be a bool"),
+    (dict(backend="fast"), ValueError, "'backend' must be None or one of"),
+])
+def test_bad_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=f"For 'windowed_attention', {message}"):
+        bad(**change)
+
+
+@pytest.mark.parametrize("outs, lses, error, message", [
+    (zeros(2, 3), (zeros(2),), TypeError, "'outs' must be a tuple of Tensors"),
+    ((zeros(2, 3),), (), TypeError, "'lses' must be a tuple of Tensors"),
+    ((zeros(2, 3),), (zeros(2), zeros(2)), ValueError, "'lses' must be of as many pieces as outs, 1, but got 2"),
+    ((zeros(2, 3), zeros(2, 4)), (zeros(2), zeros(2)), ValueError, r"'outs' must be of one shape, \(2, 3\)"),
+    ((zeros(2, 3),), (zeros(3),), ValueError, "'lses' must be of the shape of outs without d"),
+])
+def test_bad_pieces_are_named(outs, lses, error, message):
+    with pytest.raises(error, match=f"For 'merge_attentions', {message}"):
+        merge_attentions(outs, lses)
