@@ -165,6 +165,56 @@ def attend_in_place(attn, q, ring, attn_bias=None):
     return _next_token(attn, q, keys, values, rows, attn_bias, (clock + kept - _range(0, kept)) % kept)
 
 
+def reorder_cache(cache, rows):
+    """
+    The cache whose row r continues row `rows[r]`: as a beam search drops some of its beams and splits others.
+
+    Args:
+        cache (tuple): What a call of :class:`LocalMHA` or :class:`LocalTransformer` on `b` rows returned.
+        rows (Tensor): int32 or int64 :math:`(b,)`, each in [0, b).
+
+    Returns:
+        tuple, the cache for the next call. A global layer's part has the rows of the batch, or of batch and heads,
+        along the first axis of each Tensor, or one row for all.
+
+    Raises:
+        TypeError: If `cache` is not a tuple or `rows` not a Tensor of ints.
+        ValueError: If `rows` has another shape, or the cache not that many rows.
+
+    Supported Platforms:
+        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
+
+    Examples:
+        >>> from mindspore import Tensor, ops
+        >>> from local_attention import LocalMHA
+        >>> from local_attention.cache import reorder_cache
+        >>> mha = LocalMHA(dim=16, window_size=4, dim_head=8, heads=2, causal=True)
+        >>> _, cache = mha(ops.randn((3, 5, 16)), return_cache=True)
+        >>> cache = reorder_cache(cache, Tensor([2, 0, 2]))
+        >>> print(mha(ops.randn((3, 1, 16)), cache=cache).shape)
+        (3, 1, 16)
+    """
+    owner = "reorder_cache"
+    if not isinstance(cache, tuple) or not cache:
+        raise checks.type_error(owner, "cache", "a tuple from a call with 'return_cache'", cache)
+    shape = checks.tensor(owner, "rows", checks.described(rows), checks.INTEGERS)
+    if len(shape) != 1 or shape[0] == 0:
+        raise checks.value_error(owner, "rows", "of shape (batch,), not empty", shape)
+    if isinstance(cache[0], tuple):  # a model's
+        return tuple(reorder_cache(layer, rows) for layer in cache[0]), *cache[1:]
+    return tuple(_reordered(part, rows) for part in cache)
+
+
+def _reordered(part, rows):
+    groups, batch = part.shape[0], rows.shape[0]
+    if groups == 1:  # of all rows
+        return part
+    if groups % batch:
+        raise checks.value_error("reorder_cache", "rows", "as many as the cache has", batch)
+    heads = groups // batch
+    return ops.gather(part, (rows[:, None] * heads + ops.arange(heads)[None]).reshape(-1), 0)
+
+
 def attend_cached(attn, q, k, v, cache, attn_bias=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
     groups, m, head_dim = q.shape

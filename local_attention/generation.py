@@ -214,6 +214,8 @@ def compiled_step(model, layers):
 
     def fill(*caches):
         return rings(*caches)
+    if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
+        step.amp_strategy = model.amp_strategy
     return ms.jit(step), ms.jit(fill)
 
 

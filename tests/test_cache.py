@@ -1,5 +1,6 @@
 """Decoding with a cache: the same rows as one call on everything, whatever is fed at a time."""
 import copy
+import doctest
 
 import mindspore as ms
 import numpy as np
@@ -8,7 +9,9 @@ from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
+from local_attention import cache as cache_module
 from local_attention.backends import native
+from local_attention.cache import reorder_cache
 
 W, HEADS, N = 5, 3, 43
 # as first and later calls: a token at a time, across window boundaries, a prompt longer than the cache, one token first
@@ -59,8 +62,12 @@ def test_a_bias_stays_with_its_places(exact, chunks):
         np.testing.assert_allclose(fed(mha, x, chunks, attn_bias=bias)[0], mha(x, attn_bias=bias).asnumpy(), atol=2e-5)
 
 
-def test_half_precision():
-    mha = block(exact_windowsize=False).to_float(ms.float16)
+@pytest.mark.parametrize("level", ["to_float", "auto", "O2"])
+@pytest.mark.parametrize("settings", SETTINGS[1::2] + SETTINGS[6:7], ids=lambda settings: ",".join(settings))
+def test_half_precision(settings, level):
+    mha = block(**settings)
+    mixed = mha.to_float(ms.float16) if level == "to_float" else ms.amp.auto_mixed_precision(mha, level)
+    mha = mixed if level == "auto" else mha  # O2 wraps it
     x = ops.randn((2, N, 20))
     np.testing.assert_allclose(fed(mha, x, CHUNKS[2])[0], mha(x).asnumpy(), atol=1e-2)
 
@@ -71,6 +78,24 @@ def test_a_cache_has_one_shape_however_much_it_is_fed():
     _, few = fed(mha, x[:, :1], [1])
     _, many = fed(mha, x, [30, 13])
     assert [a.shape for a in few] == [a.shape for a in many] == [(2 * HEADS, 3 * W, 10)] * 2 + [(1,)]
+
+
+@pytest.mark.parametrize("make", [lambda: LocalTransformer(**MODEL, global_attn_layer=full()),
+                                  lambda: LocalTransformer(**MODEL, use_dynamic_pos_bias=True)])
+def test_rows_of_a_cache_in_another_order(make):
+    model, rows = make(), np.array([2, 0, 2])
+    x = ops.randint(0, 31, (3, 12))
+    _, cache = model(x[:, :11], return_cache=True)
+    moved = np.concatenate([x.asnumpy()[rows, :11], x.asnumpy()[:, 11:]], 1)
+    found = model(ms.Tensor(moved), cache=reorder_cache(cache, ms.Tensor(rows, ms.int32)))
+    np.testing.assert_allclose(found.asnumpy(), model(ms.Tensor(moved)).asnumpy()[:, 11:], atol=2e-5)
+    out, cache = block()(ops.randn((2, 3, 20)), return_cache=True)
+    for wrong, message in ((ops.ones((4,), ms.int32), "'rows' must be as many as the cache has, but got 4"),
+                           (ops.ones((2, 2), ms.int32), r"'rows' must be of shape \(batch,\)")):
+        with pytest.raises(ValueError, match="For 'reorder_cache', " + message):
+            reorder_cache(cache, wrong)
+    with pytest.raises(TypeError, match="For 'reorder_cache', 'cache' must be a tuple"):
+        reorder_cache(list(cache), ops.ones((2,), ms.int32))
 
 
 compiled = []
@@ -284,3 +309,7 @@ def wrong(name):
 def test_misuse_is_named(name, message):
     with pytest.raises(ValueError, match=message):
         wrong(name)()
+
+
+def test_examples():
+    assert doctest.testmod(cache_module).failed == 0

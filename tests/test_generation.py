@@ -240,3 +240,37 @@ def test_few_steps_are_kept_and_none_of_what_is_past():
     greedy(cell, np.ones((1, 3)), 2)
     assert len(cell.steps.kept) == 1
     assert not copy.deepcopy(cell).steps.kept
+
+
+# Half precision
+
+
+def fed_logits(cell, prime, monkeypatch, use_kv_cache):
+    """The logits of each token where the tokens drawn are always the same."""
+    seen = []
+
+    def draw(logits, *args):
+        seen.append(logits)
+        return np.arange(len(logits)) + len(seen)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "sample", draw)
+        greedy(cell, prime, COUNT, use_kv_cache=use_kv_cache)
+    return np.stack(seen)
+
+
+@pytest.mark.parametrize("level, settings", [
+    *[(level, settings) for level in ("to_float", "auto") for settings in (
+        dict(qk_rmsnorm=True, gate_values_per_head=True), dict(use_xpos=True),
+        dict(shared_qk=True, exact_windowsize=False), dict(use_dynamic_pos_bias=True, num_residual_streams=2),
+        dict(global_attn_layer=full(), layers_insert_global_attn=(1,)))],
+    *[(level, dict(qk_rmsnorm=True)) for level in ("O1", "O2", "O3")]],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value))
+def test_half_precision_with_a_cache_is_as_without(level, settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where MindSpore writes the network as it rewrote it
+    cell, prime = model(depth=1, **settings), np.arange(14).reshape(2, 7)
+    single = fed_logits(cell, prime, monkeypatch, True)
+    mixed = cell.to_float(ms.float16) if level == "to_float" else ms.amp.auto_mixed_precision(cell, level)
+    cell = cell if level in ("O2", "O3") else mixed  # which wrap it
+    with_cache, without = (fed_logits(cell, prime, monkeypatch, use) for use in (True, False))
+    assert np.abs(with_cache - without).max() < 0.01 * np.abs(without).max()
+    assert level == "O1" or (with_cache != single).any()
