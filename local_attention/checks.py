@@ -2,6 +2,7 @@
 
 Every rule raises before anything is computed, in one form: whose argument it is, its name, the rule, what arrived.
 """
+import inspect
 import numbers
 
 from mindspore import Tensor
@@ -67,6 +68,14 @@ def rate(owner, name, value):
     if not 0 <= number(owner, name, value) < 1:
         raise value_error(owner, name, "a rate in [0, 1)", value)
     return float(value)
+
+
+def settings(cell):
+    """For a Cell's `extend_repr`: the arguments of its constructor that it keeps under their names, less those that are
+    as by default."""
+    arguments = inspect.signature(type(cell).__init__).parameters.values()
+    kept = [(one, getattr(cell, one.name)) for one in arguments if hasattr(cell, one.name)]
+    return ", ".join(f"{one.name}={value!r}" for one, value in kept if one.default is one.empty or value != one.default)
 
 
 def described(x):

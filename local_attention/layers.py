@@ -9,7 +9,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .any_length import unknown
-from .attend import InFloat32, draw_seed
+from .attend import InFloat32, draw_seed, new_salt
 from .backends import native
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 
@@ -117,6 +117,9 @@ class LayerNorm(nn.Cell):
         self.beta = ms.Parameter(ops.zeros((dim,), ms.float32), name="beta")
         self.plain = ops.LayerNorm(-1, -1, self.epsilon)
 
+    def extend_repr(self):
+        return f"{checks.settings(self)}, epsilon={self.epsilon}"
+
     def construct(self, x):
         fused = _fused("layer_norm", x.shape, self.epsilon)
         if fused is None or x.shape[-1] != self.dim:
@@ -175,13 +178,16 @@ class _Dropout(nn.Cell):
 
     def __init__(self, rate):
         super().__init__()
-        self.rate = rate
+        self.rate, self.salt = rate, new_salt(rate)
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     def construct(self, x):
         if self.rate == 0 or not self.training:
             return x
         rows, columns = _hashes(x.shape)
-        keep = keep_factors(seeded_rows(rows, draw_seed()), columns, self.rate)
+        keep = keep_factors(seeded_rows(rows, draw_seed(self.salt)), columns, self.rate)
         return ops.mul(x, ops.cast(keep.reshape(x.shape), x.dtype))
 
 
@@ -230,3 +236,7 @@ class FeedForward(nn.SequentialCell):
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
         super().__init__(LayerNorm(dim), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
                          _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
+        self.dim, self.mult = dim, mult
+
+    def extend_repr(self):
+        return checks.settings(self)

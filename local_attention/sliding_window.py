@@ -8,7 +8,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import attend, check_backend
+from .attend import attend, check_backend, draw_seed, new_salt
 from .spec import WindowSpec
 
 
@@ -36,8 +36,17 @@ def _checked(owner, q, k, v, mask, rel_pos_emb, left, right, dropout_rate, backe
 
 
 @constexpr
+def _check_seed(owner, seed):
+    if isinstance(seed, tuple):
+        shape = checks.tensor(owner, "seed", seed, checks.INTEGERS)
+        if shape not in ((), (1,)):
+            raise checks.value_error(owner, "seed", "of one number", shape)
+    elif seed is not None:
+        checks.integer(owner, "seed", seed, -2**63)
+
+
+@constexpr
 def _seed_tensor(seed):
-    checks.integer("sliding_window_attention", "seed", seed, -2**63)
     return Tensor(np.array([seed % 2**32], np.uint32).view(np.int32))
 
 
@@ -98,6 +107,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         "sliding_window_attention", checks.described(q), checks.described(k), checks.described(v),
         checks.described(mask), checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate,
         backend)
+    _check_seed("sliding_window_attention", checks.described(seed))
     if groups == 0:
         return q
     if mask is not None:
@@ -160,40 +170,54 @@ class MultiHeadLocalAttention(nn.Cell):
         out_features = checks.positive_int(owner, "out_features", in_features if out_features is None else out_features)
         if qkv_features % num_heads:
             raise checks.value_error(owner, "qkv_features", f"a multiple of the {num_heads} heads", qkv_features)
-        self.in_features = in_features
+        self.in_features, self.qkv_features, self.out_features = in_features, qkv_features, out_features
         self.window_size_left = checks.non_negative_int(owner, "window_size_left", window_size_left)
         self.window_size_right = checks.non_negative_int(owner, "window_size_right", window_size_right)
         self.dropout_rate = checks.rate(owner, "dropout_rate", dropout_rate)
-        checks.boolean(owner, "use_bias", use_bias)
+        self.salt = new_salt(dropout_rate)
+        self.use_bias = checks.boolean(owner, "use_bias", use_bias)
         self.query, self.key, self.value = (nn.Dense(in_features, qkv_features, has_bias=use_bias) for _ in range(3))
         self.out = nn.Dense(qkv_features, out_features, has_bias=use_bias)
         self.rel_pos_emb = None
-        if checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb):
+        self.use_rel_pos_emb = checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb)
+        if use_rel_pos_emb:
             span = window_size_left + window_size_right
             checks.positive_int(owner, "window_size_left + window_size_right", span)
             self.rel_pos_emb = Parameter(initializer(Normal(0.02), (span, qkv_features // num_heads)), "rel_pos_emb")
 
-    def construct(self, inputs_q, inputs_kv, mask=None, seed=None):
-        _checked_inputs(self.cls_name, self.in_features, checks.described(inputs_q), checks.described(inputs_kv),
-                        checks.described(mask))
-        q, k, v = (self._heads(project(x)) for project, x in
-                   ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
-        out = sliding_window_attention(
-            q, k, v, None if mask is None else mask[:, None], self.rel_pos_emb, self.window_size_left,
-            self.window_size_right, self.dropout_rate if self.training else 0., seed)
-        return self.out(out.swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
+    def extend_repr(self):
+        return checks.settings(self)
 
-    def _heads(self, x):
+    def construct(self, inputs_q, inputs_kv, mask=None, seed=None):
+        return self._between("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed)
+
+    def _between(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed):
+        _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
+                        checks.described(inputs_kv), checks.described(mask))
+        _check_seed(self.cls_name, checks.described(seed))
+        q, k, v = (self.heads(project(x)) for project, x in
+                   ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
+        return self.out(self.attend(q, k, v, mask, seed).swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
+
+    def attend(self, q, k, v, mask=None, seed=None):
+        """Attention of what is projected, `(b, heads, n, d)`."""
+        rate = self.dropout_rate if self.training else 0.
+        if rate > 0 and seed is None:
+            seed = draw_seed(self.salt)
+        return sliding_window_attention(q, k, v, None if mask is None else mask[:, None], self.rel_pos_emb,
+                                        self.window_size_left, self.window_size_right, rate, seed)
+
+    def heads(self, x):
         batch, n, features = x.shape
         return x.reshape(batch, n, self.num_heads, features // self.num_heads).swapaxes(1, 2)
 
 
 @constexpr
-def _checked_inputs(owner, features, inputs_q, inputs_kv, mask):
-    shape = checks.tensor(owner, "inputs_q", inputs_q, checks.FLOATS)
+def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask):
+    shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
     if len(shape) != 3 or shape[2] != features:
-        raise checks.value_error(owner, "inputs_q", f"of shape (b, n, {features})", shape)
-    checks.tensor(owner, "inputs_kv", inputs_kv, checks.FLOATS, shape, f"of the shape of inputs_q, {shape}")
+        raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
+    checks.tensor(owner, name_kv, inputs_kv, (str(inputs_q[1]),), shape, f"of the shape of {name_q}, {shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
 
@@ -237,4 +261,4 @@ class LocalSelfAttention(MultiHeadLocalAttention):
     """
 
     def construct(self, x, mask=None, seed=None):
-        return super().construct(x, x, mask, seed)
+        return self._between("x", "x", x, x, mask, seed)
