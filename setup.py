@@ -14,7 +14,7 @@ def version():
 
 
 TRAIN = ["tqdm", "matplotlib"]
-TEST = ["pytest>=7", "safetensors", *TRAIN]
+TEST = ["pytest>=7", *TRAIN]
 
 # For any machine of its kind: what a processor has beyond that is found out when the kernel runs. Where it cannot be
 # built, the package works without it.
@@ -40,7 +40,7 @@ setup(
     ext_modules=[NATIVE],
     python_requires=">=3.9,<3.13",
     # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
-    install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2"],
+    install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2", "safetensors>=0.4"],
     extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff"]},
     classifiers=[
         "Intended Audience :: Developers",

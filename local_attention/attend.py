@@ -6,7 +6,7 @@ from typing import Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from . import checks
@@ -256,9 +256,32 @@ def _in_float32(x):
     return None if x is None else ops.cast(x, ms.float32)
 
 
-def draw_seed():
-    """A seed for one call, from MindSpore's global one."""
-    return ops.cast(ops.randint(1 - 2**31, 2**31 - 1, (1,)), ms.int32)
+class _FourBytes(Float32):
+    """Four numbers, each below 256, as digits of an int32: by an operator that has kernels everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.likely, self.powers = Tensor(np.ones(256, np.float32)), Tensor(256 ** np.arange(4, dtype=np.int32))
+        self.sum = ops.ReduceSum(keep_dims=True)
+
+    def construct(self):
+        return self.sum(ops.mul(ops.cast(ops.multinomial(self.likely, 4), ms.int32), self.powers), 0)
+
+
+_four_bytes = _FourBytes()
+
+
+def draw_seed(salt=0):
+    """A seed for one call, int32 `(1,)`, from MindSpore's global one.
+
+    All draws in one graph give the same number at a step: what drops in several places needs a `new_salt` for each.
+    """
+    return ops.bitwise_xor(_four_bytes(), salt)
+
+
+def new_salt(dropout):
+    """A number for a Cell that drops, of the generator that `mindspore.set_seed` seeds too."""
+    return int(np.random.randint(2**31)) if dropout else 0
 
 
 def explain(problem, backend=None):

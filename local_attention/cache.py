@@ -34,12 +34,41 @@ def capacity(windows):
 
 
 @constexpr
-def checked_cache(owner, cache, groups, windows, head_dim, dtype):
-    """The rules of a cache that is handed in, as `described` by its keys."""
-    wanted = (groups, capacity(windows), head_dim)
-    if not isinstance(cache, tuple) or cache != (wanted, dtype):
-        raise checks.value_error(owner, "cache", f"one of keys {wanted} of {str(dtype).lower()}, from a call of this "
-                                 "block with this batch size", cache)
+def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
+    """The rules of a cache that is handed in, of its keys and values as `described`."""
+    wanted = (groups, capacity(windows), head_dim), dtype
+    for got in (keys, values):
+        if got != wanted:
+            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {str(dtype).lower()}, and such "
+                                     "values, from a call of this block with this batch size", got)
+
+
+def form(cache):
+    """What a cache is made of, or is in place of one, as `described`."""
+    if not isinstance(cache, tuple):
+        return checks.described(cache)
+    parts = []
+    for part in cache:
+        parts.append(checks.described(part))
+    return "tuple", tuple(parts)
+
+
+@constexpr
+def check_form(owner, cache, batch, windows, attn_bias):
+    """The rules of a block's cache that hold whatever the block: keys, values and position, or only that, or a ring;
+    and of a bias beside it."""
+    rule = "what a call of this block with 'return_cache' returned, or None"
+    if not isinstance(cache, tuple) or cache[0] != "tuple" or len(cache[1]) not in (1, 3, 4):
+        raise checks.type_error(owner, "cache", rule, cache)
+    if not all(isinstance(part, tuple) and isinstance(part[0], tuple) for part in cache[1]):
+        raise checks.type_error(owner, "cache", rule, cache[1])
+    shape, dtype = cache[1][0 if len(cache[1]) == 1 else 2]
+    if shape not in ((1,), (1 + batch,)) or str(dtype) != "Int32":
+        raise checks.type_error(owner, "cache", rule, cache[1])
+    if attn_bias is not None:
+        shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        if len(shape) != 3 or shape[1:] != (windows.size, windows.span):
+            raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span})", shape)
 
 
 @constexpr
@@ -256,7 +285,7 @@ def _next_token(attn, q, k, v, position, attn_bias, ages=None):
     spec, scoring, frame = _one_query(
         last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
         attn.dropout if attn.training else 0., dtype, attn_bias is None)
-    out = attend(q, k, v, spec, scoring, beside(bias=_hide(unseen, attn_bias)), frame, attn.backend)
+    out = attend(q, k, v, spec, scoring, beside(bias=_hide(unseen, attn_bias), seed=attn.seed()), frame, attn.backend)
     return ops.cast(out, dtype)
 
 

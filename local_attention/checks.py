@@ -2,6 +2,7 @@
 
 Every rule raises before anything is computed, in one form: whose argument it is, its name, the rule, what arrived.
 """
+import inspect
 import numbers
 
 from mindspore import Tensor
@@ -69,6 +70,14 @@ def rate(owner, name, value):
     return float(value)
 
 
+def settings(cell):
+    """For a Cell's `extend_repr`: the arguments of its constructor that it keeps under their names, less those that are
+    as by default."""
+    arguments = inspect.signature(type(cell).__init__).parameters.values()
+    kept = [(one, getattr(cell, one.name)) for one in arguments if hasattr(cell, one.name)]
+    return ", ".join(f"{one.name}={value!r}" for one, value in kept if one.default is one.empty or value != one.default)
+
+
 def described(x):
     """What can be checked of a tensor without its values, a constant in a graph: (shape, dtype); None as it is."""
     if x is None:
@@ -116,11 +125,6 @@ def shared(q_shape, k_shape):
     if (*q_shape[:-3], fewer, *q_shape[-2:]) != tuple(k_shape) or fewer == 0 or heads % fewer:
         return None
     return heads // fewer
-
-
-def seed(owner, value):
-    """A seed that is an int."""
-    return integer(owner, "seed", value, -2**63)
 
 
 def segment_ids(owner, got, batch, n):

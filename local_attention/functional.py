@@ -15,15 +15,28 @@ from .spec import NO_LIMIT, Scoring, WindowSpec
 
 
 @constexpr
-def _seed_tensor(owner, seed):
-    return Tensor(np.array([checks.seed(owner, seed) % 2**32], np.uint32).view(np.int32))
+def _seed_tensor(seed):
+    return Tensor(np.array([seed % 2**32], np.uint32).view(np.int32))
 
 
-def _seed(owner, seed):
+def _seed(seed):
     """int32 `(1,)`, or None where one is to be drawn."""
     if seed is None:
         return None
-    return ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(owner, seed)
+    return ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(seed)
+
+
+def _check_seed(owner, seed):
+    """The rules of a seed, an int or a Tensor as `described`."""
+    if isinstance(seed, tuple):
+        shape = checks.tensor(owner, "seed", seed, checks.INTEGERS)
+        if shape not in ((), (1,)):
+            raise checks.value_error(owner, "seed", "of one number", shape)
+    elif seed is not None:
+        checks.integer(owner, "seed", seed, -2**63)
+
+
+check_seed = constexpr(_check_seed)
 
 
 def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend):
@@ -32,12 +45,7 @@ def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backen
         checks.number(owner, "scale", scale)
     checks.softcap(owner, softcap)
     checks.rate(owner, "dropout_rate", dropout_rate)
-    if seed is not None and not isinstance(seed, tuple):
-        checks.seed(owner, seed)
-    elif seed is not None:
-        shape = checks.tensor(owner, "seed", seed, ("Int32", "Int64"))
-        if shape not in ((), (1,)):
-            raise checks.value_error(owner, "seed", "an int or a Tensor of one", shape)
+    _check_seed(owner, seed)
     checks.boolean(owner, "return_lse", return_lse)
     check_backend(owner, backend)
 
@@ -155,7 +163,7 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
         dropout_rate, checks.described(seed), return_lse, backend)
     spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
     tensors = beside(mask, None if segment_ids is None else document_bounds(segment_ids), attn_bias, sinks,
-                     seed=_seed("windowed_attention", seed))
+                     seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)
 
 
@@ -366,5 +374,5 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
     spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)
-    tensors = beside(mask, documents, None, sinks, rel_pos_emb, _seed("sliding_window_attention", seed))
+    tensors = beside(mask, documents, None, sinks, rel_pos_emb, _seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)

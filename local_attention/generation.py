@@ -1,6 +1,8 @@
 """Generation: sampling, and a token at a time of a model that is handed in, whatever keeps its cache."""
 import operator
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, wraps
+from itertools import count as numbers
 
 import mindspore as ms
 import numpy as np
@@ -58,7 +60,7 @@ def sample(logits, temperature, thres):
     return np.take_along_axis(kept, values.argmax(-1)[:, None], -1)[:, 0]
 
 
-def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
+def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
     """The rules of `generate`, and its prompts as `runs`."""
     owner = f"{model.cls_name}.generate"
     if model.num_tokens is None:
@@ -70,6 +72,8 @@ def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask):
     checks.non_negative_number(owner, "temperature", temperature)
     checks.fraction(owner, "filter_thres", filter_thres)
     checks.boolean(owner, "use_kv_cache", use_kv_cache)
+    if callback is not None and not callable(callback):
+        raise checks.type_error(owner, "callback", "None or a function", callback)
     checks.tokens(owner, "prime", checks.described(prime), checks.described(mask))
     smallest, largest = prime.asnumpy().min(), prime.asnumpy().max()
     if smallest < 0 or largest >= model.num_tokens:
@@ -204,6 +208,15 @@ class Steps:
         return step
 
 
+_numbers = numbers()
+
+
+def _compiled(function):
+    """A function by a name of its own: MindSpore warns of one that was compiled before, for another model."""
+    function.__name__ += f"_{next(_numbers)}"
+    return ms.jit(function)
+
+
 def compiled_step(model, layers):
     """`next_logits` and what fills the rings that it keeps, from a prompt's caches."""
     local = layers[:len(model.layers)]
@@ -216,12 +229,35 @@ def compiled_step(model, layers):
         return rings(*caches)
     if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
         step.amp_strategy = model.amp_strategy
-    return ms.jit(step), ms.jit(fill)
+    return _compiled(step), _compiled(fill)
+
+
+@contextmanager
+def evaluating(model):
+    """A model in evaluation, and after that each of its Cells in the mode that it was in."""
+    modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
+    trains = any(training for _, training in modes)
+    if trains:
+        model.set_train(False)
+    try:
+        yield
+    finally:
+        for cell, training in modes if trains else ():
+            cell.set_train(training)
+
+
+def eval_decorator(function):
+    """A function of a model, and of whatever else, that runs with the model in evaluation."""
+    @wraps(function)
+    def inner(model, *args, **kwargs):
+        with evaluating(model):
+            return function(model, *args, **kwargs)
+    return inner
 
 
 def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
     """What `LocalTransformer.generate` gives: tokens of each row moved to the left, and then one at a time."""
-    begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask)
+    begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)
     given, rows = prime.asnumpy(), np.arange(len(lengths))
     even = (lengths == lengths[0]).all()
     tokens = np.zeros((len(rows), lengths.max() + seq_len + model.local_attn_window_size), given.dtype)
@@ -229,11 +265,7 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
         tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
     cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache
     cached = cached and (even or model.global_cache_is_ours)
-    modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
-    trains = any(training for _, training in modes)
-    if trains:
-        model.set_train(False)
-    try:
+    with evaluating(model):
         step, attn_bias, flat = None, None, []
         for count in range(seq_len):
             ends = lengths + count
@@ -253,7 +285,4 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
             tokens[rows, ends] = sample(logits, temperature, filter_thres)
             if callback is not None:
                 callback(count + 1)
-    finally:
-        for cell, training in modes if trains else ():
-            cell.set_train(training)
     return Tensor(np.take_along_axis(tokens, lengths[:, None] + np.arange(seq_len), 1))

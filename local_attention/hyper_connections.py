@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from . import checks
 from .cells import Float32
 
 # Primitives: outside a graph, the gradient of `ops.matmul` with many rows takes six times as long as that of MatMul.
@@ -83,6 +84,7 @@ class HyperConnection(Float32):
 
     def __init__(self, count, dim):
         super().__init__()
+        self.count, self.dim = count, dim
         drawn = np.eye(count)[:, np.random.randint(count, size=1)]  # of the generator that `mindspore.set_seed` seeds
         self.static_alpha = Parameter(Tensor(np.concatenate([drawn, np.eye(count)], 1), ms.float32), "static_alpha")
         self.dynamic_alpha_fn = Parameter(ops.zeros((dim, 1 + count), ms.float32), "dynamic_alpha_fn")
@@ -92,6 +94,9 @@ class HyperConnection(Float32):
         self.dynamic_beta_fn = Parameter(ops.zeros((dim,), ms.float32), "dynamic_beta_fn")
         self.dynamic_beta_scale = Parameter(Tensor([0.01], ms.float32), "dynamic_beta_scale")
         self.norm = _Norm(dim)
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     def construct(self, streams):
         b, n, count, dim = streams.shape

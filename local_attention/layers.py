@@ -8,11 +8,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import draw_seed
-from .cells import InFloat32, last
+from .attend import draw_seed, new_salt
 from .backends import native
 from .backends.any_length import unknown
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
+from .cells import InFloat32, last
 
 EPSILON = 1e-5  # of LayerNorm, as in PyTorch
 
@@ -118,6 +118,9 @@ class LayerNorm(nn.Cell):
         self.beta = ms.Parameter(ops.zeros((dim,), ms.float32), name="beta")
         self.plain = ops.LayerNorm(-1, -1, self.epsilon)
 
+    def extend_repr(self):
+        return f"{checks.settings(self)}, epsilon={self.epsilon}"
+
     def construct(self, x):
         fused = _fused("layer_norm", x.shape, self.epsilon)
         if fused is None or x.shape[-1] != self.dim:
@@ -176,13 +179,16 @@ class _Dropout(nn.Cell):
 
     def __init__(self, rate):
         super().__init__()
-        self.rate = rate
+        self.rate, self.salt = rate, new_salt(rate)
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     def construct(self, x):
         if self.rate == 0 or not self.training:
             return x
         rows, columns = _hashes(x.shape)
-        keep = keep_factors(seeded_rows(rows, draw_seed()), columns, self.rate)
+        keep = keep_factors(seeded_rows(rows, draw_seed(self.salt)), columns, self.rate)
         return ops.mul(x, ops.cast(keep.reshape(x.shape), x.dtype))
 
 
@@ -231,3 +237,7 @@ class FeedForward(nn.SequentialCell):
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)
         super().__init__(LayerNorm(dim), nn.Dense(dim, inner * 2, has_bias=False), GEGLU(),
                          _Dropout(checks.rate(owner, "dropout", dropout)), nn.Dense(inner, dim, has_bias=False))
+        self.dim, self.mult = dim, mult
+
+    def extend_repr(self):
+        return checks.settings(self)

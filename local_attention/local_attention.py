@@ -8,12 +8,32 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Frame, Problem, attend, beside, check_backend, explain
-from .cells import Float32
+from .attend import Frame, Problem, attend, beside, check_backend, draw_seed, explain, new_salt
 from .backends.any_length import unknown
-from .backends.spans import document_bounds
-from .rotary import SinusoidalEmbeddings
+from .backends.spans import SELF_SCORE, document_bounds
+from .cells import Float32
+from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - where upstream has it too
 from .spec import Scoring, WindowSpec
+
+TOKEN_SELF_ATTN_VALUE = SELF_SCORE
+LARGEST = {"Float32": (2 - 2.**-23) * 2.**127, "Float16": 65504., "BFloat16": (2 - 2.**-7) * 2.**127,
+           "Float64": (2 - 2.**-52) * 2.**1023}
+
+
+def default(value, instead):
+    """A value, or where it is None another."""
+    return instead if value is None else value
+
+
+@constexpr
+def _lowest(got):
+    checks.tensor("max_neg_value", "tensor", got, tuple(LARGEST))
+    return -LARGEST[str(got[1])]
+
+
+def max_neg_value(tensor):
+    """The most negative finite number of a tensor's dtype."""
+    return _lowest(checks.described(tensor))
 
 
 def pad_to_multiple(tensor, multiple, dim=-1, value=0):
@@ -224,7 +244,7 @@ class LocalAttention(nn.Cell):
         exact_windowsize (bool): Whether every query sees the same number of keys. Default: ``False`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         use_rotary_pos_emb (bool): Whether `dim` turns rotary embedding on. Default: ``True`` .
-        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
         xpos_scale_base (float): In positions; ``None`` is :math:`\lfloor W/2 \rfloor`. Default: ``None`` .
         prefix (int): How many positions at the start of a sequence every query sees, wherever its window is; when
             `causal`, those at or after them. Default: ``0`` .
@@ -297,11 +317,13 @@ class LocalAttention(nn.Cell):
                                self.prefix)
         self.spec = self.windows.spec
         self.dropout = checks.rate(owner, "dropout", dropout)
+        self.salt = new_salt(dropout)
         self.shared_qk = checks.boolean(owner, "shared_qk", shared_qk)
         self.autopad = checks.boolean(owner, "autopad", autopad)
         self.scale = None if scale is None else checks.number(owner, "scale", scale)
-        self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
+        checks.boolean(owner, "use_xpos", use_xpos)
         self.backend = check_backend(owner, backend)
+        self.sequence_parallel = sequence_parallel
         self.group = parallel.sequence_group(owner, sequence_parallel)
 
         for other in (("use_xpos", use_xpos), ("sequence_parallel", self.group)):
@@ -312,19 +334,22 @@ class LocalAttention(nn.Cell):
                 raise checks.type_error(owner, "rel_pos_emb_config", "a tuple of at least the head dimension",
                                         rel_pos_emb_config)
             dim = rel_pos_emb_config[0]
-        if dim is not None:
-            checks.positive_int(owner, "dim", dim)
+        self.dim = None if dim is None else checks.positive_int(owner, "dim", dim)
+        if xpos_scale_base is not None:
+            checks.positive_number(owner, "xpos_scale_base", xpos_scale_base)
         self.rel_pos, self.rotary_dim = None, None
         if checks.boolean(owner, "use_rotary_pos_emb", use_rotary_pos_emb) and dim is not None:
             if dim % 2:
                 raise checks.value_error(owner, "dim", "even for rotary embeddings", dim)
-            if use_xpos:
-                xpos_scale_base = window_size // 2 if xpos_scale_base is None else xpos_scale_base
-                checks.positive_number(owner, "xpos_scale_base", xpos_scale_base)
+            if use_xpos and xpos_scale_base is None:
+                xpos_scale_base = checks.positive_number(owner, "xpos_scale_base", window_size // 2)
             self.rotary_dim = dim
             self.rel_pos = SinusoidalEmbeddings(dim, scale_base=xpos_scale_base, use_xpos=use_xpos)
-        elif use_xpos:
-            raise checks.value_error(owner, "use_xpos", "False without 'use_rotary_pos_emb' and 'dim'", use_xpos)
+        self.use_rotary_pos_emb = use_rotary_pos_emb
+        self.use_xpos = use_xpos and self.rel_pos is not None  # it is a kind of rotary embedding
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     def explain(self, n, dtype=None, mask=False, attn_bias=False, *, segment_ids=False, sinks=False, share=1):
         """In words: the backend that would run a sequence of n, why no other would, and what one key head of it costs.
@@ -345,6 +370,10 @@ class LocalAttention(nn.Cell):
         owner = "LocalAttention.explain"
         checks.positive_int(owner, "n", n)
         checks.positive_int(owner, "share", share)
+        for name, value in dict(mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=sinks).items():
+            checks.boolean(owner, name, value)
+        if dtype is not None and (isinstance(dtype, str) or str(dtype) not in checks.FLOATS):
+            raise checks.type_error(owner, "dtype", "None or MindSpore's float32, float16 or bfloat16", dtype)
         windows, head_dim = self.windows, self.rotary_dim or 64
         groups, n_q, n_k, offset, halo = share, n, n, 0, ""
         if self.group is not None:
@@ -386,7 +415,7 @@ class LocalAttention(nn.Cell):
             q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
             k = self.rel_pos.rotate(k)
         documents = None if segment_ids is None else document_bounds(segment_ids)
-        tensors = beside(mask, documents, attn_bias, sinks)
+        tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
 
@@ -411,6 +440,10 @@ class LocalAttention(nn.Cell):
         spec, scoring, frame = self._numbers_of(windows, head_dim, offset, origin, dtype)
         out = attend(q, k, v, spec, scoring, tensors, frame, self.backend)
         return unfold(out, groups, n) if self.use_xpos else out
+
+    def seed(self):
+        """Of what a call drops, None where it drops nothing."""
+        return draw_seed(self.salt) if self.training and self.dropout > 0 else None
 
     def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
         return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk,

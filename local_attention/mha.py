@@ -6,7 +6,8 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .backends.any_length import unknown
-from .cache import attend_cached, attend_in_place, checked_cache, entered, first_cache, fused_entry
+from .cache import (attend_cached, attend_in_place, check_form, checked_cache, entered, first_cache, form,
+                    fused_entry)
 from .layers import LayerNorm, reorder, take
 from .local_attention import LocalAttention, l2norm
 
@@ -30,8 +31,9 @@ def check_cacheable(owner, causal, masked, n, sliced, prefix, global_takes_cache
 
 
 @constexpr
-def checked_block(owner, dim, x, mask):
+def checked_block(owner, dim, x, mask, return_cache):
     """The rules of a call on vectors: its batch and length."""
+    checks.boolean(owner, "return_cache", return_cache)
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
     if len(shape) != 3 or shape[2] != dim or 0 in shape:
         raise checks.value_error(owner, "x", f"of shape (batch, n, {dim}), not empty", shape)
@@ -80,9 +82,12 @@ class DynamicPositionBias(nn.Cell):
 
     def __init__(self, dim, heads):
         super().__init__()
-        checks.positive_int(self.cls_name, "dim", dim)
-        checks.positive_int(self.cls_name, "heads", heads)
+        self.dim = checks.positive_int(self.cls_name, "dim", dim)
+        self.heads = checks.positive_int(self.cls_name, "heads", heads)
         self.mlp = nn.SequentialCell(nn.Dense(1, dim), nn.SiLU(), nn.Dense(dim, dim), nn.SiLU(), nn.Dense(dim, heads))
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     def construct(self, i, j, after=0):
         distances, index = _distances(self.cls_name, i, j, after)
@@ -104,7 +109,7 @@ class LocalMHA(nn.Cell):
         qk_rmsnorm (bool): Whether queries and keys are scaled to a learned length, and their products by `qk_scale`.
             Default: ``False`` .
         qk_scale (float): Used with `qk_rmsnorm` alone. Default: ``8`` .
-        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
         xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
         exact_windowsize (bool): Whether every query sees the same number of keys; ``None`` is ``True`` .
             Default: ``None`` .
@@ -152,7 +157,7 @@ class LocalMHA(nn.Cell):
         if dim_head % 2 and kwargs.get("use_rotary_pos_emb", True):
             raise checks.value_error(owner, "dim_head", "even for rotary embeddings", dim_head)
         self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
-        checks.number(owner, "qk_scale", qk_scale)
+        self.qk_scale = checks.number(owner, "qk_scale", qk_scale)
         self.attn_fn = LocalAttention(
             dim=dim_head, window_size=window_size, causal=causal, autopad=True, scale=qk_scale if qk_rmsnorm else None,
             exact_windowsize=True if exact_windowsize is None else exact_windowsize, use_xpos=use_xpos,
@@ -160,17 +165,23 @@ class LocalMHA(nn.Cell):
         self.causal, self.window_size = self.attn_fn.causal, self.attn_fn.window_size
         self.exact_windowsize = self.attn_fn.exact_windowsize
 
-        self.norm = LayerNorm(dim) if checks.boolean(owner, "prenorm", prenorm) else None
+        self.prenorm = checks.boolean(owner, "prenorm", prenorm)
+        self.norm = LayerNorm(dim) if prenorm else None
         self.to_qkv = nn.Dense(dim, dim_head * heads * 3, has_bias=False)
         if qk_rmsnorm:
             self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
             self.k_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="k_scale")
-        gated = checks.boolean(owner, "gate_values_per_head", gate_values_per_head)
-        self.to_v_gate = nn.SequentialCell(nn.Dense(dim, heads)) if gated else None
+        self.gate_values_per_head = checks.boolean(owner, "gate_values_per_head", gate_values_per_head)
+        self.to_v_gate = nn.SequentialCell(nn.Dense(dim, heads)) if gate_values_per_head else None
         self.to_out = nn.Dense(dim_head * heads, dim, has_bias=False)
 
+    def extend_repr(self):
+        return checks.settings(self)
+
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
-        b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask))
+        b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
+        if cache is not None:
+            check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
                             self.attn_fn.prefix)
@@ -207,8 +218,8 @@ class LocalMHA(nn.Cell):
                                     None if cache is None else cache[0])
         else:
             shape = (b * self.heads, n, self.dim_head)
-            checked_cache(self.cls_name, checks.described(cache[0]), shape[0], self.attn_fn.windows, self.dim_head,
-                          k.dtype)
+            checked_cache(self.cls_name, checks.described(cache[0]), checks.described(cache[1]), shape[0],
+                          self.attn_fn.windows, self.dim_head, k.dtype)
             q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
             if len(cache) == 3:
                 out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias)

@@ -1,26 +1,32 @@
 """Pictures of who may see whom and of who looks at whom; matplotlib, which is optional, is imported as one is drawn."""
+import functools
+import inspect
+
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from . import checks
 from .local_attention import LocalAttention
+from .sliding_window import MultiHeadLocalAttention
 from .spec import WindowSpec
 
 
 def attention_weights(model, *inputs):
     """
-    The weights that every :class:`LocalAttention` in a model gives its keys, in one call of it without dropout.
+    The weights that every :class:`LocalAttention` , :class:`MultiHeadLocalAttention` and :class:`LocalSelfAttention` in
+    a model gives its keys, in one call of it without dropout.
 
     Args:
-        model (Cell): A Cell with LocalAttention somewhere in it, or one itself.
+        model (Cell): A Cell with one of these somewhere in it, or one itself.
         inputs (Tensor): What it is called with.
 
     Returns:
-        list of arrays :math:`(..., n, n)`, one for each call of a LocalAttention in their order; a row, of one query,
-        sums to 1, or to 0 where it sees nothing.
+        list of arrays :math:`(..., n, n)`, one for each call of one of these in their order; a row, of one query, sums
+        to 1, or to 0 where it sees nothing.
 
     Raises:
-        ValueError: If there is no LocalAttention in the model.
+        TypeError: If `model` is not a Cell.
+        ValueError: If there is none of these in it.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -33,20 +39,23 @@ def attention_weights(model, *inputs):
         >>> print(attention_weights(block, ops.randn((1, 10, 16)))[0].shape)
         (1, 2, 10, 10)
     """
-    cells = [cell for _, cell in model.cells_and_names() if isinstance(cell, LocalAttention)]
+    if not isinstance(model, nn.Cell):
+        raise checks.type_error("attention_weights", "model", "a Cell", model)
+    cells = [cell for _, cell in model.cells_and_names() if isinstance(cell, (LocalAttention, MultiHeadLocalAttention))]
     if not cells:
-        raise checks.value_error("attention_weights", "model", "one with a LocalAttention", type(model).__name__)
+        raise checks.value_error("attention_weights", "model", "one with attention of this package",
+                                 type(model).__name__)
     calls, modes = [], [(cell, cell.training) for _, cell in model.cells_and_names()]
 
     def note(cell, args, kwargs):
-        calls.append((cell, args, kwargs))
+        calls.append((cell, inspect.signature(cell.construct).bind(*args, **kwargs).arguments))
     hooks = [cell.register_forward_pre_hook(note, with_kwargs=True) for cell in cells]
     model.set_train(False)
     try:
         model(*inputs)
         for hook in hooks:
             hook.remove()
-        return [_weights(cell, *args, **kwargs) for cell, args, kwargs in calls]
+        return [_weights(*_of_values(cell, given)) for cell, given in calls]
     finally:
         for hook in hooks:
             hook.remove()
@@ -54,14 +63,25 @@ def attention_weights(model, *inputs):
             cell.training = training
 
 
-def _weights(attn, q, k, v, *args, **kwargs):
+def _of_values(cell, given):
+    """A call as a function of its values alone, and values of their shape."""
+    if isinstance(cell, LocalAttention):
+        def attend(v):
+            return cell(**{**given, "v": v})
+        return attend, given["v"]
+    q, k = (given["x"],) * 2 if "x" in given else (given["inputs_q"], given["inputs_kv"])
+    return functools.partial(cell.attend, cell.heads(cell.query(q)), cell.heads(cell.key(k)),
+                             mask=given.get("mask")), cell.heads(cell.value(k))
+
+
+def _weights(attend, v):
     """With values that are 1 for one key and 0 for others, the output is the weights: of as many keys as a head is wide
     at a time."""
-    n, width = q.shape[-2:]
+    n, width = v.shape[-2:]
     columns = []
     for start in range(0, n, width):
         one_hot = Tensor(np.eye(n, width, -start, np.float32)).astype(v.dtype)
-        columns.append(attn(q, k, ops.broadcast_to(one_hot, v.shape), *args, **kwargs).astype("float32").asnumpy())
+        columns.append(attend(ops.broadcast_to(one_hot, v.shape)).astype("float32").asnumpy())
     return np.concatenate(columns, -1)[..., :n]
 
 
@@ -85,6 +105,8 @@ def plot_mask(spec, n, axes=None):
     if not isinstance(spec, WindowSpec):
         raise checks.type_error("plot_mask", "spec", "a WindowSpec", spec)
     positions = np.arange(checks.positive_int("plot_mask", "n", n))
+    if axes is not None and not hasattr(axes, "imshow"):
+        raise checks.type_error("plot_mask", "axes", "None or a matplotlib Axes", axes)
     axes = _figure(1, 1, 4).axes[0] if axes is None else axes
     axes.imshow(spec.visible(positions, positions), cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
     axes.set(xlabel="key", ylabel="query")
@@ -104,6 +126,8 @@ def plot_weights(weights):
     Raises:
         ImportError: If matplotlib is not installed.
     """
+    if not isinstance(weights, (list, tuple)) or not all(getattr(each, "ndim", 0) > 1 for each in weights):
+        raise checks.type_error("plot_weights", "weights", "a list of arrays (..., n, n)", weights)
     weights = [np.asarray(each).reshape(-1, *each.shape[-3:])[0] if each.ndim > 2 else each[None] for each in weights]
     figure = _figure(len(weights), max(len(each) for each in weights), 2.4)
     for row, each in enumerate(weights):

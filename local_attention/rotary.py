@@ -19,6 +19,11 @@ from .backends.any_length import unknown
 ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
 
 
+def exists(value):
+    """Whether a value is not None."""
+    return value is not None
+
+
 def rotate_half(x):
     """`(-second, first)` of the two halves of the last axis."""
     first, second = ops.split(x, x.shape[-1] // 2, -1)
@@ -87,11 +92,15 @@ class SinusoidalEmbeddings(nn.Cell):
         owner = "SinusoidalEmbeddings"
         if checks.positive_int(owner, "dim", dim) % 2:
             raise checks.value_error(owner, "dim", "even for rotary embeddings", dim)
-        self.use_xpos = checks.boolean(owner, "use_xpos", use_xpos)
+        self.dim, self.use_xpos = dim, checks.boolean(owner, "use_xpos", use_xpos)
         if use_xpos and scale_base is None:
             raise checks.value_error(owner, "scale_base", "given with 'use_xpos'", None)
         self.scale_base = None if scale_base is None else checks.positive_number(owner, "scale_base", scale_base)
-        self.inv_freq = checks.positive_number(owner, "theta", theta) ** -(np.arange(0, dim, 2) / dim)
+        self.theta = checks.positive_number(owner, "theta", theta)
+        self.inv_freq = self.theta ** -(np.arange(0, dim, 2) / dim)
+
+    def extend_repr(self):
+        return checks.settings(self)
 
     @property
     def inv_freq(self):

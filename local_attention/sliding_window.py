@@ -4,7 +4,8 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import constexpr
 
 from . import checks
-from .functional import sliding_window_attention
+from .attend import draw_seed, new_salt
+from .functional import check_seed, sliding_window_attention
 
 
 class MultiHeadLocalAttention(nn.Cell):
@@ -57,40 +58,54 @@ class MultiHeadLocalAttention(nn.Cell):
         out_features = checks.positive_int(owner, "out_features", in_features if out_features is None else out_features)
         if qkv_features % num_heads:
             raise checks.value_error(owner, "qkv_features", f"a multiple of the {num_heads} heads", qkv_features)
-        self.in_features = in_features
+        self.in_features, self.qkv_features, self.out_features = in_features, qkv_features, out_features
         self.window_size_left = checks.non_negative_int(owner, "window_size_left", window_size_left)
         self.window_size_right = checks.non_negative_int(owner, "window_size_right", window_size_right)
         self.dropout_rate = checks.rate(owner, "dropout_rate", dropout_rate)
-        checks.boolean(owner, "use_bias", use_bias)
+        self.salt = new_salt(dropout_rate)
+        self.use_bias = checks.boolean(owner, "use_bias", use_bias)
         self.query, self.key, self.value = (nn.Dense(in_features, qkv_features, has_bias=use_bias) for _ in range(3))
         self.out = nn.Dense(qkv_features, out_features, has_bias=use_bias)
         self.rel_pos_emb = None
-        if checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb):
+        self.use_rel_pos_emb = checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb)
+        if use_rel_pos_emb:
             span = window_size_left + window_size_right
             checks.positive_int(owner, "window_size_left + window_size_right", span)
             self.rel_pos_emb = Parameter(initializer(Normal(0.02), (span, qkv_features // num_heads)), "rel_pos_emb")
 
-    def construct(self, inputs_q, inputs_kv, mask=None, seed=None):
-        _checked_inputs(self.cls_name, self.in_features, checks.described(inputs_q), checks.described(inputs_kv),
-                        checks.described(mask))
-        q, k, v = (self._heads(project(x)) for project, x in
-                   ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
-        out = sliding_window_attention(
-            q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
-            self.dropout_rate if self.training else 0., seed)
-        return self.out(out.swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
+    def extend_repr(self):
+        return checks.settings(self)
 
-    def _heads(self, x):
+    def construct(self, inputs_q, inputs_kv, mask=None, seed=None):
+        return self._between("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed)
+
+    def _between(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed):
+        _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
+                        checks.described(inputs_kv), checks.described(mask))
+        check_seed(self.cls_name, checks.described(seed))
+        q, k, v = (self.heads(project(x)) for project, x in
+                   ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
+        return self.out(self.attend(q, k, v, mask, seed).swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
+
+    def attend(self, q, k, v, mask=None, seed=None):
+        """Attention of what is projected, `(b, heads, n, d)`."""
+        rate = self.dropout_rate if self.training else 0.
+        if rate > 0 and seed is None:
+            seed = draw_seed(self.salt)
+        return sliding_window_attention(q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
+                                        rate, seed)
+
+    def heads(self, x):
         batch, n, features = x.shape
         return x.reshape(batch, n, self.num_heads, features // self.num_heads).swapaxes(1, 2)
 
 
 @constexpr
-def _checked_inputs(owner, features, inputs_q, inputs_kv, mask):
-    shape = checks.tensor(owner, "inputs_q", inputs_q, checks.FLOATS)
+def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask):
+    shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
     if len(shape) != 3 or shape[2] != features:
-        raise checks.value_error(owner, "inputs_q", f"of shape (b, n, {features})", shape)
-    checks.tensor(owner, "inputs_kv", inputs_kv, checks.FLOATS, shape, f"of the shape of inputs_q, {shape}")
+        raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
+    checks.tensor(owner, name_kv, inputs_kv, (str(inputs_q[1]),), shape, f"of the shape of {name_q}, {shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
 
@@ -134,4 +149,4 @@ class LocalSelfAttention(MultiHeadLocalAttention):
     """
 
     def construct(self, x, mask=None, seed=None):
-        return super().construct(x, x, mask, seed)
+        return self._between("x", "x", x, x, mask, seed)

@@ -10,11 +10,12 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from . import checks, generation, parallel
-from .cells import Float32
 from .backends.any_length import unknown
-from .generation import top_k  # noqa: F401 - where upstream has it
+from .cells import Float32
+from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .layers import GEGLU, FeedForward, LayerNorm  # noqa: F401 - GEGLU likewise
+from .local_attention import default, exists, l2norm  # noqa: F401 - likewise
 from .mha import DynamicPositionBias, LocalMHA, check_cacheable, checked_block
 
 
@@ -61,8 +62,21 @@ def _checked_shape(owner, out, shape):
     return shape
 
 
+def _form(cache):
+    """How many layers a model's cache has, its bias as `described`, and how many tokens it has seen; None of others."""
+    if isinstance(cache, tuple) and len(cache) == 3 and isinstance(cache[0], tuple):
+        return len(cache[0]), checks.described(cache[1]), cache[2]
+    return None
+
+
 @constexpr
-def _check_cached_call(owner, n, seen, layers, depth, return_loss):
+def _check_cached_call(owner, n, cache, kind, depth, return_loss):
+    rule = "what a call of this model with 'return_cache' returned, or None"
+    if cache is None:
+        raise TypeError(f"For '{owner}', 'cache' must be {rule}, but got one of type {kind}.")
+    layers, attn_bias, seen = cache
+    if isinstance(seen, bool) or not isinstance(seen, int) or not (attn_bias is None or isinstance(attn_bias, tuple)):
+        raise checks.type_error(owner, "cache", rule, (attn_bias, seen))
     if return_loss:
         raise checks.value_error(owner, "return_loss", "False with a cache", return_loss)
     if layers != depth:
@@ -73,13 +87,14 @@ def _check_cached_call(owner, n, seen, layers, depth, return_loss):
 
 
 @constexpr
-def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, group):
+def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, return_cache, group):
     """The rules of a call: its batch, and the length of what goes through the layers."""
     checks.boolean(owner, "return_loss", return_loss)
+    checks.boolean(owner, "return_cache", return_cache)
     if num_tokens is None:
         if return_loss:
             raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
-        return checked_block(owner, dim, x, mask)
+        return checked_block(owner, dim, x, mask, return_cache)
     b, n = checks.tokens(owner, "x", x, mask)
     if group is not None:
         if n is None:
@@ -148,7 +163,7 @@ class LocalTransformer(nn.Cell):
         attn_dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
         ff_dropout (float): The same of feed-forward activations. Default: ``0.`` .
         ignore_index (int): The label that the loss leaves out. Default: ``-1`` .
-        use_xpos (bool): Whether rotary embedding is xpos's. Default: ``False`` .
+        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
         xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
         use_dynamic_pos_bias (bool): Whether a learned bias of the distance takes the place of rotary embedding, xpos
             included. Default: ``False`` .
@@ -212,7 +227,7 @@ class LocalTransformer(nn.Cell):
         self.num_tokens = None if num_tokens is None else checks.positive_int(owner, "num_tokens", num_tokens)
         self.max_seq_len = checks.positive_int(owner, "max_seq_len", max_seq_len)
         self.dim = checks.positive_int(owner, "dim", dim)
-        checks.positive_int(owner, "depth", depth)
+        self.depth = checks.positive_int(owner, "depth", depth)
         self.local_attn_window_size = checks.positive_int(owner, "local_attn_window_size", local_attn_window_size)
         checks.positive_number(owner, "ff_mult", ff_mult)
         checks.rate(owner, "attn_dropout", attn_dropout)
@@ -254,16 +269,29 @@ class LocalTransformer(nn.Cell):
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
         self.steps = generation.Steps()
 
+    def extend_repr(self):
+        return checks.settings(self)
+
+    def recompute(self, **options):
+        """Every block recomputed, each for itself: of a whole model that returns its loss, MindSpore makes a gradient
+        with a cycle in it."""
+        for number in range(self.depth):
+            attn, ff = self.layers[number]
+            attn.recompute(**options)
+            ff.recompute(**options)
+            if self.global_places[number] > 0:
+                self.global_layers[number].recompute(**options)
+
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
-                             checks.described(mask), return_loss, self.group)
+                             checks.described(mask), return_loss, return_cache, self.group)
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
                             self.windows.prefix, self.global_takes_cache)
         if cache is not None:
+            _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
-            _check_cached_call(self.cls_name, n, seen, len(layers), self.cached_cells, return_loss)
             x = x[:, seen:]
         labels = None
         if return_loss and self.group is None:

@@ -8,7 +8,6 @@ As functions on a model, `load_torch_weights` and `export_torch_weights`; as a c
 PyTorch's side is a .safetensors, .npz, .pt or .pth file, MindSpore's a .ckpt; PyTorch is needed for .pt and .pth alone.
 """
 import argparse
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
+import safetensors.numpy
 from mindspore import Parameter, Tensor
 
 from . import checks
@@ -88,7 +88,9 @@ def load_torch_weights(cell, source, strict=True):
     Args:
         cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
         source (Union[Mapping, str, Path]): Names and arrays or tensors, of NumPy, MindSpore or PyTorch, or a path to a
-            .safetensors, .npz, .pt or .pth file of them, which may be under a key ``state_dict`` or ``model`` .
+            .safetensors, .npz, .pt or .pth file of them, which may be under a key ``state_dict`` or ``model`` . What
+            all names start with, such as ``module.`` , ``_orig_mod.`` or the path to `cell` in a larger model, is taken
+            off.
         strict (bool): Whether everything must fit. Default: ``True`` .
 
     Returns:
@@ -115,9 +117,11 @@ def load_torch_weights(cell, source, strict=True):
     theirs = _torch_names(cell, places)
     by_theirs = {name: ours for ours, name in theirs.items()}
     checks.boolean(owner, "strict", strict)
+    entries = _read(owner, source, _TORCH)
+    renamed = _without_prefix(entries, lambda name: by_theirs.get(name) or mindspore_name(name), places)
     values, misfits = {}, {}
-    for name, value in _read(owner, source, _TORCH).items():
-        ours = by_theirs.get(str(name)) or mindspore_name(str(name))
+    for name, value in entries.items():
+        ours = renamed[name]
         if ours not in places:
             misfits[name] = "is left over"
         elif ours in values:
@@ -226,6 +230,16 @@ def _array(value):
     return np.asarray(value)
 
 
+def _without_prefix(names, rename, known=None):
+    """Every name as it is renamed, less what all names have in common because their model was wrapped, compiled or part
+    of another: as much of it as lets most of them be `known`, or renamed at all."""
+    shared = os.path.commonprefix([str(name) for name in names])
+    starts = (0, *(dot.end() for dot in re.finditer(r"\.", shared)))
+    renamed = [{name: rename(str(name)[start:]) for name in names} for start in starts]
+    return max(renamed, key=lambda new: sum(ours is not None if known is None else ours in known
+                                            for ours in new.values()))
+
+
 def _listed(misfits, most=8):
     listed = "; ".join(f"'{name}' {misfit}" for name, misfit in list(misfits.items())[:most])
     return f"one where {listed}" + (f"; and {len(misfits) - most} more" if len(misfits) > most else "")
@@ -274,21 +288,11 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
 
 
 def _read_safetensors(path):
-    """8 bytes of length, that much JSON of `{name: {dtype, shape, data_offsets}}`, and the data."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    if len(content) < max(start, 8):
-        raise ValueError(f"{len(content)} bytes are fewer than its header's {start}")
     arrays = {}
-    for name, entry in json.loads(content[8:start]).items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= len(content) - start:
-            raise ValueError(f"'{name}' is outside of the file")
+    for name, entry in safetensors.deserialize(path.read_bytes()):  # of which NumPy's own reader knows no bfloat16
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"'{name}' is of dtype {entry['dtype']}, which is none of {', '.join(_DTYPES)}")
-        array = np.frombuffer(content[start + begin:start + end], _DTYPES[entry["dtype"]])
+        array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
         if entry["dtype"] == "BF16":  # the upper half of a float32
             array = (array.astype("<u4") << 16).view("<f4")
         arrays[name] = array.reshape(entry["shape"])
@@ -296,14 +300,7 @@ def _read_safetensors(path):
 
 
 def _write_safetensors(path, arrays):
-    codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items() if code != "BF16"}
-    header, end = {}, 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": codes[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned
-    path.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in arrays.values())]))
+    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
 
 
 def _read_torch(path):
@@ -356,6 +353,12 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
     can be any Cell, those of a LocalMHA are known by name. Returns a report.
     """
     owner, here, there = "convert", _MINDSPORE, _TORCH
+    for name, path in (("source", source), ("target", target)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise checks.type_error(owner, name, "a path", path)
+    checks.boolean(owner, "reverse", reverse)
+    checks.non_negative_int(owner, "dim_head", dim_head)
+    checks.boolean(owner, "partial", partial)
     formats, target_formats, rename = (here, there, torch_name) if reverse else (there, here, mindspore_name)
     write = _format(owner, "target", target, target_formats).write
     arrays, misfits = _renamed_entries(_read(owner, source, formats), rename, () if reverse else (1,))
@@ -373,8 +376,9 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
 def _renamed_entries(entries, rename, scalar):
     """Arrays by their new names, of shape `scalar` if they are one, and why each other entry is not among them."""
     arrays, misfits = {}, {}
+    renamed = _without_prefix(entries, rename)
     for name, value in entries.items():
-        new, array = rename(str(name)), _array(value)
+        new, array = renamed[name], _array(value)
         if new is None or array.dtype.kind not in NUMBERS:
             misfits[name] = "is no weight of these models"
         elif new in arrays:

@@ -51,6 +51,7 @@ def run(function, arguments, mode):
 
 def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dtype=ms.float32, **settings):
     """Output and gradients of LocalAttention, n tokens a rank."""
+    ms.set_seed(3)  # of dropout
     random, attn = rng(name), LocalAttention(W, sequence_parallel=place.sequence_parallel, **settings)
     q, k, v, cotangent = (place.slice(random.standard_normal((B, H, ranks * n, D)).astype(np.float32), 2)
                           for _ in range(4))
@@ -69,7 +70,6 @@ def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dty
         (_, out), grads = step(q, k, v, bias)
         return out, *grads
 
-    ms.set_seed(3)  # of dropout
     found = run(results, [*(Tensor(x).astype(dtype) for x in (q, k, v)), Tensor(bias)], mode)
     results = {key: (2, x) for key, x in zip(("out", "dq", "dk", "dv"), found)}
     return {**results, "dbias": ("sum", found[4])} if biased else results

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor, ops
 
 import oracle
-from local_attention import LocalAttention, WindowSpec
+from local_attention import LocalAttention, LocalMHA, WindowSpec
 from local_attention.local_attention import l2norm, look_around, pad_to_multiple
 from local_attention.rotary import SinusoidalEmbeddings
 
@@ -250,6 +250,16 @@ def test_pad_to_multiple_says_whether_it_did():
     assert not needed and same.shape == (2, 6)
     needed, padded = pad_to_multiple(ops.ones((2, 7, 4)), 3, dim=-2, value=5)
     assert needed and padded.shape == (2, 9, 4) and (padded.asnumpy()[:, 7:] == 5).all()
+
+
+def test_xpos_is_nothing_where_rotary_is_off():
+    """As in the PyTorch package, whose callers pass it with a bias of positions of their own."""
+    x = ops.randn((2, 7, 16))
+    plain, xpos = (LocalMHA(dim=16, window_size=8, use_rotary_pos_emb=False, use_xpos=on) for on in (False, True))
+    ms.load_param_into_net(xpos, plain.parameters_dict())
+    np.testing.assert_array_equal(xpos(x).asnumpy(), plain(x).asnumpy())
+    np.testing.assert_array_equal(LocalAttention(1, use_xpos=True)(x, x, x).asnumpy(),
+                                  LocalAttention(1)(x, x, x).asnumpy())
 
 
 # ---- what today's models have

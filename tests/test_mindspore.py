@@ -13,8 +13,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 from mindspore.train import Callback, CheckpointConfig, LossMonitor, Model, ModelCheckpoint, TimeMonitor
 
-from local_attention import LocalAttention, LocalMHA, LocalTransformer
+from local_attention import LocalAttention, LocalMHA, LocalSelfAttention, LocalTransformer
 from local_attention.backends import native
+from local_attention.transformer import FeedForward
 
 SETTINGS = dict(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10, local_attn_window_size=5)
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +106,66 @@ def test_recompute_changes_nothing():
     for a, b in zip(grads, grads_again):
         np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), atol=1e-6)
         assert np.abs(a.asnumpy()).max() > 0
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_recompute_of_a_whole_model_in_graph_mode(streams):
+    """Each block for itself: a gradient of the whole with its loss had a cycle."""
+    full = LocalMHA(dim=12, heads=3, dim_head=10, window_size=41, causal=True)
+    options = dict(num_residual_streams=streams, global_attn_layer=full, layers_insert_global_attn=(1,))
+    x, plain, again = tokens(2, 21), NextToken(**options), NextToken(**options)
+    ms.load_param_into_net(again, plain.parameters_dict())
+    again.model.recompute()
+    with mode("graph"):
+        (loss, grads), (loss_again, grads_again) = (
+            ms.value_and_grad(network, None, network.trainable_params())(x) for network in (plain, again))
+    np.testing.assert_array_equal(loss.asnumpy(), loss_again.asnumpy())
+    for a, b in zip(grads, grads_again):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), atol=1e-6)
+        assert streams > 1 or np.abs(a.asnumpy()).max() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "jit"])
+def test_a_seeded_model_built_twice_in_a_process_has_the_same_losses_twice(compiled):
+    x = tokens(2, 17)
+
+    def losses():
+        ms.set_seed(5)
+        model = LocalTransformer(**SETTINGS, attn_dropout=.3, ff_dropout=.1).set_train()
+        optimizer = nn.SGD(model.trainable_params(), 0.1)
+
+        def loss_of(x):
+            return model(x, return_loss=True)
+        gradients = ms.value_and_grad(loss_of, None, optimizer.parameters)
+
+        def step(x):
+            loss, grads = gradients(x)
+            optimizer(grads)
+            return loss
+        step = ms.jit(step) if compiled else step
+        return [float(step(x)) for _ in range(3)]
+    first = losses()
+    assert first == losses() and len(set(first)) == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "jit"])
+@pytest.mark.parametrize("build", [
+    lambda: LocalAttention(5, dropout=.5, autopad=True), lambda: FeedForward(10, dropout=.5),
+    lambda: LocalSelfAttention(10, 2, dropout_rate=.5)], ids=["local", "ff", "sliding"])
+def test_what_drops_in_two_places_of_a_graph_drops_otherwise_in_each(build, compiled):
+    """There, all draws from the global seed give one number."""
+    ms.set_seed(5)
+    cells, x = nn.CellList([build(), build()]).set_train(), ops.randn((1, 17, 10))
+    for one, other in zip(cells[0].get_parameters(), cells[1].get_parameters()):
+        other.set_data(Tensor(one.asnumpy()))
+
+    def called(cell, x):
+        return cell(x, x, x) if isinstance(cell, LocalAttention) else cell(x)
+
+    def both(x):
+        return called(cells[0], x), called(cells[1], x)
+    a, b = (ms.jit(both) if compiled else both)(x)
+    assert np.abs(a.asnumpy() - b.asnumpy()).max() > 1e-3
 
 
 class OfValues(nn.Cell):
@@ -254,18 +315,31 @@ def test_what_a_graph_for_every_length_cannot_do(attn, message):
 QUIET = """
 import mindspore as ms, numpy as np
 from mindspore import Tensor, nn, ops
-from local_attention import LocalAttention, LocalTransformer, sliding_window_attention
-model = LocalTransformer(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10, local_attn_window_size=5)
+from local_attention import LocalAttention, LocalSelfAttention, LocalTransformer, sliding_window_attention
+settings = dict(num_tokens=23, max_seq_len=41, dim=12, depth=2, heads=3, dim_head=10, local_attn_window_size=5,
+                attn_dropout=.2, ff_dropout=.1)
 x = Tensor(np.random.randint(0, 23, (2, 17)).astype(np.int32))
-def loss(x):
-    return model(x, return_loss=True)
-step = ms.value_and_grad(loss, None, model.trainable_params())
-step(x)[0].asnumpy(), ms.jit(step)(x)[0].asnumpy(), model.generate(x[:, :5], 3).asnumpy()
+for number, options in enumerate((dict(), dict(use_xpos=True, num_residual_streams=2, qk_rmsnorm=True))):
+    model = LocalTransformer(**settings, **options).set_train()
+    optimizer = nn.SGD(model.trainable_params(), 0.1)
+    def loss(x):
+        return model(x, return_loss=True)
+    step = ms.value_and_grad(loss, None, optimizer.parameters)
+    def train(x):
+        value, grads = step(x)
+        optimizer(grads)
+        return value
+    train(x).asnumpy()
+    if number == 0:  # the name of a second function, MindSpore would know
+        ms.jit(train)(x).asnumpy()
+    model.generate(x[:, :5], 3).asnumpy(), model.generate(x[:, :5], 3, use_kv_cache=False).asnumpy()
+    ms.export(model.set_train(False), x, file_name="model", file_format="MINDIR")
+attn = LocalSelfAttention(12, 3, dropout_rate=.1, window_size_left=5, window_size_right=2).set_train()
+attn(ops.randn((2, 17, 12))).asnumpy()
 for dtype in (ms.float16, ms.bfloat16):
     q = ops.randn((2, 3, 20, 10)).astype(dtype)
     LocalAttention(5, dim=10, use_xpos=True, shared_qk=True)(q, q, q).astype(ms.float32).asnumpy()
-    sliding_window_attention(q, q, q, dropout_rate=.1, seed=3).astype(ms.float32).asnumpy()
-ms.export(model, x, file_name="model", file_format="MINDIR")
+    sliding_window_attention(q, q, q, dropout_rate=.1).astype(ms.float32).asnumpy()
 """
 
 

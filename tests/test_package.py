@@ -7,7 +7,10 @@ import sys
 import types
 from pathlib import Path
 
+import mindspore as ms
+import numpy as np
 import pytest
+from mindspore import Tensor, nn, ops
 
 import local_attention
 
@@ -15,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["LocalAttention", "LocalMHA", "LocalTransformer", "DynamicPositionBias", "WindowSpec", "load_torch_weights",
          "export_torch_weights"]
 SUBMODULES = {
-    "local_attention.local_attention": ["LocalAttention", "look_around", "pad_to_multiple"],
-    "local_attention.rotary": ["SinusoidalEmbeddings", "apply_rotary_pos_emb", "rotate_half"],
+    "local_attention.local_attention": ["LocalAttention", "default", "exists", "l2norm", "look_around", "max_neg_value",
+                                        "pad_to_multiple"],
+    "local_attention.rotary": ["SinusoidalEmbeddings", "apply_rotary_pos_emb", "exists", "rotate_half"],
     "local_attention.transformer": ["LocalMHA", "LocalTransformer", "DynamicPositionBias", "FeedForward", "GEGLU",
-                                    "top_k"],
+                                    "default", "eval_decorator", "exists", "l2norm", "top_k"],
 }
 
 
@@ -53,6 +57,49 @@ def test_public_names():
 def test_submodules_keep_their_names(module):
     for name in SUBMODULES[module]:
         assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_helpers_of_upstream_s_submodules():
+    """Values as release 1.11.2 gives them."""
+    from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE, default, exists, max_neg_value
+    assert TOKEN_SELF_ATTN_VALUE == -5e4
+    assert exists(0) and not exists(None) and default(0, 5) == 0 and default(None, 5) == 5
+    for dtype, lowest in ((ms.float32, -3.4028234663852886e+38), (ms.float16, -65504.),
+                          (ms.bfloat16, -3.3895313892515355e+38), (ms.float64, -1.7976931348623157e+308)):
+        assert max_neg_value(Tensor(1, dtype)) == lowest
+
+    def masked(x):
+        return ops.where(x > 0, x, max_neg_value(x))
+    assert ms.jit(masked)(Tensor([1., -1.])).asnumpy().tolist() == [1, np.finfo(np.float32).min]
+
+
+def test_eval_decorator():
+    from local_attention.transformer import eval_decorator
+    model = nn.SequentialCell(nn.Dense(2, 2), nn.Dense(2, 2)).set_train()
+    model[1].set_train(False)
+
+    @eval_decorator
+    def run(cell, fail):
+        assert not any(part.training for _, part in cell.cells_and_names())
+        return 1 // (not fail)
+    assert run(model, False) == 1
+    with pytest.raises(ZeroDivisionError):
+        run(model, fail=True)
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+def test_printing_shows_settings():
+    model = local_attention.LocalTransformer(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10,
+                                             local_attn_window_size=5, ff_dropout=.25, use_dynamic_pos_bias=True)
+    shown = str(model)
+    for settings in ("num_tokens=23, max_seq_len=41, dim=12, depth=1, local_attn_window_size=5",
+                     "dim=12, window_size=5, dim_head=10, heads=3, causal=True, prenorm=True",
+                     "window_size=5, causal=True, look_forward=0, dim=10, autopad=True, exact_windowsize=True, "
+                     "use_rotary_pos_emb=False", "rate=0.25", "DynamicPositionBias(\n      dim=6, heads=3"):
+        assert settings.split("(\n")[-1].strip() in shown, shown
+    cell = local_attention.LocalSelfAttention(12, 3, window_size_left=5, dropout_rate=.5, use_rel_pos_emb=True)
+    assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, dropout_rate=0.5, "
+            "use_rel_pos_emb=True") in str(cell)
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from local_attention import LocalAttention, LocalTransformer, WindowSpec, plot
+from local_attention import (
+    LocalAttention,
+    LocalSelfAttention,
+    LocalTransformer,
+    MultiHeadLocalAttention,
+    WindowSpec,
+    plot,
+)
 from local_attention.plot import attention_weights, plot_mask, plot_weights
 
 
@@ -22,6 +29,23 @@ def test_weights_are_those_of_the_softmax():
     wanted /= np.maximum(wanted.sum(-1, keepdims=True), 1e-30)
     np.testing.assert_allclose(weights, wanted, atol=1e-6)
     assert attn.training
+
+
+@pytest.mark.parametrize("cls", [LocalSelfAttention, MultiHeadLocalAttention])
+def test_weights_of_sliding_windows(cls):
+    attn = cls(12, 3, qkv_features=6, window_size_left=3, window_size_right=2, dropout_rate=.5, use_rel_pos_emb=True)
+    x, context = (Tensor(np.random.randn(2, 17, 12).astype(np.float32)) for _ in range(2))
+    mask = np.random.rand(2, 17) < .7
+    inputs = (x,) if cls is LocalSelfAttention else (x, context)
+    weights, = attention_weights(attn.set_train(), *inputs, Tensor(mask))
+    assert weights.shape == (2, 3, 17, 17) and attn.training
+    seen = WindowSpec(1, 3, 1, False).visible(np.arange(17), np.arange(17)) & mask[:, None, None]
+    assert (weights[~np.broadcast_to(seen, weights.shape)] == 0).all()
+    np.testing.assert_allclose(weights.sum(-1), np.broadcast_to(seen.any(-1), (2, 3, 17)), atol=1e-5)
+    values = attn.heads(attn.value(inputs[-1])).asnumpy()
+    wanted = attn.out(Tensor((weights @ values).swapaxes(1, 2).reshape(2, 17, 6)))
+    found = attn.set_train(False)(*inputs, Tensor(mask))
+    np.testing.assert_allclose(found.asnumpy(), wanted.asnumpy(), atol=1e-5)
 
 
 def test_a_model_s_weights_and_their_picture(tmp_path):
@@ -55,7 +79,7 @@ def test_a_mask_s_picture():
     (lambda: plot_mask((3, 3), 5), TypeError, "For 'plot_mask', 'spec' must be a WindowSpec, but got (3, 3)"),
     (lambda: plot_mask(WindowSpec(3, 3, 0, True), 0), ValueError, "'n' must be a positive int, but got 0."),
     (lambda: attention_weights(nn.Dense(2, 3), ops.ones((2, 2))), ValueError,
-     "For 'attention_weights', 'model' must be one with a LocalAttention, but got Dense."),
+     "For 'attention_weights', 'model' must be one with attention of this package, but got Dense."),
 ])
 def test_misuse_is_named(call, error, message):
     with pytest.raises(error) as raised:

@@ -34,10 +34,26 @@ def test_there_are_blocks():
     assert len(BLOCKS) > 1
 
 
+def with_shapes_asserted(code):
+    """The shapes that comments give of what a line makes, as assertions on that line."""
+    made, shape = r"^(\w+)((?:, \w+)* = .*\S)", r"(\([\d, ]+\))"
+    return re.sub(f"{made} +# {shape}(?:[:;].*)?$", r"\1\2; assert \1.shape == \3, \1.shape", code, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("path, title, code", BLOCKS, ids=[f"{path.name}: {title}" for path, title, _ in BLOCKS])
 def test_block(path, title, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    code = with_shapes_asserted(code)
     (tmp_path / "block.py").write_text(code, encoding="utf-8")  # a file, because ms.jit reads the source of a function
+    runpy.run_path("block.py")
+
+
+def test_what_the_readme_says_of_float16_in_a_comment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, = (code for path, title, code in BLOCKS if path.name == "README.md" and title == "In MindSpore")
+    call = re.search(r"# in float16: (Model\(.*\))", code).group(1)
+    code = code[:code.index("ms.save_checkpoint")].replace("Model(network, optimizer=optimizer).train", f"{call}.train")
+    (tmp_path / "block.py").write_text(code, encoding="utf-8")
     runpy.run_path("block.py")
 
 

@@ -139,6 +139,34 @@ def test_names_of_releases_before_hyper_connections():
     assert_same(parameters(here), parameters(there))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "ema_model.", "_orig_mod.module.", "encoder.layers.0.0."])
+@pytest.mark.parametrize("cell", ["transformer", "mha", "bias", "transformer of streams"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_all_names_start_with_is_taken_off(cell, prefix, strict):
+    """As wrapped models have it, and a part of a model at its path."""
+    there, here = CELLS[cell](), CELLS[cell]()
+    source = {prefix + name: array for name, array in export_torch_weights(there).items()}
+    assert load_torch_weights(here, source, strict=strict) == []
+    assert_same(parameters(here), parameters(there))
+
+
+def test_a_block_of_a_model_by_its_path_there():
+    there, here = transformer(), LocalMHA(dim=DIM, window_size=WINDOW, heads=HEADS, dim_head=DIM_HEAD, prenorm=True)
+    source = {name: array for name, array in export_torch_weights(there).items() if name.startswith("layers.1.0.")}
+    assert load_torch_weights(here, source) == []
+    assert_same(parameters(here), parameters(there.layers[1][0]))
+
+
+def test_a_start_that_not_all_names_have_stays():
+    here, source = transformer(), export_torch_weights(transformer())
+    names = [f"module.{name}" for name in source]
+    entries = dict(zip(names, source.values()))
+    with pytest.raises(ValueError, match="'step' is left over; 'module.token_emb.weight' is left over"):
+        load_torch_weights(here, {"step": np.array(7), **entries})
+    misfit = "module.pos_emb.weight"  # by the source's name, also where the start was taken off
+    assert load_torch_weights(here, {**entries, misfit: np.ones(3)}, strict=False) == [misfit]
+
+
 @pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["state_dict", "model"]])
 def test_what_training_scripts_put_around(keys):
     there, here = transformer(), transformer()
@@ -298,11 +326,11 @@ def test_safetensors_byte_by_byte(tmp_path):
 
 def test_safetensors_is_that_of_the_library(tmp_path):
     from safetensors import numpy as library
-    arrays = export_torch_weights(transformer())
+    arrays = {**export_torch_weights(transformer()), "columns": np.asfortranarray(np.arange(6.).reshape(2, 3)),
+              "scalar": np.array(7, np.int32), "flags": np.array([True, False])}
     module._write_safetensors(tmp_path / "ours.safetensors", arrays)
     assert_same(library.load_file(tmp_path / "ours.safetensors"), arrays)
-    library.save_file(arrays, tmp_path / "theirs.safetensors")
-    assert_same(module._read_safetensors(tmp_path / "theirs.safetensors"), arrays)
+    assert_same(module._read_safetensors(tmp_path / "ours.safetensors"), arrays)
 
 
 def test_pytorch_s_files_are_read_without_running_their_code(tmp_path, monkeypatch):
@@ -339,6 +367,18 @@ def test_command(cell, suffix, tmp_path, capsys):
     buffers = sum("inv_freq" in name for name in arrays)
     assert first.startswith(f"{source} -> {middle}: {len(arrays) - buffers} arrays")
     assert second.startswith(f"{middle} -> {back}: {len(arrays)} arrays")
+
+
+def test_command_takes_off_what_all_names_start_with(tmp_path):
+    """As `torch.compile` leaves it, and MindSpore's `amp` at O2."""
+    arrays, cell = export_torch_weights(transformer()), transformer()
+    module._write_npz(tmp_path / "in.npz", {f"_orig_mod.{name}": array for name, array in arrays.items()})
+    module.convert(tmp_path / "in.npz", tmp_path / "model.ckpt")
+    values = ms.load_checkpoint(str(tmp_path / "model.ckpt"))
+    assert ms.load_param_into_net(cell, values) == ([], [])
+    module._write_ckpt(tmp_path / "wrapped.ckpt", {f"_backbone.{name}": p.asnumpy() for name, p in values.items()})
+    module.convert(tmp_path / "wrapped.ckpt", tmp_path / "out.npz", reverse=True, dim_head=DIM_HEAD)
+    assert_same(module._read_npz(tmp_path / "out.npz"), arrays)
 
 
 def test_command_writes_the_buffers_of_a_dim_head(tmp_path, capsys):
