@@ -149,8 +149,8 @@ def _ring(name, like):
 
 
 class _Entry(Float32):
-    """Writes the key and the value of a token, projected as `qkv (b, 1, 3 * heads * d)`, to a ring, and gives its query
-    `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
+    """Writes the key and the value of a token, projected as `qkv (b, 1, (heads + 2 * kv_heads) * d)`, to a ring, and
+    gives its query `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
 
     def __init__(self, frequencies):
         super().__init__()
@@ -184,14 +184,14 @@ def entered(attn, q, k, v, ring):
     return q, (keys, values, clock, rows)
 
 
-def attend_in_place(attn, q, ring, attn_bias=None):
+def attend_in_place(attn, q, ring, attn_bias=None, sinks=None):
     """What `attend_cached` gives for one new token, whose key and value are in the ring."""
     keys, values, clock, rows = ring
     kept = keys.shape[1]
     if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
         order = (clock + 1 + _range(0, kept)) % kept
-        return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), rows, attn_bias)
-    return _next_token(attn, q, keys, values, rows, attn_bias, (clock + kept - _range(0, kept)) % kept)
+        return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), rows, attn_bias, sinks)
+    return _next_token(attn, q, keys, values, rows, attn_bias, sinks, (clock + kept - _range(0, kept)) % kept)
 
 
 def reorder_cache(cache, rows):
@@ -244,9 +244,9 @@ def _reordered(part, rows):
     return ops.gather(part, (rows[:, None] * heads + ops.arange(heads)[None]).reshape(-1), 0)
 
 
-def attend_cached(attn, q, k, v, cache, attn_bias=None):
+def attend_cached(attn, q, k, v, cache, attn_bias=None, sinks=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
-    groups, m, head_dim = q.shape
+    groups, m, head_dim = k.shape
     kept = capacity(attn.windows)
     old_k, old_v, position = cache
     clock, rows = clock_and_rows(position)
@@ -254,14 +254,14 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None):
     if m == 1:
         first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
         k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)
-        return _next_token(attn, q, k, v, rows, attn_bias), (k, v, position + 1)
+        return _next_token(attn, q, k, v, rows, attn_bias, sinks), (k, v, position + 1)
     k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
-    out = _next_tokens(attn, q, k, v, clock, attn_bias)
+    out = _next_tokens(attn, q, k, v, clock, attn_bias, sinks)
     first, last = (0, m, 0), (groups, kept, head_dim)
     return out, (_slice(k, first, last), _slice(v, first, last), position + m)
 
 
-def _next_token(attn, q, k, v, position, attn_bias, ages=None):
+def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
     """One query of each group against the whole cache, its own key the last unless the keys' `ages` in tokens are
     given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a query does not see is
     hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and here that
@@ -285,7 +285,8 @@ def _next_token(attn, q, k, v, position, attn_bias, ages=None):
     spec, scoring, frame = _one_query(
         last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
         attn.dropout if attn.training else 0., dtype, attn_bias is None)
-    out = attend(q, k, v, spec, scoring, beside(bias=_hide(unseen, attn_bias), seed=attn.seed()), frame, attn.backend)
+    tensors = beside(bias=_hide(unseen, attn_bias), sinks=sinks, seed=attn.seed())
+    out = attend(q, k, v, spec, scoring, tensors, frame, attn.backend)
     return ops.cast(out, dtype)
 
 
@@ -307,7 +308,7 @@ def _one_query(last, scale, softcap, hide_self, dropout, dtype, bias_is_constant
             Frame(last, dtype=dtype, bias_is_constant=bias_is_constant))
 
 
-def _next_tokens(attn, q, k, v, position, attn_bias):
+def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     """Several queries after what is kept: the sequence from the start of a window on, as long as it can be, through
     what a call on all of it goes through."""
     windows, m = attn.windows, q.shape[1]
@@ -320,5 +321,6 @@ def _next_tokens(attn, q, k, v, position, attn_bias):
     q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-    out = attn.attend_prepared(q, k, v, windows, beside(real[None], bias=attn_bias), dtype=dtype)
+    tensors = beside(real[None], bias=attn_bias, sinks=sinks, seed=attn.seed())
+    out = attn.attend_prepared(q, k, v, windows, tensors, dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

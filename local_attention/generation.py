@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .backends import native
 from .cache import Rings, clock_and_rows
 
 KEPT = 4  # compiled steps of a model, each for another batch size
@@ -97,11 +98,15 @@ def runs(owner, mask, shape):
     return begin, lengths
 
 
+def longest_window(model):
+    return max(size or model.max_seq_len for size in model.window_sizes)
+
+
 def padded(model, n):
     """A length of at least n: one for many n, as each new length is planned, and in Graph mode compiled, anew."""
     if not model.global_takes_cache:  # nothing is known of what such a layer sees
         return n
-    step = min(model.local_attn_window_size, 1 << int(n - 1).bit_length())
+    step = min(longest_window(model), 1 << int(n - 1).bit_length())
     return min(-(-n // step) * step, model.max_seq_len)
 
 
@@ -168,14 +173,15 @@ def _collect(values, parts, places, met):
 
 
 class State:
-    """What a model is made of: its Cells, their settings and Parameters, and where the data of these is.
+    """What a model is made of: its Cells, their settings and Parameters, where the data of these is, and the backend that
+    is wanted.
 
     `Parameter.set_data` and what is built on it, such as loading a checkpoint, put other data in the place of a
     Parameter's, and a compiled function goes on with the former; optimizers and `ops.assign` change the data itself.
     """
 
     def __init__(self, model):
-        self.parts, self.places = [], []  # the parts themselves: an identity could come back
+        self.parts, self.places = [native.wanted[0]], []  # the parts themselves: an identity could come back
         _collect((model,), self.parts, self.places, set())
 
     def __eq__(self, other):
@@ -260,7 +266,7 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
     begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)
     given, rows = prime.asnumpy(), np.arange(len(lengths))
     even = (lengths == lengths[0]).all()
-    tokens = np.zeros((len(rows), lengths.max() + seq_len + model.local_attn_window_size), given.dtype)
+    tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
     for row in rows:
         tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
     cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache

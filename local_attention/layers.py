@@ -42,13 +42,14 @@ reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
 class _Take(nn.Cell):
-    """The same, the rows of each of `parts` equal parts of it as a tensor of their own."""
+    """The same, the rows of each part of the last axis of `shape`, which has `sizes`, as a tensor of their own."""
 
-    def __init__(self, shape, axes, parts):
+    def __init__(self, shape, sizes, axes):
         super().__init__()
-        order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(parts, -1)
-        self.orders = tuple(Tensor(part) for part in order)
-        self.back = Tensor(np.argsort(order.reshape(-1)).astype(np.int32))
+        rows = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+        orders = [part.transpose(axes).reshape(-1) for part in np.split(rows, np.cumsum(sizes)[:-1], -1)]
+        self.orders = tuple(Tensor(order) for order in orders)
+        self.back = Tensor(np.argsort(np.concatenate(orders)).astype(np.int32))
         self.gather, self.concat = ops.Gather(), ops.Concat(0)
 
     def construct(self, rows):
@@ -160,7 +161,7 @@ class GEGLU(nn.Cell):
         fused = _fused("geglu", x.shape)
         if fused is not None:
             return ops.cast(fused(ops.cast(x, ms.float32)), x.dtype)
-        x, gate = take((count, 2), (1, 0), 2)(x.reshape(-1, half))
+        x, gate = take((count, 2), (1, 1), (1, 0))(x.reshape(-1, half))
         return ops.mul(x, ops.gelu(gate)).reshape(shape)
 
 

@@ -13,7 +13,7 @@ from .local_attention import LocalAttention, l2norm
 
 
 @constexpr
-def check_cacheable(owner, causal, masked, n, sliced, prefix, global_takes_cache=True):
+def check_cacheable(owner, causal, masked, n, sliced, prefix, documents, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
     if sliced:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
@@ -24,6 +24,8 @@ def check_cacheable(owner, causal, masked, n, sliced, prefix, global_takes_cache
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
     if masked:
         raise checks.value_error(owner, "mask", "None with a cache", "a mask")
+    if documents:
+        raise checks.value_error(owner, "segment_ids", "None with a cache", "documents")
     if prefix:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with a 'prefix'", "a cache")
     if n is None:
@@ -94,6 +96,12 @@ class DynamicPositionBias(nn.Cell):
         return ops.gather(self.mlp(distances).swapaxes(0, 1), index, 1).reshape(-1, i, j + after)
 
 
+@constexpr
+def checked_segments(owner, segment_ids, b, n):
+    """The rules of documents in a block or a model."""
+    checks.segment_ids(owner, segment_ids, b, n)
+
+
 class LocalMHA(nn.Cell):
     r"""
     Multi-head self-attention over local windows: project to queries, keys and values, attend, project back.
@@ -115,6 +123,10 @@ class LocalMHA(nn.Cell):
             Default: ``None`` .
         gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
             Default: ``False`` .
+        kv_heads (int): Heads of keys and values, a divisor of `heads`: query head :math:`i` reads key head
+            :math:`\lfloor i / (heads / kv\_heads) \rfloor`. ``None`` is `heads`. Default: ``None`` .
+        learned_sinks (bool): Whether each head has a learned score, a Parameter `sinks` :math:`(heads)`, zeros at
+            first, that joins the softmax of its queries and has no value. Default: ``False`` .
         kwargs (dict): Further arguments of :class:`LocalAttention`. With its `sequence_parallel`, inputs and output are
             this rank's slice, and gradients of weights are its part.
 
@@ -126,6 +138,8 @@ class LocalMHA(nn.Cell):
         - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
           next, one or more. Its size does not grow with what has been fed. Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
+          alone; a negative id is padding. Not with a cache. Default: ``None`` .
 
     Outputs:
         Tensor of the shape of `x`: with a cache, the same rows that one call on all the tokens gives. With
@@ -148,12 +162,15 @@ class LocalMHA(nn.Cell):
 
     def __init__(self, *, dim, window_size, dim_head=64, heads=8, dropout=0., causal=False, prenorm=False,
                  qk_rmsnorm=False, qk_scale=8, use_xpos=False, xpos_scale_base=None, exact_windowsize=None,
-                 gate_values_per_head=False, **kwargs):
+                 gate_values_per_head=False, kv_heads=None, learned_sinks=False, **kwargs):
         super().__init__()
         owner = self.cls_name
         self.dim = checks.positive_int(owner, "dim", dim)
         self.dim_head = checks.positive_int(owner, "dim_head", dim_head)
         self.heads = checks.positive_int(owner, "heads", heads)
+        self.kv_heads = checks.positive_int(owner, "kv_heads", heads if kv_heads is None else kv_heads)
+        if heads % self.kv_heads:
+            raise checks.value_error(owner, "kv_heads", f"a divisor of the {heads} heads", kv_heads)
         if dim_head % 2 and kwargs.get("use_rotary_pos_emb", True):
             raise checks.value_error(owner, "dim_head", "even for rotary embeddings", dim_head)
         self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
@@ -167,7 +184,10 @@ class LocalMHA(nn.Cell):
 
         self.prenorm = checks.boolean(owner, "prenorm", prenorm)
         self.norm = LayerNorm(dim) if prenorm else None
-        self.to_qkv = nn.Dense(dim, dim_head * heads * 3, has_bias=False)
+        self.to_qkv = nn.Dense(dim, dim_head * (heads + 2 * self.kv_heads), has_bias=False)
+        self.learned_sinks, self.sinks = checks.boolean(owner, "learned_sinks", learned_sinks), None
+        if learned_sinks:
+            self.sinks = ms.Parameter(ops.zeros((heads,), ms.float32), name="sinks")
         if qk_rmsnorm:
             self.q_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="q_scale")
             self.k_scale = ms.Parameter(ops.ones((dim_head,), ms.float32), name="k_scale")
@@ -178,25 +198,27 @@ class LocalMHA(nn.Cell):
     def extend_repr(self):
         return checks.settings(self)
 
-    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False):
+    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None):
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
-                            self.attn_fn.prefix)
+                            self.attn_fn.prefix, segment_ids is not None)
+        if segment_ids is not None:
+            checked_segments(self.cls_name, checks.described(segment_ids), b, n)
         if self.norm is not None:
             x = self.norm(x)
         if unknown((b, n)):
-            return self._any_length(x, mask, attn_bias)
+            return self._any_length(x, mask, attn_bias, segment_ids)
         qkv = self.to_qkv(x)
         entry = None
         if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
             entry = fused_entry(self.attn_fn, qkv.dtype)
         if entry is not None:
-            out = attend_in_place(self.attn_fn, entry(qkv, cache[0], cache[1], cache[2]), cache, attn_bias)
+            out = attend_in_place(self.attn_fn, entry(qkv, cache[0], cache[1], cache[2]), cache, attn_bias, self.sinks)
         else:
-            out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache)
+            out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache, segment_ids)
         out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         if self.to_v_gate is not None:
             gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
@@ -204,37 +226,41 @@ class LocalMHA(nn.Cell):
         out = self.to_out(out.reshape(b, n, -1))
         return (out, cache) if return_cache else out
 
-    def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache):
+    def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache, segment_ids):
         """Attention of what is projected, heads before positions, and the next cache."""
-        q, k, v = take((b, n, 3, self.heads), (2, 0, 3, 1), 3)(qkv.reshape(-1, self.dim_head))
+        sizes = self.heads, self.kv_heads, self.kv_heads
+        q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None or len(cache) == 1:
-            shape = (b, self.heads, n, self.dim_head)
-            out = self.attn_fn(q.reshape(shape), k.reshape(shape), v.reshape(shape), mask=mask, attn_bias=attn_bias)
+            shape = (b, self.kv_heads, n, self.dim_head)
+            out = self.attn_fn(q.reshape(b, self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape),
+                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks)
             if return_cache:
-                shape = (b * self.heads, n, self.dim_head)
+                shape = (b * self.kv_heads, n, self.dim_head)
                 cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
                                     None if cache is None else cache[0])
         else:
-            shape = (b * self.heads, n, self.dim_head)
+            shape = (b * self.kv_heads, n, self.dim_head)
             checked_cache(self.cls_name, checks.described(cache[0]), checks.described(cache[1]), shape[0],
                           self.attn_fn.windows, self.dim_head, k.dtype)
-            q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+            q, k, v = q.reshape(b * self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape)
             if len(cache) == 3:
-                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias)
+                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
             else:
                 q, cache = entered(self.attn_fn, q, k, v, cache)
-                out = attend_in_place(self.attn_fn, q, cache, attn_bias)
+                out = attend_in_place(self.attn_fn, q, cache, attn_bias, self.sinks)
         return out, cache
 
-    def _any_length(self, x, mask, attn_bias):
+    def _any_length(self, x, mask, attn_bias, segment_ids):
         """A call, past its norm, in a graph that is compiled for every length."""
         b, n, _ = x.shape
-        q, k, v = ops.split(self.to_qkv(x).reshape(b, n, 3 * self.heads, self.dim_head), self.heads, 2)
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = ops.split(self.to_qkv(x).reshape(b, n, self.heads + 2 * self.kv_heads, self.dim_head), sizes, 2)
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
-        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias)
+        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias,
+                           segment_ids=segment_ids, sinks=self.sinks)
         out = out.swapaxes(1, 2)
         if self.to_v_gate is not None:
             out = ops.mul(out, ops.sigmoid(self.to_v_gate(x))[..., None])

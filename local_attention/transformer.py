@@ -11,6 +11,7 @@ from mindspore.ops import constexpr
 
 from . import checks, generation, parallel
 from .backends.any_length import unknown
+from .backends.spans import document_bounds
 from .cells import Float32
 from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
 from .hyper_connections import HyperConnections, add_output, expand, reduce
@@ -43,12 +44,31 @@ def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
     return tuple(sorted({int(number) - 1 for number in numbers}))
 
 
+def _window_sizes(owner, given, depth):
+    """The window of each layer, None for one that sees all there is."""
+    if not isinstance(given, (tuple, list)):
+        return (checks.positive_int(owner, "local_attn_window_size", given),) * depth
+    if len(given) != depth:
+        raise checks.value_error(owner, "local_attn_window_size", f"an int or a tuple of {depth}, one for each layer",
+                                 given)
+    return tuple(None if size is None else checks.positive_int(owner, "local_attn_window_size", size)
+                 for size in given)
+
+
+def _seen(size, max_seq_len):
+    """What a layer of a window sees, as LocalMHA's arguments; without one, a single window as long as a sequence."""
+    if size is not None:
+        return dict(window_size=size)
+    return dict(window_size=max_seq_len, look_backward=0, look_forward=0, exact_windowsize=False)
+
+
 def _takes(layer):
-    """Whether a global layer takes a mask, and whether it keeps a cache; one that is not there does both."""
+    """Whether a global layer takes a mask and documents, and keeps a cache; one that is not there does it all."""
     if layer is None:
-        return True, True
+        return True, True, True
     taken = inspect.signature(layer.construct).parameters
-    return "mask" in taken, "cache" in taken and "return_cache" in taken and getattr(layer, "causal", True)
+    takes_cache = "cache" in taken and "return_cache" in taken and getattr(layer, "causal", True)
+    return "mask" in taken, "segment_ids" in taken, takes_cache
 
 
 @constexpr
@@ -120,6 +140,23 @@ def _positions(b, start, stop, max_seq_len):
     return Tensor(np.tile(np.minimum(np.arange(start, stop, dtype=np.int32), max_seq_len - 1), (b, 1)))
 
 
+@constexpr
+def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced):
+    """The rules of documents in a model."""
+    checks.segment_ids(owner, segment_ids, *shape)
+    checks.together(owner, ("segment_ids", segment_ids), ("sequence_parallel", sliced))
+    if not global_takes_segments:
+        raise checks.value_error(owner, "segment_ids", "None where the 'construct' of 'global_attn_layer' does not "
+                                 "take it", "documents")
+
+
+def _within(segment_ids, labels, ignore_index):
+    """Labels, of the last `n - 1` of n tokens, that are left out where they are of another document or padding."""
+    after, before = segment_ids[:, 1:], segment_ids[:, :-1]
+    outside = ops.logical_or(after != before, after < 0)
+    return ops.masked_fill(ops.cast(labels, ms.int32), outside, ignore_index)
+
+
 def _given_back(x, out, beta):
     """A residual connection, or hyper-connection: what went past a part of a layer, and its output."""
     return x + out if beta is None else add_output(x, out, beta)
@@ -156,7 +193,8 @@ class LocalTransformer(nn.Cell):
         dim (int): Size of a token's vector.
         depth (int): Number of layers.
         causal (bool): Whether a token sees none after itself. Default: ``True`` .
-        local_attn_window_size (int): Positions in a window. Default: ``512`` .
+        local_attn_window_size (Union[int, tuple]): Positions in a window; a tuple has one for each layer, ``None`` in
+            it for a layer that sees all of `max_seq_len`, within `causal`. Default: ``512`` .
         dim_head (int): Dimension of a head. Default: ``64`` .
         heads (int): Number of heads. Default: ``8`` .
         ff_mult (float): Width of the feed-forward, see :class:`FeedForward`. Default: ``4`` .
@@ -192,6 +230,9 @@ class LocalTransformer(nn.Cell):
           far, and what was not in it then is computed. Default: ``None`` .
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
+          alone: positions start anew, and no loss is taken across an edge. A negative id is padding. Not with a cache,
+          nor with a global layer whose `construct` does not take it. Default: ``None`` .
 
     Outputs:
         Tensor, logits of shape :math:`(b, n, num\_tokens)`, or :math:`(b, n, dim)` when `num_tokens` is ``None`` .
@@ -228,13 +269,17 @@ class LocalTransformer(nn.Cell):
         self.max_seq_len = checks.positive_int(owner, "max_seq_len", max_seq_len)
         self.dim = checks.positive_int(owner, "dim", dim)
         self.depth = checks.positive_int(owner, "depth", depth)
-        self.local_attn_window_size = checks.positive_int(owner, "local_attn_window_size", local_attn_window_size)
+        self.window_sizes = _window_sizes(owner, local_attn_window_size, depth)
+        self.local_attn_window_size = local_attn_window_size
         checks.positive_number(owner, "ff_mult", ff_mult)
         checks.rate(owner, "attn_dropout", attn_dropout)
         checks.rate(owner, "ff_dropout", ff_dropout)
         self.ignore_index = checks.integer(owner, "ignore_index", ignore_index, -2**31)
         checks.boolean(owner, "use_xpos", use_xpos)
         checks.boolean(owner, "use_dynamic_pos_bias", use_dynamic_pos_bias)
+        if use_dynamic_pos_bias and len(set(self.window_sizes)) > 1:
+            raise checks.value_error(owner, "local_attn_window_size", "the same for all layers with "
+                                     "'use_dynamic_pos_bias'", local_attn_window_size)
         if use_dynamic_pos_bias and dim < 2:
             raise checks.value_error(owner, "dim", "at least 2 with 'use_dynamic_pos_bias'", dim)
         global_numbers = _global_numbers(owner, global_attn_layer, layers_insert_global_attn, depth,
@@ -247,10 +292,10 @@ class LocalTransformer(nn.Cell):
             self.to_logits = nn.SequentialCell(LayerNorm(dim),
                                                nn.Dense(dim, num_tokens, has_bias=False))
         self.layers = nn.CellList([nn.CellList([
-            LocalMHA(dim=dim, window_size=local_attn_window_size, dim_head=dim_head, heads=heads, dropout=attn_dropout,
-                     causal=causal, prenorm=True, use_xpos=use_xpos and not use_dynamic_pos_bias,
-                     xpos_scale_base=xpos_scale_base, use_rotary_pos_emb=not use_dynamic_pos_bias, **kwargs),
-            FeedForward(dim, ff_mult, ff_dropout)]) for _ in range(depth)])
+            LocalMHA(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout, causal=causal, prenorm=True,
+                     use_xpos=use_xpos and not use_dynamic_pos_bias, xpos_scale_base=xpos_scale_base,
+                     use_rotary_pos_emb=not use_dynamic_pos_bias, **{**kwargs, **_seen(size, max_seq_len)}),
+            FeedForward(dim, ff_mult, ff_dropout)]) for size in self.window_sizes])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
         self.group = self.layers[0][0].attn_fn.group
         if num_tokens is not None:
@@ -261,7 +306,7 @@ class LocalTransformer(nn.Cell):
         self.global_layers = nn.CellList([copy.deepcopy(global_attn_layer) if place else nn.Identity()
                                           for place in self.global_places if global_numbers])
         self.cached_cells = depth + len(global_numbers)
-        self.global_takes_mask, self.global_takes_cache = _takes(global_attn_layer)
+        self.global_takes_mask, self.global_takes_segments, self.global_takes_cache = _takes(global_attn_layer)
         self.global_cache_is_ours = global_attn_layer is None or isinstance(global_attn_layer, LocalMHA)
         self.hyper_connections = None
         if num_residual_streams > 1:
@@ -282,13 +327,16 @@ class LocalTransformer(nn.Cell):
             if self.global_places[number] > 0:
                 self.global_layers[number].recompute(**options)
 
-    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
+    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, segment_ids=None):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
                              checks.described(mask), return_loss, return_cache, self.group)
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                            self.windows.prefix, self.global_takes_cache)
+                            self.windows.prefix, segment_ids is not None, self.global_takes_cache)
+        if segment_ids is not None:
+            _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
+                               self.group is not None)
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
@@ -297,6 +345,9 @@ class LocalTransformer(nn.Cell):
         if return_loss and self.group is None:
             x, labels = x[:, :-1], x[:, 1:]
             mask = None if mask is None else mask[:, :-1]
+            if segment_ids is not None:
+                labels = _within(segment_ids, labels, self.ignore_index)
+                segment_ids = segment_ids[:, :-1]
         elif return_loss:  # slices stay of one length: the very last token has no label, and none may see it
             labels = parallel.next_tokens(self.group, x, self.ignore_index)
             x = ops.depend(x, labels)
@@ -305,20 +356,26 @@ class LocalTransformer(nn.Cell):
         if self.num_tokens is not None:
             start = seen if self.group is None else self.group.rank * n
             if unknown((b, n)):  # which max_seq_len has to be at least: a compiled graph does not look
-                x = self.token_emb(x) + self.pos_emb(ops.arange(0, x.shape[1], 1))[None]
+                places = ops.arange(0, x.shape[1], 1)[None]
+                if segment_ids is not None:
+                    places = places - document_bounds(segment_ids)[..., 0]
+                x = self.token_emb(x) + self.pos_emb(places)
+            elif segment_ids is not None:
+                places = _positions(b, 0, n, self.max_seq_len) - document_bounds(segment_ids)[..., 0]
+                x = self.token_emb(x) + self.pos_emb(places)
             else:
                 x = self.token_emb(x) + self.pos_emb(_positions(b, start, start + n - seen, self.max_seq_len))
         if self.dynamic_pos_bias is not None and attn_bias is None:
             size, before = self.windows.size, self.windows.backward
             attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
-        x, layers = self._through_layers(x, mask, attn_bias, layers, return_cache)
+        x, layers = self._through_layers(x, mask, attn_bias, layers, return_cache, segment_ids)
         if self.num_tokens is not None:
             x = self.to_logits(x)
         if return_loss:
             return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
         return (x, (layers, attn_bias, n)) if return_cache else x
 
-    def _through_layers(self, x, mask, attn_bias, layers, return_cache):
+    def _through_layers(self, x, mask, attn_bias, layers, return_cache, segment_ids=None):
         """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
         the local blocks, and after them those of the global layers."""
         caches, global_caches = [], []
@@ -330,7 +387,7 @@ class LocalTransformer(nn.Cell):
             if place > 0:
                 taken, x, beta = self._taken(x, number, 2)
                 out = self._global(self.global_layers[number], taken, mask, None if layers is None else layers[place],
-                                   return_cache)
+                                   return_cache, segment_ids)
                 if return_cache:
                     out, cache = out
                     global_caches.append(cache)
@@ -338,7 +395,7 @@ class LocalTransformer(nn.Cell):
                 x = _given_back(x, out if unknown(shape) else out.reshape(shape), beta)
             taken, x, beta = self._taken(x, number, 0)
             out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
-                       return_cache=return_cache)
+                       return_cache=return_cache, segment_ids=segment_ids)
             if return_cache:
                 out, cache = out
                 caches.append(cache)
@@ -357,7 +414,10 @@ class LocalTransformer(nn.Cell):
             return self.hyper_connections.global_layers[number](x)
         return self.hyper_connections.layers[number][part](x)
 
-    def _global(self, layer, x, mask, cache, return_cache):
+    def _global(self, layer, x, mask, cache, return_cache, segment_ids):
+        if segment_ids is not None:
+            return (layer(x, mask=mask, segment_ids=segment_ids) if self.global_takes_mask else
+                    layer(x, segment_ids=segment_ids))
         if cache is not None or return_cache:
             return layer(x, cache=cache, return_cache=return_cache)
         return layer(x, mask=mask) if self.global_takes_mask else layer(x)

@@ -37,7 +37,7 @@ _TABLE = {
     rf"{_BLOCK}norm|{_LAYER}1\.0|to_logits\.0": {"gamma": "weight", "beta": "bias"},
     rf"{_BLOCK}(to_qkv|to_out)|{_LAYER}1\.[14]|to_logits\.1": {"weight": "weight"},
     rf"{_BLOCK}to_v_gate\.0|(dynamic_pos_bias\.)?mlp\.[024]": {"weight": "weight", "bias": "bias"},
-    rf"({_LAYER}0|{_GLOBAL})?": {"q_scale": "q_scale", "k_scale": "k_scale"},
+    rf"({_LAYER}0|{_GLOBAL})?": {"q_scale": "q_scale", "k_scale": "k_scale", "sinks": "sinks"},
     rf"{_BLOCK}attn_fn\.rel_pos": {"inv_freq": "inv_freq"},
     _CONNECTION: {name: name for name in ("static_alpha", "dynamic_alpha_fn", "dynamic_alpha_scale", "static_beta",
                                           "dynamic_beta_fn", "dynamic_beta_scale")},
@@ -407,8 +407,8 @@ def _frequencies(owner, arrays, dim_head):
         if name.endswith("to_qkv.weight"):
             block = name[:-len("to_qkv.weight")]
             dim = len(arrays.get(block + "q_scale", range(dim_head)))
-            if len(qkv) % (3 * dim):
-                raise checks.value_error(owner, "dim_head", f"a divisor of {len(qkv) // 3}, heads times dim_head", dim)
+            if len(qkv) % dim or len(qkv) < 3 * dim:  # of keys and values there may be fewer heads than of queries
+                raise checks.value_error(owner, "dim_head", f"a divisor of {len(qkv)}, all heads times dim_head", dim)
             buffers[block + INV_FREQ] = SinusoidalEmbeddings(dim).inv_freq.astype(np.float32)
     return buffers
 

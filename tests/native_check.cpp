@@ -272,21 +272,25 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
       compare(dwide[row * 2 * d + d + c], b * std::cos(angle) + a * std::sin(angle));
     }
 
-  const int64_t kept = 3, batch = 2;  // one head for each of `count`
-  std::vector<float> qkv = draw(batch * 3 * count * 2 * d), keys(batch * count * kept * 2 * d), values = keys,
-                     q(batch * count * 2 * d);
-  int64_t qkv_shape[] = {batch, 1, 3 * count * 2 * d}, ring_shape[] = {batch * count, kept, 2 * d}, one[] = {1},
+  const int64_t kept = 3, batch = 2, more = 2 * count;  // a key head for each of `count`, for two query heads
+  std::vector<float> qkv = draw(batch * (more + 2 * count) * 2 * d), keys(batch * count * kept * 2 * d), values = keys,
+                     q(batch * more * 2 * d);
+  int64_t qkv_shape[] = {batch, 1, (more + 2 * count) * 2 * d}, ring_shape[] = {batch * count, kept, 2 * d}, one[] = {1},
           turns_shape[] = {(int64_t)turns.size()}, *ring_shapes[] = {qkv_shape, ring_shape, ring_shape, one, turns_shape};
   void *enter[] = {qkv.data(), keys.data(), values.data(), &position, turns.data(), q.data()};
   if (enter_rings(6, enter, 0, ring_shapes, 0, 0, 0)) return INFINITY;
   const double cosine = std::cos(position * frequency), sine = std::sin(position * frequency);
+  for (int64_t group = 0; group < batch * more; ++group)
+    for (int64_t c = 0; c < d; ++c) {
+      const float *from = qkv.data() + (group / more * (more + 2 * count) + group % more) * 2 * d;
+      compare(q[group * 2 * d + c], from[c] * cosine - from[d + c] * sine);
+    }
   for (int64_t group = 0; group < batch * count; ++group)
     for (int64_t c = 0; c < d; ++c) {
-      const float *from = qkv.data() + (group / count * 3 * count + group % count) * 2 * d;
+      const float *from = qkv.data() + (group / count * (more + 2 * count) + more + group % count) * 2 * d;
       const int64_t at = (group * kept + position % kept) * 2 * d + c;
-      compare(q[group * 2 * d + c], from[c] * cosine - from[d + c] * sine);
-      compare(keys[at + d], from[count * 2 * d + d + c] * cosine + from[count * 2 * d + c] * sine);
-      compare(values[at], from[2 * count * 2 * d + c]);
+      compare(keys[at + d], from[d + c] * cosine + from[c] * sine);
+      compare(values[at], from[count * 2 * d + c]);
       compare(keys[(group * kept + (position + 1) % kept) * 2 * d + c], 0);
     }
   return worst;

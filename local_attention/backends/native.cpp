@@ -505,12 +505,12 @@ EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char
   }
 }
 
-// qkv (batch, 1, 3 heads d) of one token, keys and values (batch heads, kept, d) that it is written into, in place, its
-// position (1), numbers as of rotary, without radians for no rotation -> q (batch heads, 1, d)
+// qkv (batch, 1, (heads + 2 kv_heads) d) of one token, keys and values (batch kv_heads, kept, d) that it is written into,
+// in place, its position (1), numbers as of rotary, without radians for no rotation -> q (batch heads, 1, d)
 EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
   const int64_t batch = shapes[0][0], groups = shapes[1][0], kept = shapes[1][1], d = shapes[1][2];
   const int64_t *numbers = (const int64_t *)params[4], position = *(const int32_t *)params[3];
-  const int64_t heads = groups / batch, half = shapes[4][0] - 3;
+  const int64_t all = shapes[0][2] / d, kv_heads = groups / batch, heads = all - 2 * kv_heads, half = shapes[4][0] - 3;
   const float *qkv = (const float *)params[0];
   float *const kept_keys = (float *)params[1], *const kept_values = (float *)params[2], *const q = (float *)params[5];
   try {
@@ -521,17 +521,20 @@ EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char
       std::memcpy(&frequency, numbers + 3 + c, sizeof(double));
       cosines[c] = (float)std::cos(position * frequency), sines[c] = (float)std::sin(position * frequency);
     }
-    for (int64_t group = 0; group < groups; ++group) {
-      const float *from = qkv + (group / heads * 3 * heads + group % heads) * d;
-      const int64_t to = (group * kept + position % kept) * d;
-      if (half) {
-        kernel.rotate(from, cosines.data(), sines.data(), half, q + group * d);
-        kernel.rotate(from + heads * d, cosines.data(), sines.data(), half, kept_keys + to);
-      } else {
-        std::copy_n(from, d, q + group * d);
-        std::copy_n(from + heads * d, d, kept_keys + to);
+    const auto turned = [&](const float *from, float *to) {
+      if (half)
+        kernel.rotate(from, cosines.data(), sines.data(), half, to);
+      else
+        std::copy_n(from, d, to);
+    };
+    for (int64_t row = 0; row < batch; ++row) {
+      const float *from = qkv + row * all * d, *keys = from + heads * d, *values = keys + kv_heads * d;
+      for (int64_t head = 0; head < heads; ++head) turned(from + head * d, q + (row * heads + head) * d);
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        const int64_t to = ((row * kv_heads + head) * kept + position % kept) * d;
+        turned(keys + head * d, kept_keys + to);
+        std::copy_n(values + head * d, d, kept_values + to);
       }
-      std::copy_n(from + 2 * heads * d, d, kept_values + to);
     }
     return 0;
   } catch (const std::exception &) {
@@ -563,7 +566,7 @@ EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, vo
 }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
-  return {shapes[1][0], 1, shapes[1][2]};
+  return {shapes[0][0] * (shapes[0][2] / shapes[1][2]) - 2 * shapes[1][0], 1, shapes[1][2]};
 }
 
 EXPORTED int enter_ringsInferType(std::vector<int> types, void *) { return types[0]; }
