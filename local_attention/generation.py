@@ -13,7 +13,6 @@ from . import checks
 from .backends import native
 from .cache import Rings, clock_and_rows
 
-KEPT = 4  # compiled steps of a model, each for another batch size
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"}  # what MindSpore keeps of a Cell's calls
 
 
@@ -190,13 +189,14 @@ class State:
 
 
 class Steps:
-    """The compiled steps of a model for the last few kinds of batches, as long as it is what they were compiled of.
+    """The compiled steps of a model, one for each kind of batch, as long as it is what they were compiled of.
 
     Functions around the model, as a Cell with a compiled method is compiled to that method wherever it is called later.
+    Rings outlive steps: what MindSpore has compiled, it holds with its Parameters until the process ends.
     """
 
     def __init__(self):
-        self.state, self.kept = None, {}
+        self.state, self.steps, self.rings = None, {}, {}
 
     def __deepcopy__(self, memo):
         return Steps()
@@ -205,15 +205,19 @@ class Steps:
         """`next_logits`, compiled at its first call, its rings filled with the caches of a prompt."""
         state = State(model)
         if self.state is None or state != self.state:
-            self.state, self.kept = state, {}
-        local = layers[:len(model.layers)]
-        kind = local[0][0].shape, tuple(str(layer[0].dtype) for layer in local)
-        step, fill = self.kept.pop(kind, None) or compiled_step(model, layers)
-        self.kept = {**dict(list(self.kept.items())[1 - KEPT:]), kind: (step, fill)}
+            self.state, self.steps = state, {}
+        local, others = layers[:len(model.layers)], layers[len(model.layers):]
+        kind = tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
+        if kind not in self.rings:
+            self.rings[kind] = filled_rings(local)
+        rings, fill = self.rings[kind]
+        if kind not in self.steps:
+            self.steps[kind] = compiled_step(model, rings, tuple(len(cache) for cache in others))
         fill(clock_and_rows(local[0][2])[0], *[x for keys, values, _ in local for x in (keys, values)])
-        return step
+        return self.steps[kind]
 
 
+<<<<<<< HEAD
 _numbers = numbers()
 
 
@@ -230,12 +234,28 @@ def compiled_step(model, layers):
 
     def step(token, position, attn_bias, *flat):
         return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
+=======
+def filled_rings(caches):
+    """Rings for such caches, and what fills them."""
+    rings = Rings(caches)
+>>>>>>> wt-a
 
     def fill(*caches):
         return rings(*caches)
+    return rings, ms.jit(fill)
+
+
+def compiled_step(model, rings, sizes):
+    """`next_logits` with the rings that it keeps; of so many tensors are the caches of global layers."""
+    def step(token, position, attn_bias, *flat):
+        return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
     if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
         step.amp_strategy = model.amp_strategy
+<<<<<<< HEAD
     return _compiled(step), _compiled(fill)
+=======
+    return ms.jit(step)
+>>>>>>> wt-a
 
 
 @contextmanager

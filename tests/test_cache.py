@@ -307,7 +307,7 @@ def wrong(name):
     ("a loss", "For 'LocalTransformer', 'return_loss' must be False with a cache"),
 ])
 def test_misuse_is_named(name, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         wrong(name)()
 
 

@@ -224,22 +224,23 @@ def test_what_has_changed_counts(name, tmp_path):
 def test_what_is_assigned_in_place_compiles_nothing(change, tmp_path):
     cell, prime = model(depth=1), np.arange(14).reshape(2, 7)
     before = greedy(cell, prime, COUNT)
-    (kept,) = cell.steps.kept.values()
+    kept = cell.steps.steps.copy()
     change(cell, model(depth=1), tmp_path)
     assert_up_to_date(cell, prime)
     assert (greedy(cell, prime, COUNT) != before).any()
-    assert list(cell.steps.kept.values()) == [kept]
+    assert cell.steps.steps == kept
 
 
-def test_few_steps_are_kept_and_none_of_what_is_past():
+def test_rings_outlive_the_steps_of_what_is_past():
     cell = model(depth=1)
-    for rows in range(1, generation.KEPT + 3):
+    for rows in (1, 2):
         greedy(cell, np.ones((rows, 3)), 2)
-    assert len(cell.steps.kept) == generation.KEPT
+    assert len(cell.steps.steps) == len(cell.steps.rings) == 2
+    kept = cell.steps.rings.copy()
     one_parameter(cell, model(depth=1), None)
     greedy(cell, np.ones((1, 3)), 2)
-    assert len(cell.steps.kept) == 1
-    assert not copy.deepcopy(cell).steps.kept
+    assert len(cell.steps.steps) == 1 and cell.steps.rings == kept
+    assert not copy.deepcopy(cell).steps.rings
 
 
 # Half precision
