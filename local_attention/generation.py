@@ -172,8 +172,8 @@ def _collect(values, parts, places, met):
 
 
 class State:
-    """What a model is made of: its Cells, their settings and Parameters, where the data of these is, and the backend that
-    is wanted.
+    """What a model is made of: its Cells, their settings and Parameters, where the data of these is, and the backend
+    that is wanted.
 
     `Parameter.set_data` and what is built on it, such as loading a checkpoint, put other data in the place of a
     Parameter's, and a compiled function goes on with the former; optimizers and `ops.assign` change the data itself.
@@ -217,7 +217,6 @@ class Steps:
         return self.steps[kind]
 
 
-<<<<<<< HEAD
 _numbers = numbers()
 
 
@@ -227,22 +226,13 @@ def _compiled(function):
     return ms.jit(function)
 
 
-def compiled_step(model, layers):
-    """`next_logits` and what fills the rings that it keeps, from a prompt's caches."""
-    local = layers[:len(model.layers)]
-    rings, sizes = Rings(local), tuple(len(layer) for layer in layers[len(local):])
-
-    def step(token, position, attn_bias, *flat):
-        return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
-=======
 def filled_rings(caches):
     """Rings for such caches, and what fills them."""
     rings = Rings(caches)
->>>>>>> wt-a
 
     def fill(*caches):
         return rings(*caches)
-    return rings, ms.jit(fill)
+    return rings, _compiled(fill)
 
 
 def compiled_step(model, rings, sizes):
@@ -251,11 +241,7 @@ def compiled_step(model, rings, sizes):
         return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
     if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
         step.amp_strategy = model.amp_strategy
-<<<<<<< HEAD
-    return _compiled(step), _compiled(fill)
-=======
-    return ms.jit(step)
->>>>>>> wt-a
+    return _compiled(step)
 
 
 @contextmanager
