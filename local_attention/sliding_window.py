@@ -23,12 +23,16 @@ class MultiHeadLocalAttention(nn.Cell):
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
         use_bias (bool): Whether the projections have a bias. Default: ``True`` .
         use_rel_pos_emb (bool): Whether offsets have learned embeddings, shared by the heads. Default: ``False`` .
+        num_kv_heads (int): Heads of keys and values, a divisor of `num_heads`; ``None`` is `num_heads`.
+            Default: ``None`` .
 
     Inputs:
         - **inputs_q** (Tensor) - :math:`(b, n, in\_features)`.
         - **inputs_kv** (Tensor) - :math:`(b, n, in\_features)`.
         - **mask** (Tensor) - bool :math:`(b, n)`, True = a real key. Default: ``None`` .
         - **seed** (Union[int, Tensor]) - What the weights dropped in training are a function of. Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document that sees no other,
+          a negative id is padding. Default: ``None`` .
 
     Outputs:
         Tensor of shape :math:`(b, n, out\_features)`.
@@ -49,7 +53,8 @@ class MultiHeadLocalAttention(nn.Cell):
     """
 
     def __init__(self, in_features, num_heads, qkv_features=None, out_features=None, window_size_left=128,
-                 window_size_right=128, dropout_rate=0., use_bias=True, use_rel_pos_emb=False):
+                 window_size_right=128, dropout_rate=0., use_bias=True, use_rel_pos_emb=False, *,
+                 num_kv_heads=None):
         super().__init__()
         owner = type(self).__name__
         checks.positive_int(owner, "in_features", in_features)
@@ -64,7 +69,13 @@ class MultiHeadLocalAttention(nn.Cell):
         self.dropout_rate = checks.rate(owner, "dropout_rate", dropout_rate)
         self.salt = new_salt(dropout_rate)
         self.use_bias = checks.boolean(owner, "use_bias", use_bias)
-        self.query, self.key, self.value = (nn.Dense(in_features, qkv_features, has_bias=use_bias) for _ in range(3))
+        self.num_kv_heads = checks.positive_int(owner, "num_kv_heads",
+                                                num_heads if num_kv_heads is None else num_kv_heads)
+        if num_heads % self.num_kv_heads:
+            raise checks.value_error(owner, "num_kv_heads", f"a divisor of the {num_heads} heads", num_kv_heads)
+        kv_features = qkv_features // num_heads * self.num_kv_heads
+        self.query, self.key, self.value = (nn.Dense(in_features, features, has_bias=use_bias)
+                                            for features in (qkv_features, kv_features, kv_features))
         self.out = nn.Dense(qkv_features, out_features, has_bias=use_bias)
         self.rel_pos_emb = None
         self.use_rel_pos_emb = checks.boolean(owner, "use_rel_pos_emb", use_rel_pos_emb)
@@ -76,38 +87,41 @@ class MultiHeadLocalAttention(nn.Cell):
     def extend_repr(self):
         return checks.settings(self)
 
-    def construct(self, inputs_q, inputs_kv, mask=None, seed=None):
-        return self._between("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed)
+    def construct(self, inputs_q, inputs_kv, mask=None, seed=None, segment_ids=None):
+        return self._between("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed, segment_ids)
 
-    def _between(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed):
+    def _between(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed, segment_ids):
         _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
-                        checks.described(inputs_kv), checks.described(mask))
+                        checks.described(inputs_kv), checks.described(mask), checks.described(segment_ids))
         check_seed(self.cls_name, checks.described(seed))
         q, k, v = (self.heads(project(x)) for project, x in
                    ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
-        return self.out(self.attend(q, k, v, mask, seed).swapaxes(1, 2).reshape(*inputs_q.shape[:2], -1))
+        return self.out(self.attend(q, k, v, mask, seed, segment_ids).swapaxes(1, 2).reshape(
+            *inputs_q.shape[:2], self.qkv_features))
 
-    def attend(self, q, k, v, mask=None, seed=None):
+    def attend(self, q, k, v, mask=None, seed=None, segment_ids=None):
         """Attention of what is projected, `(b, heads, n, d)`."""
         rate = self.dropout_rate if self.training else 0.
         if rate > 0 and seed is None:
             seed = draw_seed(self.salt)
         return sliding_window_attention(q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
-                                        rate, seed)
+                                        rate, seed, segment_ids=segment_ids)
 
     def heads(self, x):
-        batch, n, features = x.shape
-        return x.reshape(batch, n, self.num_heads, features // self.num_heads).swapaxes(1, 2)
+        head_dim = self.qkv_features // self.num_heads
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2] // head_dim, head_dim).swapaxes(1, 2)
 
 
 @constexpr
-def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask):
+def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask, segment_ids):
     shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
     if len(shape) != 3 or shape[2] != features:
         raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
     checks.tensor(owner, name_kv, inputs_kv, (str(inputs_q[1]),), shape, f"of the shape of {name_q}, {shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
+    if segment_ids is not None:
+        checks.segment_ids(owner, segment_ids, *shape[:2])
 
 
 class LocalSelfAttention(MultiHeadLocalAttention):
@@ -124,11 +138,15 @@ class LocalSelfAttention(MultiHeadLocalAttention):
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
         use_bias (bool): Whether the projections have a bias. Default: ``True`` .
         use_rel_pos_emb (bool): Whether offsets have learned embeddings, shared by the heads. Default: ``False`` .
+        num_kv_heads (int): Heads of keys and values, a divisor of `num_heads`; ``None`` is `num_heads`.
+            Default: ``None`` .
 
     Inputs:
         - **x** (Tensor) - :math:`(b, n, in\_features)`.
         - **mask** (Tensor) - bool :math:`(b, n)`, True = a real key. Default: ``None`` .
         - **seed** (Union[int, Tensor]) - What the weights dropped in training are a function of. Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document that sees no other,
+          a negative id is padding. Default: ``None`` .
 
     Outputs:
         Tensor of shape :math:`(b, n, out\_features)`.
@@ -148,5 +166,5 @@ class LocalSelfAttention(MultiHeadLocalAttention):
         (2, 100, 64)
     """
 
-    def construct(self, x, mask=None, seed=None):
-        return self._between("x", "x", x, x, mask, seed)
+    def construct(self, x, mask=None, seed=None, segment_ids=None):
+        return self._between("x", "x", x, x, mask, seed, segment_ids)

@@ -263,3 +263,39 @@ def test_lengths_that_a_graph_does_not_know(tmp_path):
     for n in (300, 37):
         part = [y[:, :, :n] for y in x] + [mask[:, :n]]
         np.testing.assert_allclose(graph(*part).asnumpy(), net(*part).asnumpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_a_cell_with_fewer_key_heads_and_documents(mode):
+    attn = LocalSelfAttention(12, 4, window_size_left=5, window_size_right=2, num_kv_heads=2, use_rel_pos_emb=True)
+    assert attn.key.weight.shape == attn.value.weight.shape == (6, 12)
+    x, ids = Tensor(draw(2, 23, 12)), Tensor(np.repeat([[0] * 9 + [1] * 14], 2, 0).astype(np.int32))
+
+    def call(x, ids):
+        return attn(x, segment_ids=ids)
+    out = (ms.jit(call) if mode == "graph" else call)(x, ids).asnumpy()
+    for start, end in ((0, 9), (9, 23)):
+        np.testing.assert_allclose(out[:, start:end], attn(x[:, start:end]).asnumpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="For 'LocalSelfAttention', 'num_kv_heads' must be a divisor of the 4 heads"):
+        LocalSelfAttention(12, 4, num_kv_heads=3)
+    with pytest.raises(ValueError, match=r"For 'LocalSelfAttention', 'segment_ids' must be of shape \(2, 23\)"):
+        attn(x, segment_ids=ids[:, 1:])
+
+
+class SlidingCell(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.attn = LocalSelfAttention(12, 4, window_size_left=5, window_size_right=2, num_kv_heads=2)
+
+    def construct(self, x, mask):
+        return self.attn(x, mask)
+
+
+def test_a_cell_of_any_length(tmp_path):
+    net, x, mask = SlidingCell(), Tensor(draw(2, 60, 12)), Tensor(np.random.default_rng(0).random((2, 60)) > .3)
+    ms.export(net, Tensor(shape=[None, None, 12], dtype=ms.float32), Tensor(shape=[None, None], dtype=ms.bool_),
+              file_name=str(tmp_path / "cell"), file_format="MINDIR")
+    graph = nn.GraphCell(ms.load(str(tmp_path / "cell.mindir")))
+    for n in (60, 17):
+        np.testing.assert_allclose(graph(x[:, :n], mask[:, :n]).asnumpy(), net(x[:, :n], mask[:, :n]).asnumpy(),
+                                   atol=2e-5)
