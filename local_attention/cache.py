@@ -59,7 +59,7 @@ def check_form(owner, cache, batch, windows, attn_bias):
     and of a bias beside it."""
     rule = "what a call of this block with 'return_cache' returned, or None"
     if not isinstance(cache, tuple) or cache[0] != "tuple" or len(cache[1]) not in (1, 3, 4):
-        raise checks.type_error(owner, "cache", rule, cache)
+        raise checks.value_error(owner, "cache", rule, cache)
     if not all(isinstance(part, tuple) and isinstance(part[0], tuple) for part in cache[1]):
         raise checks.type_error(owner, "cache", rule, cache[1])
     shape, dtype = cache[1][0 if len(cache[1]) == 1 else 2]

@@ -145,7 +145,7 @@ def softcap(owner, value):
 
 
 def together(owner, one, other):
-    """Two options, `(name, value)`, of which no more than one may be given."""
+    """Two options, `(name, whether it is given)`, of which no more than one may be."""
     if one[1] and other[1]:
         raise ValueError(f"For '{owner}', '{one[0]}' and '{other[0]}' cannot go together, but got both.")
 

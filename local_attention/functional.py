@@ -93,7 +93,7 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
     if segment_ids is not None:
         checks.segment_ids(owner, segment_ids, batch, n_k)
     if attn_bias is not None:
-        checks.together(owner, ("attn_bias", attn_bias), ("a prefix of 'spec'", spec.prefix))
+        checks.together(owner, ("attn_bias", True), ("a prefix of 'spec'", spec.prefix))
         if NO_LIMIT in (spec.backward, spec.forward):
             raise checks.value_error(owner, "attn_bias", "None where 'spec' has no limit", attn_bias[0])
         wanted = heads, spec.bucket, spec.backward + spec.bucket + spec.forward

@@ -133,8 +133,8 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
     if not known and backend is not None:
         raise checks.value_error(owner, "backend", "None in a graph for every length", repr(backend))
     for other in (("use_xpos", use_xpos), ("sequence_parallel", group)):
-        checks.together(owner, ("segment_ids", segment_ids), other)
-    checks.together(owner, ("attn_bias", attn_bias), ("prefix", windows.prefix))
+        checks.together(owner, ("segment_ids", segment_ids is not None), other)
+    checks.together(owner, ("attn_bias", attn_bias is not None), ("prefix", windows.prefix))
     if group is not None:
         if not known:
             raise checks.value_error(owner, "q", "of a known shape with 'sequence_parallel'", tuple(shape))

@@ -144,7 +144,7 @@ def _positions(b, start, stop, max_seq_len):
 def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced):
     """The rules of documents in a model."""
     checks.segment_ids(owner, segment_ids, *shape)
-    checks.together(owner, ("segment_ids", segment_ids), ("sequence_parallel", sliced))
+    checks.together(owner, ("segment_ids", True), ("sequence_parallel", sliced))
     if not global_takes_segments:
         raise checks.value_error(owner, "segment_ids", "None where the 'construct' of 'global_attn_layer' does not "
                                  "take it", "documents")

@@ -18,7 +18,10 @@ from local_attention import (
     WindowSpec,
     export_torch_weights,
     load_torch_weights,
+    merge_attentions,
     sliding_window_attention,
+    use_backend,
+    windowed_attention,
 )
 from local_attention.local_attention import max_neg_value
 from local_attention.plot import attention_weights, plot_mask, plot_weights
@@ -49,41 +52,52 @@ def block():
 
 
 TOKENS, MASK, FLOATS = ops.ones((2, 5), ms.int32), ops.ones((2, 5), ms.bool_), x(2, 6, 4)
-SLIDING = dict(in_features=4, num_heads=2)
+HEADS, SLIDING = x(1, 2, 6, 4), dict(in_features=4, num_heads=2)
 # What is called, with what of its arguments, and which values of an argument, of these here, are good ones.
 NUMBERS = {"float", "None"}  # of a number with a default
+OF_SCORES = dict(scale=NUMBERS, softcap=NUMBERS, sinks={"None"}, segment_ids={"None"})
 CALLS = {
     "LocalAttention": (LocalAttention, dict(window_size=3, dim=4), dict(
         scale=NUMBERS, xpos_scale_base=NUMBERS, look_forward={"None"}, backend={"None"}, dim={"None"},
-        rel_pos_emb_config={"None"}, sequence_parallel=set())),
+        rel_pos_emb_config={"None"}, sequence_parallel=set(), softcap=NUMBERS)),
     "LocalMHA": (LocalMHA, dict(dim=4, window_size=3, heads=1, dim_head=4), dict(
-        qk_scale={"float"}, xpos_scale_base=NUMBERS, exact_windowsize={"None"})),
+        qk_scale={"float"}, xpos_scale_base=NUMBERS, exact_windowsize={"None"}, kv_heads={"None"})),
     "LocalTransformer": (LocalTransformer, dict(num_tokens=7, max_seq_len=12, dim=4, depth=1, dim_head=4), dict(
         num_tokens={"None"}, ff_mult={"float"}, xpos_scale_base=NUMBERS, global_attn_layer={"None"},
-        layers_insert_global_attn={"None"}, local_attn_window_size={"tuple"})),
+        layers_insert_global_attn={"None"})),
     "DynamicPositionBias": (DynamicPositionBias, dict(dim=2, heads=1), {}),
-    "LocalSelfAttention": (LocalSelfAttention, SLIDING, dict(qkv_features={"None"}, out_features={"None"})),
-    "MultiHeadLocalAttention": (MultiHeadLocalAttention, SLIDING, dict(qkv_features={"None"}, out_features={"None"})),
+    "LocalSelfAttention": (LocalSelfAttention, SLIDING, dict(
+        qkv_features={"None"}, out_features={"None"}, num_kv_heads={"None"})),
+    "MultiHeadLocalAttention": (MultiHeadLocalAttention, SLIDING, dict(
+        qkv_features={"None"}, out_features={"None"}, num_kv_heads={"None"})),
     "FeedForward": (FeedForward, dict(dim=4), dict(mult={"float"})),
     "SinusoidalEmbeddings": (SinusoidalEmbeddings, dict(dim=4), dict(scale_base=NUMBERS, theta={"float"})),
     "WindowSpec": (WindowSpec, dict(bucket=1, backward=2, forward=0, causal=True), {}),
     "from_sliding_window": (WindowSpec.from_sliding_window, dict(sliding_window=3), {}),
     "from_flash": (WindowSpec.from_flash, dict(window_size=(1, 1)), dict(window_size={"list", "tuple"})),
+    "from_chunks": (WindowSpec.from_chunks, dict(chunk_size=3), {}),
     "show": (WindowSpec(1, 2, 0, True).show, dict(n=3), {}),
 
     "attention": (cell(LocalAttention, window_size=3), dict(q=FLOATS, k=FLOATS, v=FLOATS), dict(
-        mask={"None"}, input_mask={"None"}, attn_bias={"None"}, window_size={"None"})),
+        mask={"None"}, input_mask={"None"}, attn_bias={"None"}, window_size={"None"}, segment_ids={"None"},
+        sinks={"None"})),
     "explain": (cell(LocalAttention, window_size=3).explain, dict(n=6), dict(dtype={"None"})),
-    "block": (block(), dict(x=FLOATS), dict(mask={"None"}, attn_bias={"None"}, cache={"None"})),
-    "model": (model(), dict(x=TOKENS), dict(mask={"None"}, cache={"None"})),
+    "block": (block(), dict(x=FLOATS), dict(
+        mask={"None"}, attn_bias={"None"}, cache={"None"}, segment_ids={"None"})),
+    "model": (model(), dict(x=TOKENS), dict(mask={"None"}, cache={"None"}, segment_ids={"None"})),
     "generate": (model().generate, dict(prime=TOKENS, seq_len=1), dict(
         temperature={"float"}, mask={"None"}, callback={"None"})),
     "bias": (cell(DynamicPositionBias, dim=2, heads=1), dict(i=2, j=3), {}),
-    "self": (cell(LocalSelfAttention, **SLIDING), dict(x=FLOATS), dict(mask={"None"}, seed={"None"})),
+    "self": (cell(LocalSelfAttention, **SLIDING), dict(x=FLOATS), dict(
+        mask={"None"}, seed={"None"}, segment_ids={"None"})),
     "cross": (cell(MultiHeadLocalAttention, **SLIDING), dict(inputs_q=FLOATS, inputs_kv=FLOATS), dict(
-        mask={"None"}, seed={"None"})),
+        mask={"None"}, seed={"None"}, segment_ids={"None"})),
     "sliding": (sliding_window_attention, dict(q=FLOATS, k=FLOATS, v=FLOATS), dict(
-        mask={"None"}, rel_pos_emb={"None"}, seed={"None"}, backend={"None"})),
+        mask={"None"}, rel_pos_emb={"None"}, seed={"None"}, backend={"None"}, **OF_SCORES)),
+    "windowed": (windowed_attention, dict(q=HEADS, k=HEADS, v=HEADS, spec=WindowSpec(1, 2, 0, True)), dict(
+        mask={"None"}, attn_bias={"None"}, seed={"None"}, backend={"None"}, **OF_SCORES)),
+    "merge": (merge_attentions, dict(outs=(x(2, 3),), lses=(x(2),)), {}),
+    "use_backend": (use_backend, {}, dict(backend={"None"})),
     "GEGLU": (cell(GEGLU), dict(x=FLOATS), {}),
     "top_k": (top_k, dict(logits=x(2, 7)), {}),
 
