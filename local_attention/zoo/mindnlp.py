@@ -1,0 +1,29 @@
+"""mindnlp: the tables of the real `transformers`, whose `torch` it is, and a table of masks of its own.
+
+Every tensor of it has a `_device`, which one that MindSpore made has not.
+"""
+from . import translation
+
+
+def attention(module, query, *args, **kwargs):
+    out, weights = translation.attention(module, query, *args, **kwargs)
+    return _on_device_of(query, out), weights
+
+
+def positions(batch_size, cache_position, *args, **kwargs):
+    return _on_device_of(cache_position, translation.positions(batch_size, cache_position, *args, **kwargs))
+
+
+def _on_device_of(other, tensor):
+    if tensor is not None:
+        tensor._device = other._device
+    return tensor
+
+
+def register(name):
+    import mindnlp.transformers.masking_utils as own
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, positions)
+    own.ALL_MASK_ATTENTION_FUNCTIONS[name] = positions
