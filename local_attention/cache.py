@@ -36,8 +36,8 @@ def checked_cache(owner, cache, groups, windows, head_dim, dtype):
     """The rules of a cache that is handed in, as `described` by its keys."""
     wanted = (groups, capacity(windows), head_dim)
     if not isinstance(cache, tuple) or cache != (wanted, dtype):
-        raise checks.value_error(owner, "cache", f"one of keys {wanted} of {str(dtype).lower()}, from a call of this "
-                                 "block with this batch size", cache)
+        raise checks.value_error(owner, "cache", f"one of keys {wanted} of {checks.dtype_name(dtype).lower()}, "
+                                 "from a call of this block with this batch size", cache)
 
 
 @constexpr
@@ -110,7 +110,7 @@ class _Entry(Float32):
 @constexpr
 def _fused_entry(frequencies, dtype):
     """The kernel, None where it cannot run."""
-    return native.made(_Entry, frequencies) if str(dtype) == "Float32" else None
+    return native.made(_Entry, frequencies) if checks.dtype_name(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):

@@ -45,6 +45,7 @@ def zoos(monkeypatch):
         module(f"{parent}.modeling_utils", AttentionInterface=tables[name][0])
         module(f"{parent}.masking_utils", AttentionMaskInterface=tables[name][1])
     module("mindnlp.transformers.masking_utils", ALL_MASK_ATTENTION_FUNCTIONS=tables["mindnlp"][2])
+    sys.modules["mindnlp.transformers"].masking_utils = types.SimpleNamespace(ALL_MASK_ATTENTION_FUNCTIONS={})
     return tables
 
 
@@ -264,6 +265,7 @@ def test_what_a_model_adds_to_its_mask():
         return translation.positions(B, places, N, mask_function=function, allow_is_causal_skip=False)
     assert ask(lambda b, h, q, k: k <= q) is None
     assert ask(lambda b, h, q, k: True) is None
+    assert ask(lambda b, h, q, k: (k <= q)[None]) is None  # as mindnlp has it
     with pytest.raises(ValueError, match="query 12 sees key 13 and others see none after theirs"):
         ask(lambda b, h, q, k: either(k <= q, image[q] * image[k] > 0))
 

@@ -11,7 +11,7 @@ def register(name="local_attention", zoos=None):
     r"""
     Makes :func:`local_attention.windowed_attention` the attention of every model of a zoo that asks for it by name.
 
-    A zoo's tables of attentions and of masks get an entry each; nothing else of it, and nothing of MindSpore, is changed.
+    A zoo's tables of attentions and of masks get an entry each; nothing else of it or of MindSpore is changed.
 
     Args:
         name (str): What models ask for. Default: ``"local_attention"`` .

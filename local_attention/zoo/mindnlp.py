@@ -2,6 +2,8 @@
 
 Every tensor of it has a `_device`, which one that MindSpore made has not.
 """
+import importlib
+
 from . import translation
 
 
@@ -21,9 +23,10 @@ def _on_device_of(other, tensor):
 
 
 def register(name):
-    import mindnlp.transformers.masking_utils as own
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, positions)
+    # by `import ... as` it would be transformers' module of that name: mindnlp.transformers hands its attributes on
+    own = importlib.import_module("mindnlp.transformers.masking_utils")
     own.ALL_MASK_ATTENTION_FUNCTIONS[name] = positions

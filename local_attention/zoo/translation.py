@@ -4,7 +4,7 @@ A model asks a table for its mask, once a forward, and another for its attention
 to the first reaches the second as its `attention_mask`.
 """
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from .. import checks
 from ..functional import windowed_attention
@@ -34,7 +34,7 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     mask, segment_ids = _hidden(places, spec, position_ids, query.shape[0], n_q, key.shape[2])
     out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, sinks=s_aux, scale=scaling,
                              softcap=softcap, dropout_rate=float(dropout))
-    return out.swapaxes(1, 2), None
+    return ops.transpose(out, (0, 2, 1, 3)), None
 
 
 # ---- which window
@@ -107,9 +107,9 @@ def _check_direction(mask_function, cache_position):
         return
     before, after = cache_position[:-1], cache_position[1:]
     seen = mask_function(before * 0, before * 0, before, after)
-    seen = np.broadcast_to(seen.asnumpy() if isinstance(seen, Tensor) else np.asarray(seen), (before.shape[0],))
+    seen = seen.asnumpy() if isinstance(seen, Tensor) else np.asarray(seen)
     if seen.any() and not seen.all():
-        where = int(seen.argmax())
+        where = int(np.argwhere(seen)[0, -1])
         raise checks.value_error(OWNER, "attention_mask", "causal, or of both directions, everywhere",
                                  f"one in which query {where} sees key {where + 1} and others see none after theirs")
 
