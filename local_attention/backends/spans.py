@@ -27,7 +27,7 @@ def document_bounds(segment_ids):
     first = ops.cast(ops.searchsorted(number, number), ms.int32)
     # one after this document; `right=True` is not heeded by MindSpore 2.7.0
     end = ops.cast(ops.searchsorted(number, ops.add(number, 1)), ms.int32)
-    own = ops.expand_dims(ops.cast(ops.arange(0, segment_ids.shape[1], 1), ms.int32), 0)
+    own = ops.sub(ops.cumsum(ops.ones_like(number), 1), 1)
     padding = ops.cast(ops.less(segment_ids, 0), ms.int32)
     first = ops.add(first, ops.mul(padding, ops.sub(own, first)))
     end = ops.add(end, ops.mul(padding, ops.sub(own, end)))

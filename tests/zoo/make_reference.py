@@ -1,14 +1,24 @@
-"""Tiny random models in Hugging Face transformers 4.57.1 (torch 2.13, eager): weights and answers into a folder.  usage: make_reference.py FOLDER [family …]"""
-import sys, os, warnings
-warnings.filterwarnings("ignore")
-import numpy as np, torch, transformers
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+"""Tiny random models in Hugging Face transformers 4.57.1 (torch 2.13, eager): weights and answers into a folder.
+
+python make_reference.py FOLDER [family ...]
+"""
+
+import os
+import sys
+import warnings
+
+import numpy as np
+import torch
+import transformers
 from families import FAMILIES
+
+warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 folder = sys.argv[1]
 rng = np.random.RandomState(0)
 ids = rng.randint(3, 64, (2, 40)).astype(np.int64)
-mask = np.ones((2, 40), np.int64); mask[0, :5] = 0
+mask = np.ones((2, 40), np.int64)
+mask[0, :5] = 0
 pos = np.concatenate([np.arange(13), np.arange(20), np.arange(7)])[None]  # three documents in a row
 for name, (c, m, kw) in FAMILIES.items():
     if sys.argv[2:] and name not in sys.argv[2:]:
@@ -30,8 +40,12 @@ for name, (c, m, kw) in FAMILIES.items():
             out["padded"] = model(t, attention_mask=torch.from_numpy(mask), **kwargs).logits.numpy()
             if causal:
                 cuts = [0, 13, 33, 40]
-                out["packed"] = torch.cat([model(t[:1, a:b], **kwargs).logits for a, b in zip(cuts, cuts[1:])], 1).numpy()
-                out["gen"] = model.generate(t, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0).numpy()
+                out["packed"] = torch.cat(
+                    [model(t[:1, a:b], **kwargs).logits for a, b in zip(cuts, cuts[1:])], 1
+                ).numpy()
+                out["gen"] = model.generate(
+                    t, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+                ).numpy()
         np.savez(os.path.join(folder, name + ".npz"), ids=ids, mask=mask, pos=pos, **out)
         print(name, "made", flush=True)
     except Exception as e:
