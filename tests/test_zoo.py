@@ -189,8 +189,8 @@ def test_padding(side, spec):
 
 
 def test_packed():
-    ids = np.concatenate([np.arange(9), np.arange(13), np.arange(7)])
-    documents = np.repeat([0, 1, 2], [9, 13, 7])[None].repeat(B, 0)
+    ids = np.concatenate([np.arange(9), np.arange(1), np.arange(12), np.arange(7)])
+    documents = np.repeat([0, 1, 2, 3], [9, 1, 12, 7])[None].repeat(B, 0)
     right = wanted(tensors(), SLIDING, segment_ids=documents)
     for given in (ids[None], ids[None].repeat(B, 0)):
         same(module(), tensors(), None, right, sliding_window=W, position_ids=Tensor(given))
