@@ -196,8 +196,9 @@ def _chosen(spec, scoring, frame, q_shape, k_shape, dtype, mask_shape, documents
     if offset is None and None not in (n_q, n_k):
         offset = n_k - n_q
     problem = Problem(
-        spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, head_dim, str(frame.dtype or dtype),
-        share, mask_shape[0] if mask_shape else 0, documents_shape[0] if documents_shape else 0, bias_shape,
+        spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, head_dim,
+        checks.dtype_name(frame.dtype or dtype), share, mask_shape[0] if mask_shape else 0,
+        documents_shape[0] if documents_shape else 0, bias_shape,
         frame.bias_is_constant, sinks_shape[0] if sinks_shape else 0, by_offset, frame.lse, offset, frame.origin)
     return _prepared(problem, choose(problem, backend))
 

@@ -39,7 +39,7 @@ def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
     wanted = (groups, capacity(windows), head_dim), dtype
     for got in (keys, values):
         if got != wanted:
-            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {str(dtype).lower()}, and such "
+            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {checks.dtype_name(dtype).lower()}, and such "
                                      "values, from a call of this block with this batch size", got)
 
 
@@ -63,7 +63,7 @@ def check_form(owner, cache, batch, windows, attn_bias):
     if not all(isinstance(part, tuple) and isinstance(part[0], tuple) for part in cache[1]):
         raise checks.type_error(owner, "cache", rule, cache[1])
     shape, dtype = cache[1][0 if len(cache[1]) == 1 else 2]
-    if shape not in ((1,), (1 + batch,)) or str(dtype) != "Int32":
+    if shape not in ((1,), (1 + batch,)) or checks.dtype_name(dtype) != "Int32":
         raise checks.type_error(owner, "cache", rule, cache[1])
     if attn_bias is not None:
         shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
@@ -164,7 +164,7 @@ class _Entry(Float32):
 @constexpr
 def _fused_entry(frequencies, dtype):
     """The kernel, None where it cannot run."""
-    return native.made(_Entry, frequencies) if str(dtype) == "Float32" else None
+    return native.made(_Entry, frequencies) if checks.dtype_name(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):

@@ -78,6 +78,13 @@ def settings(cell):
     return ", ".join(f"{one.name}={value!r}" for one, value in kept if one.default is one.empty or value != one.default)
 
 
+def dtype_name(dtype):
+    """MindSpore's name of a dtype; once mindtorch is imported, str says `mindspore.float32` of it."""
+    name = str(dtype)
+    return {"mindspore.float32": "Float32", "mindspore.float16": "Float16", "mindspore.bfloat16": "BFloat16",
+            "mindspore.int32": "Int32", "mindspore.int64": "Int64", "mindspore.bool": "Bool"}.get(name, name)
+
+
 def described(x):
     """What can be checked of a tensor without its values, a constant in a graph: (shape, dtype); None as it is."""
     if x is None:
@@ -91,9 +98,9 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
     """A tensor, as `described`, of one of some dtypes and, where given, of a shape; returns the shape."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], tuple)):
         raise type_error(owner, name, "a Tensor", got)
-    if str(got[1]) not in dtypes:
+    if dtype_name(got[1]) not in dtypes:
         raise TypeError(f"For '{owner}', '{name}' must be a Tensor of {' or '.join(d.lower() for d in dtypes)}, "
-                        f"but got {str(got[1]).lower()}.")
+                        f"but got {dtype_name(got[1]).lower()}.")
     if shape is not None and got[0] != shape:
         raise value_error(owner, name, rule or f"of shape {shape}", got[0])
     return got[0]
@@ -105,13 +112,13 @@ def alike(owner, q, k, v):
     shape = tensor(owner, "q", q, FLOATS)
     if len(shape) < 2 or 0 in shape[-2:]:
         raise value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
-    got = tensor(owner, "k", k, (str(q[1]),))
+    got = tensor(owner, "k", k, (dtype_name(q[1]),))
     share = shared(shape, got)
     if share is None:
         of_heads = len(got) == len(shape) > 2 and got[:-3] + got[-2:] == shape[:-3] + shape[-2:]
         fewer = f", or of a divisor of its {shape[-3]} heads" if of_heads else ""
         raise value_error(owner, "k", f"of q's shape {shape}{fewer}", got)
-    tensor(owner, "v", v, (str(q[1]),), got, f"of k's shape {got}")
+    tensor(owner, "v", v, (dtype_name(q[1]),), got, f"of k's shape {got}")
     return shape, share
 
 

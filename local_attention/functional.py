@@ -81,13 +81,13 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
     if len(shape) != 4 or 0 in shape[1:]:
         raise checks.value_error(owner, "q", "of shape (b, h, n_q, d), with h, n_q and d of at least 1", shape)
     batch, heads, n_q, head_dim = shape
-    k_shape = checks.tensor(owner, "k", k, (str(q[1]),))
+    k_shape = checks.tensor(owner, "k", k, (checks.dtype_name(q[1]),))
     n_k = k_shape[2] if len(k_shape) == 4 else 0
     if len(k_shape) != 4 or checks.shared((*shape[:2], n_k, head_dim), k_shape) is None or (
             None not in (n_q, n_k) and n_k < n_q):
         raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads} "
                                  f"and n_k at least {n_q}", k_shape)
-    checks.tensor(owner, "v", v, (str(q[1]),), k_shape, f"of k's shape {k_shape}")
+    checks.tensor(owner, "v", v, (checks.dtype_name(q[1]),), k_shape, f"of k's shape {k_shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), (batch, n_k), f"of shape (b, n_k), {(batch, n_k)}")
     if segment_ids is not None:
@@ -179,7 +179,7 @@ def _check_pieces(outs, lses):
     if len(shape) < 2:
         raise checks.value_error(owner, "outs", "of shape (..., n, d)", shape)
     for out, lse in zip(outs, lses):
-        checks.tensor(owner, "outs", out, (str(outs[0][1]),), shape, f"of one shape, {shape}")
+        checks.tensor(owner, "outs", out, (checks.dtype_name(outs[0][1]),), shape, f"of one shape, {shape}")
         checks.tensor(owner, "lses", lse, checks.FLOATS, shape[:-1], f"of the shape of outs without d, {shape[:-1]}")
 
 

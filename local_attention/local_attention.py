@@ -384,7 +384,7 @@ class LocalAttention(nn.Cell):
             groups, n_q, n_k, offset = len(windows.folded(n)[0]) * share, windows.size, windows.span, windows.backward
         spec, scoring, _ = self._numbers_of(windows, head_dim)
         return explain(Problem(
-            spec, scoring, groups, n_q, n_k, head_dim, str(dtype or ms.float32), share,
+            spec, scoring, groups, n_q, n_k, head_dim, checks.dtype_name(dtype or ms.float32), share,
             batch=groups // share if self.use_xpos else int(mask), documents=int(segment_ids),
             bias_shape=(share, windows.size, windows.span) if attn_bias else None, sinks=share if sinks else 0,
             offset=offset), self.backend) + halo

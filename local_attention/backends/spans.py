@@ -16,14 +16,23 @@ FAR = 2**30  # farther than any key, and a sum of two is still an int32
 
 
 def document_bounds(segment_ids):
-    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding."""
-    changes = ops.cast(ops.not_equal(segment_ids[:, 1:], segment_ids[:, :-1]), ms.int32)
+    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding.
+
+    By functions, not by methods and signs: those are mindtorch's once it is imported, and want tensors of its making.
+    """
+    after = ops.strided_slice(segment_ids, (0, 1), (0, 0), (1, 1), 1, 3)
+    before = ops.strided_slice(segment_ids, (0, 0), (0, -1), (1, 1), 1, 1)
+    changes = ops.cast(ops.not_equal(after, before), ms.int32)
     number = ops.cumsum(ops.cat((ops.zeros((segment_ids.shape[0], 1), ms.int32), changes), 1), 1)
-    first, last = ops.searchsorted(number, number), ops.searchsorted(number, number, right=True) - 1
-    padding = ops.cast(segment_ids < 0, first.dtype)
-    own = ops.cast(ops.arange(0, segment_ids.shape[1], 1), first.dtype)[None]
-    first, last = first + padding * (own - first), last + padding * (own - 1 - last)
-    return ops.cast(ops.stack((first, last), -1), ms.int32)
+    first = ops.cast(ops.searchsorted(number, number), ms.int32)
+    # one after this document; `right=True` is not heeded by MindSpore 2.7.0
+    end = ops.cast(ops.searchsorted(number, ops.add(number, 1)), ms.int32)
+    own = ops.sub(ops.cumsum(ops.ones_like(number), 1), 1)
+    padding = ops.cast(ops.less(segment_ids, 0), ms.int32)
+    first = ops.add(first, ops.mul(padding, ops.sub(own, first)))
+    end = ops.add(end, ops.mul(padding, ops.sub(own, end)))
+    last = ops.sub(end, 1)
+    return ops.stack((first, last), -1)
 
 
 def bounds_of(documents, positions):

@@ -1,0 +1,32 @@
+"""mindnlp: the tables of the real `transformers`, whose `torch` it is, and a table of masks of its own.
+
+Every tensor of it has a `_device`, which one that MindSpore made has not.
+"""
+import importlib
+
+from . import translation
+
+
+def attention(module, query, *args, **kwargs):
+    out, weights = translation.attention(module, query, *args, **kwargs)
+    return _on_device_of(query, out), weights
+
+
+def positions(batch_size, cache_position, *args, **kwargs):
+    return _on_device_of(cache_position, translation.positions(batch_size, cache_position, *args, **kwargs))
+
+
+def _on_device_of(other, tensor):
+    if tensor is not None:
+        tensor._device = other._device
+    return tensor
+
+
+def register(name):
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, positions)
+    # by `import ... as` it would be transformers' module of that name: mindnlp.transformers hands its attributes on
+    own = importlib.import_module("mindnlp.transformers.masking_utils")
+    own.ALL_MASK_ATTENTION_FUNCTIONS[name] = positions

@@ -1,0 +1,148 @@
+"""The words of Hugging Face's models, which the zoos follow, into those of `windowed_attention`.
+
+A model asks a table for its mask, once a forward, and another for its attention, once a layer. What `positions` answers
+to the first reaches the second as its `attention_mask`.
+"""
+import numpy as np
+from mindspore import Tensor, ops
+
+from .. import checks
+from ..functional import windowed_attention
+from ..spec import WindowSpec
+from .masks import four_axes
+
+OWNER = "local_attention"
+HIDDEN, UNUSED = -1, -2
+
+
+def attention(module, query, key, value, attention_mask=None, dropout=0., scaling=None, softcap=None, s_aux=None,
+              position_ids=None, is_causal=None, head_mask=None, output_attentions=None, **kwargs):
+    """What a zoo's table of attentions holds: the output `(b, n_q, h, d)`, and None for the weights."""
+    if output_attentions:
+        raise checks.value_error(OWNER, "output_attentions", "False: the weights are never all there", True)
+    if head_mask is not None:
+        raise checks.value_error(OWNER, "head_mask", "None", "one")
+    n_q = query.shape[2]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    spec = window(module, causal, kwargs)
+    places = None
+    if attention_mask is not None:
+        places = _places(attention_mask, spec, n_q, key.shape[2])
+        used = int((places != UNUSED).any(0).sum())
+        if used < key.shape[2]:  # queries stand at the last keys
+            key, value, places = key[:, :, :used], value[:, :, :used], places[:, :used]
+    mask, segment_ids = _hidden(places, spec, position_ids, query.shape[0], n_q, key.shape[2])
+    out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, sinks=s_aux, scale=scaling,
+                             softcap=softcap, dropout_rate=float(dropout))
+    return ops.transpose(out, (0, 2, 1, 3)), None
+
+
+# ---- which window
+
+
+def window(module, causal, options):
+    """The WindowSpec of a layer: an argument of the call says it, or the layer, or its config."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds is not None and layer is not None else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk and (kind == "chunked_attention" or kind is None and getattr(module, "use_rope", True)):
+        return WindowSpec.from_chunks(int(chunk))
+    if "sliding_window" in options:
+        size = options["sliding_window"]
+    elif hasattr(module, "sliding_window"):
+        size = module.sliding_window
+    else:
+        size = _configured(config, layer, kind)
+    if not size:
+        return WindowSpec.from_flash((-1, -1), causal=causal)
+    size = checks.positive_int(OWNER, "sliding_window", size)
+    return WindowSpec.from_sliding_window(size) if causal else WindowSpec.from_flash((size - 1, size - 1))
+
+
+def _configured(config, layer, kind):
+    """`sliding_window` of a config, as far as it is for this layer."""
+    if kind is not None and kind != "sliding_attention" or not getattr(config, "use_sliding_window", True):
+        return None
+    if kind is None and layer is not None and layer < (getattr(config, "max_window_layers", None) or 0):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+# ---- which keys are there
+
+
+def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None,
+              allow_is_causal_skip=True, **kwargs):
+    """What a zoo's table of masks holds, in place of a mask of n²: for each key `(b, kv_length)` its position among its
+    row's real tokens, `HIDDEN` where it is padding and `UNUSED` where a cache has not come to it; None where these are
+    the keys' own indices."""
+    kv_length, kv_offset = int(kv_length), int(kv_offset)
+    if not allow_is_causal_skip and mask_function is not None:
+        _check_direction(mask_function, cache_position)
+    used = kv_length
+    if kv_length > cache_position.shape[0]:
+        used = min(kv_length, int(cache_position[-1]) + 1 - kv_offset)
+    index = kv_offset + np.arange(kv_length)
+    if attention_mask is None:
+        if kv_offset == 0 and used == kv_length:
+            return None
+        places = np.tile(index, (batch_size, 1))
+    else:
+        real = attention_mask.asnumpy().astype(bool)
+        if kv_offset == 0 and used == kv_length and real[:, :kv_length].all() and real.shape[1] >= kv_length:
+            return None
+        first = real.argmax(1)[:, None]
+        short = kv_offset + kv_length - real.shape[1]
+        real = np.pad(real, ((0, 0), (0, max(0, short))))[:, kv_offset:kv_offset + kv_length]
+        places = np.where(real, index - first, HIDDEN)
+    places[:, used:] = UNUSED
+    return Tensor(places.astype(np.int32))
+
+
+def _check_direction(mask_function, cache_position):
+    """Refuses what a model adds to its mask (images whose tokens see each other), seen in whether a query sees the key
+    after its own: everywhere in a model of both directions, nowhere in a causal one."""
+    if cache_position.shape[0] < 2:
+        return
+    before, after = cache_position[:-1], cache_position[1:]
+    seen = mask_function(before * 0, before * 0, before, after)
+    seen = seen.asnumpy() if isinstance(seen, Tensor) else np.asarray(seen)
+    if seen.any() and not seen.all():
+        where = int(np.argwhere(seen)[0, -1])
+        raise checks.value_error(OWNER, "attention_mask", "causal, or of both directions, everywhere",
+                                 f"one in which query {where} sees key {where + 1} and others see none after theirs")
+
+
+def _places(mask, spec, n_q, n_k):
+    """As `positions` has them, whoever made the mask; a NumPy array."""
+    if len(mask.shape) == 4:
+        return four_axes(mask, spec, n_q, n_k)
+    if len(mask.shape) != 2:
+        raise checks.value_error(OWNER, "attention_mask", "of 2 or 4 axes", f"one of shape {tuple(mask.shape)}")
+    places = mask.asnumpy()
+    if "int32" not in str(mask.dtype).lower():  # not from `positions`: the model handed its own padding on
+        real = places.astype(bool)
+        places = np.where(real, np.arange(real.shape[1]) - real.argmax(1)[:, None], HIDDEN)
+    return places[:, -n_k:]
+
+
+def _hidden(places, spec, position_ids, batch, n_q, n_k):
+    """The `mask` and the `segment_ids` of a call; documents are what a row's `position_ids` start anew for."""
+    real = None if places is None or (places >= 0).all() else places >= 0
+    starts = None
+    if position_ids is not None and len(position_ids.shape) == 2 and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
+        ids = position_ids.asnumpy()
+        starts = np.zeros((batch, n_q), bool)
+        starts[:, 1:] = ids[:, 1:] <= ids[:, :-1]
+        if real is not None:
+            starts &= real
+        first = np.arange(n_q) == (0 if real is None else real.argmax(1)[:, None])
+        starts = starts if (starts & ~first).any() else None
+    if starts is not None:
+        documents = np.cumsum(starts, 1)
+    elif spec == WindowSpec.from_chunks(spec.bucket) and spec.bucket > 1 and places is not None:
+        documents = places // spec.bucket  # chunks count from a row's first real token, wherever its keys begin
+    else:
+        return None if real is None else Tensor(real), None
+    return None, Tensor(np.where(True if real is None else real, documents, HIDDEN).astype(np.int32))
