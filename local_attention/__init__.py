@@ -12,7 +12,7 @@ from .sliding_window import LocalSelfAttention, MultiHeadLocalAttention  # noqa:
 from .spec import WindowSpec  # noqa: E402
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DynamicPositionBias", "LocalAttention", "LocalMHA", "LocalSelfAttention", "LocalTransformer",
            "MultiHeadLocalAttention", "WindowSpec", "export_torch_weights", "load_torch_weights", "merge_attentions",
            "sliding_window_attention", "use_backend", "windowed_attention"]

@@ -39,8 +39,8 @@ def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
     wanted = (groups, capacity(windows), head_dim), dtype
     for got in (keys, values):
         if got != wanted:
-            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {checks.dtype_name(dtype).lower()}, and such "
-                                     "values, from a call of this block with this batch size", got)
+            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {checks.dtype_name(dtype).lower()}, "
+                                     "and such values, from a call of this block with this batch size", got)
 
 
 def form(cache):

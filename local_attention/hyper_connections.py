@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from . import checks
+from .backends.spans import tanh
 from .cells import Float32
 
 # Primitives: outside a graph, the gradient of `ops.matmul` with many rows takes six times as long as that of MatMul.
@@ -38,12 +39,6 @@ def add_output(streams, out, beta):
     b, n, dim = out.shape
     out = ops.cast(out, streams.dtype)  # a layer may have been cast to half precision, and what goes past it not
     return streams + _product(beta, out.reshape(b * n, 1, dim)).reshape(streams.shape)
-
-
-def _tanh(x):
-    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
-    grown = ops.expm1(2. * ops.clamp(x, -10., 10.))  # beyond which tanh is 1 in float32
-    return grown / (grown + 2.)
 
 
 class _Norm(nn.Cell):
@@ -107,7 +102,7 @@ class HyperConnection(Float32):
         functions = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape(-1, 1)), 1) * gain.reshape(-1, 1)
         scales = ops.cat((ops.tile(self.dynamic_alpha_scale, (1 + count,)), self.dynamic_beta_scale))
         static = ops.cat((self.static_alpha, self.static_beta.reshape(-1, 1)), 1)
-        dynamic = _tanh(_matmul(rows, functions) * inverse).reshape(b * n, count, 2 + count)
+        dynamic = tanh(_matmul(rows, functions) * inverse).reshape(b * n, count, 2 + count)
         weights = dynamic * scales + static
         alpha, beta = weights[:, :, :-1], weights[:, :, -1:]
         rows = rows.reshape(b * n, count, dim)

@@ -407,8 +407,10 @@ def _frequencies(owner, arrays, dim_head):
         if name.endswith("to_qkv.weight"):
             block = name[:-len("to_qkv.weight")]
             dim = len(arrays.get(block + "q_scale", range(dim_head)))
-            if len(qkv) % dim or len(qkv) < 3 * dim:  # of keys and values there may be fewer heads than of queries
-                raise checks.value_error(owner, "dim_head", f"a divisor of {len(qkv)}, all heads times dim_head", dim)
+            out = arrays.get(block + "to_out.weight")  # as of keys and values there may be fewer heads
+            inner = len(qkv) // 3 if out is None else out.shape[-1]
+            if inner % dim:
+                raise checks.value_error(owner, "dim_head", f"a divisor of {inner}, heads times dim_head", dim)
             buffers[block + INV_FREQ] = SinusoidalEmbeddings(dim).inv_freq.astype(np.float32)
     return buffers
 
