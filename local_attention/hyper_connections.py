@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from . import checks
-from .backends.spans import tanh
+from .backends.spans import tanh as _tanh
 from .cells import Float32
 
 # Primitives: outside a graph, the gradient of `ops.matmul` with many rows takes six times as long as that of MatMul.
@@ -102,7 +102,7 @@ class HyperConnection(Float32):
         functions = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape(-1, 1)), 1) * gain.reshape(-1, 1)
         scales = ops.cat((ops.tile(self.dynamic_alpha_scale, (1 + count,)), self.dynamic_beta_scale))
         static = ops.cat((self.static_alpha, self.static_beta.reshape(-1, 1)), 1)
-        dynamic = tanh(_matmul(rows, functions) * inverse).reshape(b * n, count, 2 + count)
+        dynamic = _tanh(_matmul(rows, functions) * inverse).reshape(b * n, count, 2 + count)
         weights = dynamic * scales + static
         alpha, beta = weights[:, :, :-1], weights[:, :, -1:]
         rows = rows.reshape(b * n, count, dim)

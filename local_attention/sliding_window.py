@@ -117,7 +117,8 @@ def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask,
     shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
     if len(shape) != 3 or shape[2] != features:
         raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
-    checks.tensor(owner, name_kv, inputs_kv, (checks.dtype_name(inputs_q[1]),), shape, f"of the shape of {name_q}, {shape}")
+    checks.tensor(owner, name_kv, inputs_kv, (checks.dtype_name(inputs_q[1]),), shape,
+                  f"of the shape of {name_q}, {shape}")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
     if segment_ids is not None:
