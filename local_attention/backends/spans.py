@@ -12,6 +12,7 @@ from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 HIDDEN = -1e30  # a score that no softmax row with a visible key can see
 SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
+_maximum, _minimum = ops.Maximum(), ops.Minimum()
 FAR = 2**30  # farther than any key, and a sum of two is still an int32
 
 
@@ -104,8 +105,11 @@ def repeated(x, groups):
 
 
 def tanh(x):
-    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
-    grown = ops.expm1(2. * ops.clamp(x, -10., 10.))  # beyond which tanh is 1 in float32
+    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6.
+
+    Not by `ops.clamp`: a graph in which both a Cell and its bprop call that has no gradient to be returned with values.
+    """
+    grown = ops.expm1(2. * _maximum(_minimum(x, 10.), -10.))  # beyond which tanh is 1 in float32
     return grown / (grown + 2.)
 
 
