@@ -1,7 +1,7 @@
 """Whether a machine computes what it should: `python -m local_attention.selfcheck [--device CPU|GPU|Ascend]`.
 
-Every backend that can run there, forward and backward, against a definition in float64 and against `dense` there; then a
-training step, decoding and times. It exits 0 only if all that could run was right. What to send with a report is what
+Every backend that can run there, forward and backward, against a definition in float64 and against `dense` there; then
+a training step, decoding and times. It exits 0 only if all that could run was right. What to send with a report is what
 it prints, or `--json FILE`.
 """
 import argparse
