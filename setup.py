@@ -3,6 +3,15 @@ import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1 it was wheel's
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
 
 ROOT = Path(__file__).resolve().parent
 
@@ -28,6 +37,24 @@ NATIVE = Extension(
     optional=True,
 )
 
+
+
+class BuildKernel(build_ext):
+    """The kernel has a plain C interface and is loaded as a library: nothing of Python is in it, nor in its name."""
+
+    def get_ext_filename(self, name):
+        return str(Path(*name.split(".")).with_suffix(".so"))
+
+
+COMMANDS = {"build_ext": BuildKernel}
+if bdist_wheel is not None:
+    class AnyPython(bdist_wheel):
+        """So one wheel of a machine's kind is for every Python."""
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+    COMMANDS["bdist_wheel"] = AnyPython
+
 setup(
     name="local-attention-mindspore",
     version=version(),
@@ -38,6 +65,7 @@ setup(
     keywords=["attention", "local attention", "sliding window", "transformer", "language model", "mindspore"],
     packages=find_packages(include=["local_attention", "local_attention.*"]),
     ext_modules=[NATIVE],
+    cmdclass=COMMANDS,
     python_requires=">=3.9,<3.13",
     # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
     install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2", "safetensors>=0.4"],

@@ -11,7 +11,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .backends import any_length, ascend, blocked, dense, native
-from .cells import Float32, Once
+from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
 
 BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length": any_length,
@@ -171,7 +171,14 @@ class _Run(Float32):
         return run(constants, q, k, v, tensors)
 
 
-_run = _Run()
+class _RunAsGiven(AsGiven):
+    """A backend's function as a Cell, for one that takes dtypes as they are."""
+
+    def construct(self, run, constants, q, k, v, tensors):
+        return run(constants, q, k, v, tensors)
+
+
+_run, _run_as_given = _Run(), _RunAsGiven()
 
 
 @lru_cache(maxsize=64)
@@ -236,7 +243,7 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
-        out, lse = run(constants, q, k, v, (mask, documents, bias, sinks, rel_pos_emb, seed))
+        out, lse = _run_as_given(run, constants, q, k, v, (mask, documents, bias, sinks, rel_pos_emb, seed))
     else:
         out, lse = _run(run, constants, q, k, v,
                         (mask, documents, _in_float32(bias), _in_float32(sinks), _in_float32(rel_pos_emb), seed))

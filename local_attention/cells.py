@@ -23,6 +23,14 @@ class Float32(nn.Cell):
         return super().add_flags(**flags)
 
 
+class AsGiven(nn.Cell):
+    """A Cell whose operators get what they are given, whatever `to_float` or `amp` casts around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed_precision_type = MixedPrecisionType.NOTSET
+
+
 class InFloat32(nn.Cell):
     """What `Float32` is, for Cells with a gradient of their own and inputs in float32: a graph casts nothing inside of
     them, and with `to_float` it would take their gradients for float32 where the model is not."""

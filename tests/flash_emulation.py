@@ -1,13 +1,15 @@
-"""`ops.flash_attention_score` of Ascend as its documentation has it, in plain operators, so that it runs on a CPU.
+"""Ascend's fused attention as its documentation has it, in plain operators, so that it runs on a CPU: MindSpore's
+function `ops.flash_attention_score`, the primitive under it with its statistics, and the primitive of its gradient.
 
 What the documentation forbids is an error here. A row that sees nothing is undefined there: here it is NaN.
 """
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-CALLS = []  # of the operator, in both modes: its arguments that are no tensors, and the query's shape
+CALLS = []  # in both modes: of each call its arguments that are no tensors, and shapes
+NO_LIMIT = 2147483647
 
 
 @constexpr
@@ -18,23 +20,31 @@ def _band(n_q, n_k, pre_tokens, next_tokens):
 
 
 @constexpr
-def _check(q, k, v, dtypes, heads, shift, mask, scalar_value, layout, mode, pre_tokens, next_tokens):
-    CALLS.append(dict(shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens,
-                      scale=scalar_value))
+def _check(name, q, k, v, dtypes, numbers, shift, mask):
+    heads, keep_prob, scale, pre_tokens, next_tokens, inner_precise, layout, mode = numbers
+    CALLS.append(dict(name=name, shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens,
+                      scale=scale, mask=mask))
     batch, n_heads, n_q, head_dim = q
     assert layout == "BNSD" and heads == n_heads and batch <= 2048 and heads <= 256
+    assert keep_prob == 1 and inner_precise == 0
     assert k == v == (batch, k[1], k[2], head_dim) and n_heads % k[1] == 0 and head_dim % 16 == 0 and head_dim <= 512
     assert set(map(str, dtypes[:3])) in ({"Float16"}, {"BFloat16"})
-    assert isinstance(scalar_value, float)
+    assert isinstance(scale, float)
     if shift is not None:
         assert shift in ((batch, n_heads, n_q, k[2]), (1, n_heads, n_q, k[2])) and dtypes[3] == dtypes[0]
     assert str(dtypes[4]) in ("Bool", "UInt8")
     if mode == 4:
-        assert mask == (2048, 2048) and 0 <= pre_tokens <= 2**31 - 1 and 0 <= next_tokens <= 2**31 - 1
+        assert mask == (2048, 2048) and 0 <= pre_tokens <= NO_LIMIT and 0 <= next_tokens <= NO_LIMIT
         assert next_tokens == 0 or pre_tokens + next_tokens < 2048  # what a field report calls wrong
     else:
-        assert mode == 0 and pre_tokens == next_tokens == 2**31 - 1
+        assert mode == 0 and pre_tokens == next_tokens == NO_LIMIT
         assert mask in ((batch, n_heads, n_q, k[2]), (batch, 1, n_q, k[2]), (n_q, k[2]))
+
+
+@constexpr
+def _check_grad(q, dy, softmax_max, softmax_sum, attention_in, dtypes):
+    assert dy == attention_in == q and softmax_max == softmax_sum == (*q[:3], 8)
+    assert str(dtypes[0]) == str(dtypes[1]) == str(dtypes[2]) and str(dtypes[3]) == str(dtypes[4]) == "Float32"
 
 
 @constexpr
@@ -42,22 +52,79 @@ def _compressed():
     return Tensor(np.triu(np.ones((2048, 2048), np.int32), 1))
 
 
-def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mask=None, padding_mask=None,
-                          attn_mask=None, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, keep_prob=1.0,
-                          scalar_value=1.0, pre_tokens=2147483647, next_tokens=2147483647, inner_precise=0,
-                          input_layout="BSH", sparse_mode=0):
+def _scores(name, numbers, query, key, value, real_shift, unused, attn_mask):
+    """Masked scores in float32, and k and v repeated."""
+    assert all(x is None for x in unused)
     dtypes = (query.dtype, key.dtype, value.dtype, None if real_shift is None else real_shift.dtype, attn_mask.dtype)
-    _check(query.shape, key.shape, value.shape, dtypes, head_num, None if real_shift is None else real_shift.shape,
-           attn_mask.shape, scalar_value, input_layout, sparse_mode, pre_tokens, next_tokens)
+    _check(name, query.shape, key.shape, value.shape, dtypes, numbers,
+           None if real_shift is None else real_shift.shape, attn_mask.shape)
+    _, _, scale, pre_tokens, next_tokens, _, _, mode = numbers
     share = query.shape[1] // key.shape[1]
     key, value = (ops.repeat_interleave(ops.cast(x, ms.float32), share, 1) for x in (key, value))
     scores = ops.matmul(ops.cast(query, ms.float32), key.swapaxes(2, 3))
     if real_shift is not None:
         scores = scores + ops.cast(real_shift, ms.float32)
-    scores = scores * scalar_value
+    scores = scores * scale
     hidden = ops.cast(attn_mask, ms.bool_)
-    if sparse_mode == 4:
+    if mode == 4:
         hidden = _band(query.shape[2], key.shape[2], pre_tokens, next_tokens)
         scores = ops.masked_fill(scores, (ops.cast(attn_mask, ms.int32) != _compressed()).any(), float("nan"))
-    weights = ops.softmax(ops.masked_fill(scores, hidden, float("-inf")), -1)
-    return ops.cast(ops.matmul(weights, value), query.dtype)
+    return ops.masked_fill(scores, hidden, float("-inf")), key, value
+
+
+def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mask=None, padding_mask=None,
+                          attn_mask=None, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, keep_prob=1.0,
+                          scalar_value=1.0, pre_tokens=2147483647, next_tokens=2147483647, inner_precise=0,
+                          input_layout="BSH", sparse_mode=0):
+    numbers = head_num, keep_prob, scalar_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode
+    unused = drop_mask, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen
+    scores, key, value = _scores("function", numbers, query, key, value, real_shift, unused, attn_mask)
+    return ops.cast(ops.matmul(ops.softmax(scores, -1), value), query.dtype)
+
+
+class FlashAttentionScore(nn.Cell):
+    """The primitive: `(softmax_max, softmax_sum, softmax_out, attention_out)`."""
+
+    def __init__(self, head_num, keep_prob=1.0, scale_value=1.0, pre_tokens=2147483647, next_tokens=2147483647,
+                 inner_precise=0, input_layout='BSH', sparse_mode=0):
+        super().__init__()
+        self.numbers = (head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout,
+                        sparse_mode)
+
+    def construct(self, query, key, value, real_shift=None, drop_mask=None, padding_mask=None, attn_mask=None,
+                  prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None):
+        unused = drop_mask, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen
+        scores, key, value = _scores("forward", self.numbers, query, key, value, real_shift, unused, attn_mask)
+        top = ops.amax(scores, -1, keepdims=True)
+        weights = ops.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        out = ops.cast(ops.matmul(weights / total, value), query.dtype)
+        return ops.tile(top, (1, 1, 1, 8)), ops.tile(total, (1, 1, 1, 8)), ops.zeros((), query.dtype), out
+
+
+class FlashAttentionScoreGrad(nn.Cell):
+    """The primitive of its gradient: `(dq, dk, dv, dpse)`, from the statistics and the output that it is handed."""
+
+    def __init__(self, head_num, keep_prob=1.0, scale_value=1.0, pre_tokens=65536, next_tokens=65536, inner_precise=1,
+                 input_layout='BSH', sparse_mode=0):
+        super().__init__()
+        self.numbers = (head_num, keep_prob, scale_value, pre_tokens, next_tokens, inner_precise, input_layout,
+                        sparse_mode)
+        self.scale = scale_value
+
+    def construct(self, query, key, value, dy, pse_shift=None, drop_mask=None, padding_mask=None, atten_mask=None,
+                  softmax_max=None, softmax_sum=None, softmax_in=None, attention_in=None, prefix=None,
+                  actual_seq_qlen=None, actual_seq_kvlen=None):
+        _check_grad(query.shape, dy.shape, softmax_max.shape, softmax_sum.shape, attention_in.shape,
+                    (query.dtype, dy.dtype, attention_in.dtype, softmax_max.dtype, softmax_sum.dtype))
+        unused = drop_mask, padding_mask, softmax_in, prefix, actual_seq_qlen, actual_seq_kvlen
+        dtype, kv_shape = query.dtype, key.shape
+        scores, key, value = _scores("backward", self.numbers, query, key, value, pse_shift, unused, atten_mask)
+        query, dy, out = ops.cast(query, ms.float32), ops.cast(dy, ms.float32), ops.cast(attention_in, ms.float32)
+        weights = ops.exp(scores - softmax_max[..., :1]) / softmax_sum[..., :1]
+        dscores = weights * (ops.matmul(dy, value.swapaxes(2, 3)) - (dy * out).sum(-1, keepdims=True)) * self.scale
+        dq = ops.matmul(dscores, key)
+        shared = (kv_shape[0], kv_shape[1], -1, *kv_shape[2:])
+        dk = ops.matmul(dscores.swapaxes(2, 3), query).reshape(shared).sum(2)
+        dv = ops.matmul(weights.swapaxes(2, 3), dy).reshape(shared).sum(2)
+        return ops.cast(dq, dtype), ops.cast(dk, dtype), ops.cast(dv, dtype), ops.zeros((), dtype)

@@ -2,18 +2,22 @@
 
 What this can show is that arguments and results are those of the operator's documentation. It was not run on Ascend.
 """
+import inspect
+
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
+from mindspore.ops import auto_generate
 
 import flash_emulation
 import oracle
-from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention
+from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention, windowed_attention
 from local_attention import attend as attend_module
 from calls import attend_to
 from local_attention.attend import Problem, choose
 from local_attention.backends import ascend
+from local_attention.backends.spans import document_bounds
 from local_attention.spec import NO_LIMIT, Scoring
 
 W, D, HEADS = 7, 10, 3
@@ -24,6 +28,8 @@ in_both_modes = pytest.mark.parametrize("mode", ["pynative", "graph"])
 def on_ascend(monkeypatch):
     """The operator emulated, its calls counted, and a device that says it is one of Ascend."""
     monkeypatch.setattr(ms.ops, "flash_attention_score", flash_emulation.flash_attention_score)
+    for primitive in ("FlashAttentionScore", "FlashAttentionScoreGrad"):
+        monkeypatch.setattr(ascend, primitive, getattr(flash_emulation, primitive))
     monkeypatch.setattr(ascend, "device", lambda: "Ascend")
     monkeypatch.setattr(ascend, "ROWS", 16)  # so that short sequences have several blocks
     attend_module._prepared.cache_clear()
@@ -35,7 +41,8 @@ def on_ascend(monkeypatch):
 class Case:
     """Inputs of batch 2 and 3 heads, in values that float16 holds, and what the oracle makes of them."""
 
-    def __init__(self, spec, n, offset=0, mask=False, bias=False, n_k=None, share=1):
+    def __init__(self, spec, n, offset=0, mask=False, bias=False, n_k=None, share=1, documents=False, sinks=False,
+                 lse=False):
         rng = np.random.default_rng(n)
         self.spec, self.options = spec, {"scale": 0.3, "offset": offset}
         n_k = n + offset if n_k is None else n_k
@@ -46,28 +53,49 @@ class Case:
             draw(groups, rows, D) for groups, rows in ((6, n), (6 // share, n_k), (6 // share, n_k), (6, n)))
         self.mask = rng.random((2, n_k)) > .4 if mask else None
         self.bias = draw(HEADS, W, spec.backward + W + spec.forward) if bias else None
+        self.ids = np.sort(rng.integers(-1, 4, (2, n_k)), 1).astype(np.int32) if documents else None
+        self.sinks, self.lse = draw(HEADS) if sinks else None, lse
+        self.dlse = draw(6, n) if lse else None
 
     def wanted(self):
-        out = oracle.attention(self.q, self.k, self.v, self.spec, key_mask=self.mask, bias=self.bias, dout=self.dout,
-                               **self.options)
-        return out[:4]
+        """The output, the log-sum-exp where it is asked for, and the gradients of q, k, v and sinks."""
+        options = dict(self.options, key_mask=self.mask, bias=self.bias, sinks=self.sinks, dout=self.dout,
+                       dlse=self.dlse)
+        if self.ids is None:
+            got = oracle.everything(self.q, self.k, self.v, self.spec, **options)
+        else:
+            options.pop("offset")
+            got = oracle.in_documents(self.q, self.k, self.v, self.spec, segment_ids=self.ids, **options)
+        names = ["out", *["lse"] * self.lse, "q", "k", "v", *["sinks"] * (self.sinks is not None)]
+        return [got[name] for name in names]
 
     def got(self, mode="pynative"):
         mask, bias = (None if x is None else Tensor(x) for x in (self.mask, self.bias))
-        dout, spec, options = Tensor(self.dout), self.spec, self.options
-
-        def forward(q, k, v):
-            out = attend_to(q, k, v, spec, key_mask=mask, bias=bias, bias_is_constant=True, backend="ascend", **options)
-            return (out.astype(ms.float32) * dout).sum(), out
-        step = ms.value_and_grad(forward, (0, 1, 2), has_aux=True)
+        dout, spec, options, with_lse = Tensor(self.dout), self.spec, self.options, self.lse
+        documents = None if self.ids is None else document_bounds(Tensor(self.ids))
+        dlse = None if self.dlse is None else Tensor(self.dlse)
         inputs = [Tensor(x).astype(ms.float16) for x in (self.q, self.k, self.v)]
+        if self.sinks is not None:
+            inputs.append(Tensor(self.sinks))
+
+        def forward(q, k, v, sinks=None):
+            out = attend_to(q, k, v, spec, key_mask=mask, bias=bias, bias_is_constant=True, backend="ascend",
+                            documents=documents, sinks=sinks, lse=with_lse, **options)
+            if not with_lse:
+                return (out.astype(ms.float32) * dout).sum(), out
+            there = ops.cast(out[1] > -1e30, ms.float32)
+            lse = ops.masked_fill(out[1], there == 0, 0.)
+            return (out[0].astype(ms.float32) * dout).sum() + (lse * dlse).sum(), out
+        step = ms.value_and_grad(forward, tuple(range(len(inputs))), has_aux=True)
         (_, out), grads = (ms.jit(step) if mode == "graph" else step)(*inputs)
-        assert out.dtype == ms.float16
-        return [x.astype(ms.float32).asnumpy() for x in (out, *grads)]
+        outs = out if with_lse else (out,)
+        assert outs[0].dtype == ms.float16 and all(x.dtype == ms.float32 for x in outs[1:])
+        return [x.astype(ms.float32).asnumpy() for x in (*outs, *grads)]
 
     def check(self, *arguments):
-        got = self.got(*arguments)
-        for a, b in zip(got, self.wanted()):
+        got, wanted = self.got(*arguments), self.wanted()
+        assert len(got) == len(wanted)
+        for a, b in zip(got, wanted):
             np.testing.assert_allclose(a, b, atol=8e-3, rtol=4e-3)  # float16 has 11 bits, and these sizes are up to 4
         assert all(np.abs(x).max() > 1e-2 for x in got)
 
@@ -95,14 +123,33 @@ FOLDED = {
     "windows": dict(spec=WindowSpec(W, W, 0, True), n=3 * W),
     "windows of no multiple": dict(spec=WindowSpec(W, W, W, False), n=23),
     "windows from the middle": dict(spec=WindowSpec(W, 2 * W, 0, True), n=11, offset=17),
-    "a key mask": dict(spec=WindowSpec(1, W, 2, False), n=61, mask=True),
     "a key mask and windows": dict(spec=WindowSpec(W, W, 0, True), n=61, mask=True),
-    "no limit and a key mask": dict(spec=WindowSpec(1, NO_LIMIT, NO_LIMIT, False), n=23, mask=True),
     "the query hidden": dict(spec=WindowSpec(1, 3, -1, False), n=23),
     "keys after the last query": dict(spec=WindowSpec(1, W, 2, False), n=5, offset=4, n_k=13),
     "a bias": dict(spec=WindowSpec(W, W, 0, True), n=61, bias=True),
     "a bias, a mask and an offset": dict(spec=WindowSpec(1, W, W, False), n=20, offset=9, bias=True, mask=True),
     "grouped heads, a bias and a mask": dict(spec=WindowSpec(W, W, 0, True), n=23, bias=True, mask=True, share=3),
+    "documents": dict(spec=WindowSpec(1, W, 0, True), n=61, documents=True),
+    "documents in windows": dict(spec=WindowSpec(W, W, W, False), n=61, documents=True, share=3),
+    "documents, a mask, an offset": dict(spec=WindowSpec(1, W, 3, False), n=20, offset=31, documents=True, mask=True),
+    "documents, sinks and their sums": dict(spec=WindowSpec(W, W, 0, True), n=61, documents=True, sinks=True, lse=True),
+    "documents with a prefix": dict(spec=WindowSpec(1, W, 0, True, 2), n=61, documents=True),
+    "sinks": dict(spec=WindowSpec(W, W, 0, True), n=23, sinks=True, share=3),
+    "sinks, a mask and a bias": dict(spec=WindowSpec(W, W, 0, True), n=23, sinks=True, mask=True, bias=True),
+    "sums": dict(spec=WindowSpec(W, W, 0, True), n=23, lse=True, mask=True),
+    "a prefix": dict(spec=WindowSpec(W, W, 0, True, 3), n=37, share=3),
+    "a prefix, a mask, sinks and sums": dict(spec=WindowSpec(W, W, 0, True, 3), n=37, mask=True, sinks=True, lse=True),
+}
+BANDED = {
+    "sinks": dict(n=23, sinks=True),
+    "sinks of grouped heads": dict(n=23, sinks=True, share=3),
+    "sums": dict(n=23, lse=True),
+    "sums of a few queries": dict(n=5, offset=18, lse=True, share=3),
+    "a prefix": dict(spec=WindowSpec(1, W, 0, True, 3), n=37),
+    "a key mask": dict(spec=WindowSpec(1, W, 2, False), n=61, mask=True),
+    "no limit and a key mask": dict(spec=WindowSpec(1, NO_LIMIT, NO_LIMIT, False), n=23, mask=True),
+    "a key mask and sinks": dict(n=61, mask=True, sinks=True),
+    "all of it": dict(spec=WindowSpec(1, W, 0, True, 3), n=37, mask=True, sinks=True, lse=True, share=3),
 }
 
 
@@ -117,6 +164,108 @@ def test_grouped_heads_are_handed_over_as_they_are(mode, on_ascend):
 def test_everything_else_is_blocks_under_a_mask(mode, name, on_ascend):
     Case(**FOLDED[name]).check(mode)
     assert {call["sparse_mode"] for call in on_ascend} == {0}
+
+
+@pytest.mark.parametrize("mode, name", [("pynative", name) for name in BANDED] +
+                         [("graph", name) for name in ("sinks", "all of it")])
+def test_a_band_with_what_comes_beside_it(mode, name, on_ascend):
+    case = Case(**{"spec": WindowSpec(1, W, 0, True), **BANDED[name]})
+    case.check(mode)
+    assert {call["sparse_mode"] for call in on_ascend} == {4}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_of_whole_rows_is_a_band(padding, on_ascend):
+    case = Case(WindowSpec(1, W, 0, True), 23, mask=True)
+    case.mask = np.arange(23) < np.array([[13], [23]])
+    if padding == "left":
+        case.mask = case.mask[:, ::-1].copy()
+    case.check()
+    assert {call["sparse_mode"] for call in on_ascend} == {4}
+
+
+def test_the_sinks_gradient_is_there_where_a_query_sees_nothing_else():
+    case = Case(WindowSpec(1, W, 0, True), 23, mask=True, sinks=True, lse=True)
+    case.mask[:, :12] = False
+    case.check()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1., 1e4])
+def test_gradients_of_a_log_sum_exp_are_not_rounded_to_16_bits(size, monkeypatch):
+    """Scores of which the whole gradient is that of the log-sum-exp; what 16 bits hold of it would be off by 2e-4."""
+    case = Case(WindowSpec(1, W, 0, True), 23, lse=True)
+    case.dlse, case.dout = np.float32(size) * case.dlse, 0 * case.dout
+    q, k, v = (Tensor(x).astype(ms.float16).reshape(2, 3, 23, D) for x in (case.q, case.k, case.v))
+    found = {}
+    backward = flash_emulation.FlashAttentionScoreGrad.construct
+
+    def kept(self, query, key, value, dy, *more):
+        found["sum"] = (dy.astype(ms.float32) * more[7].astype(ms.float32)).sum(-1)
+        return backward(self, query, key, value, dy, *more)
+    monkeypatch.setattr(flash_emulation.FlashAttentionScoreGrad, "construct", kept)
+
+    def forward(q):
+        _, lse = windowed_attention(q, k, v, case.spec, return_lse=True, backend="ascend")
+        return (lse.reshape(6, 23) * Tensor(case.dlse)).sum()
+    ms.grad(forward)(q)
+    np.testing.assert_allclose(-found["sum"].asnumpy().reshape(6, 23), case.dlse, rtol=2e-5, atol=1e-9)
+
+
+def parameters(function):
+    return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
+
+
+@pytest.mark.parametrize("name", ["FlashAttentionScore", "FlashAttentionScoreGrad"])
+def test_the_emulation_takes_what_the_installed_primitives_take(name):
+    """By name, in order, with the same defaults; and these can be made of what is handed to the emulation."""
+    real, emulated = getattr(auto_generate, name), getattr(flash_emulation, name)
+    assert parameters(real.__call__) == parameters(emulated.construct)
+    assert parameters(real.__init__)[1:] == parameters(emulated.__init__)[1:]
+    real(3, 1., .125, 7, 0, 0, "BNSD", 4)
+
+
+def test_the_emulation_takes_what_the_installed_function_takes():
+    from mindspore.ops.operations.manually_defined import flash_attention_score
+    assert parameters(flash_attention_score) == parameters(flash_emulation.flash_attention_score)
+
+
+def test_arguments_are_those_of_mindspores_own_calls(on_ascend):
+    """mindformers gives a window as a band: mode 4, counts to the left and right, the triangle of 2048, and k and v
+    unrepeated; MindSpore's own gradient and its ring attention hand the gradient primitive the forward pass's numbers.
+    """
+    Case(WindowSpec(1, 5, 3, False), 23, share=3, sinks=True).check()
+    forward, backward = on_ascend
+    assert (forward.pop("name"), backward.pop("name")) == ("forward", "backward")
+    assert forward == backward == dict(shape=(1, 6, 23, 16), key=(1, 2, 23, 16), sparse_mode=4, pre_tokens=5,
+                                       next_tokens=3, scale=0.3, mask=(2048, 2048))
+
+
+@in_both_modes
+def test_sinks_of_a_block_that_computes_in_float16(mode, on_ascend):
+    """Statistics stay in float32 where `to_float` casts everything else."""
+    block = LocalMHA(dim=12, window_size=W, dim_head=D, heads=4, kv_heads=2, causal=True, learned_sinks=True, prefix=2)
+    block.sinks.set_data(Tensor(np.array([.5, -1., 2., 0.], np.float32)))
+    x = Tensor(np.random.randn(2, 23, 12).astype(np.float32))
+    wanted, wanted_grads = step_of(block)(x)
+    block.to_float(ms.float16)
+    step = step_of(block)
+    out, grads = (ms.jit(step) if mode == "graph" else step)(x)
+    assert {call["name"] for call in on_ascend} == {"forward", "backward"}
+    for a, b in zip((out, *grads), (wanted, *wanted_grads)):
+        np.testing.assert_allclose(a.astype(ms.float32).asnumpy(), b.asnumpy(), atol=2e-2, rtol=2e-2)
+        assert np.abs(b.asnumpy()).max() > 1e-2
+
+
+def step_of(block):
+    def forward(x):
+        out = block(x)
+        return ops_square_sum(out), out
+    gradients = ms.value_and_grad(forward, None, block.trainable_params(), has_aux=True)
+
+    def step(x):
+        (_, out), grads = gradients(x)
+        return out, grads
+    return step
 
 
 @in_both_modes
@@ -230,11 +379,10 @@ REFUSED = [
     (dict(head_dim=513), "takes heads of at most 512 dimensions"),
     (dict(n_k=524289), "takes sequences of at most 524288 tokens"),
     (dict(groups=999, bias_shape=(333, 1, 1), bias_is_constant=True), "takes at most 256 heads"),
-    (dict(documents=2), "has no place for documents yet"),
-    (dict(sinks=3), "has no place for sinks yet"),
-    (dict(spec=WindowSpec(1, 7, 0, True, prefix=2)), "has no place for a prefix yet"),
-    (dict(scoring=Scoring(.1, softcap=5.)), "has no place for a softcap yet"),
-    (dict(lse=True), "has no place for the log-sum-exp yet"),
+    (dict(scoring=Scoring(.1, softcap=5.)), "caps no scores"),
+    (dict(head_dim=500, lse=True), "takes heads of at most 496 dimensions with these options"),
+    (dict(bias_shape=(3, 7, 14), bias_is_constant=True, documents=2),
+     "takes one bias for a whole batch, and in documents each row has its own"),
     (dict(groups=257 * 2048), "takes a batch of at most 2048, and this would be one of 2056"),
 ]
 

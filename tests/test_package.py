@@ -109,6 +109,10 @@ def setup_arguments(monkeypatch):
     fake = types.SimpleNamespace(setup=lambda **arguments: given.update(arguments),
                                  find_packages=lambda include: include, Extension=lambda name, **options: name)
     monkeypatch.setitem(sys.modules, "setuptools", fake)
+    tag = type("bdist_wheel", (), {"get_tag": lambda self: ("cp311", "cp311", "manylinux_2_27_x86_64")})
+    for command in (type("build_ext", (), {}), tag):
+        name = f"setuptools.command.{command.__name__}"
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**{command.__name__: command}))
     runpy.run_path(str(ROOT / "setup.py"))
     return given
 
@@ -119,6 +123,14 @@ def test_version(setup_arguments):
 
 def test_the_kernel_is_an_extension(setup_arguments):
     assert setup_arguments["ext_modules"] == ["local_attention.backends._native"]
+
+
+def test_the_kernel_is_of_no_python_version(setup_arguments):
+    """One wheel of a machine's kind is for every Python, and `native` looks for the name it is built with."""
+    commands = setup_arguments["cmdclass"]
+    built = commands["build_ext"]().get_ext_filename("local_attention.backends._native")
+    assert Path(built) == Path("local_attention", "backends", "_native.so")
+    assert commands["bdist_wheel"]().get_tag() == ("py3", "none", "manylinux_2_27_x86_64")
 
 
 def test_requirements(setup_arguments):

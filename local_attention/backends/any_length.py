@@ -9,8 +9,8 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from .dropout import keep_factors, seeded_rows
-from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, repeated, softened, spans,
-                    without_padding)
+from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
+                    softened, without_padding)
 
 ROWS = 128  # queries in a block, at least
 WIDEST = 2**16  # of a block's keys; a span that reaches farther takes all keys in one block
@@ -34,16 +34,12 @@ def why_not(problem):
 def layout(problem):
     """How many queries a block has, the first of its keys counted from its first query, how many keys, and of what its
     start is a multiple; None where all keys are in one block."""
-    spec = problem.spec
-    backward, forward, unit = spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
-    if problem.documents != 0:  # windows start anew with each, anywhere
-        backward, unit = backward + spec.bucket - 1, 1
-        forward = 0 if spec.causal else forward + spec.bucket - 1
+    backward, forward, unit = reach(problem)
     if problem.n_k is not None:
         backward, forward = min(backward, problem.n_k), min(forward, problem.n_k)
     if backward + forward > WIDEST:
         return None
-    rows = unit * max(1, max(ROWS, (backward + spec.bucket + forward) // 2) // unit)
+    rows = unit * max(1, max(ROWS, (backward + problem.spec.bucket + forward) // 2) // unit)
     return rows, -backward, rows + backward + forward, unit
 
 
@@ -100,8 +96,7 @@ def run(constants, q, k, v, tensors):
     if documents is not None:
         first, last = bounds_of(documents, ops.clamp(positions, 0, n_k - 1).reshape(-1))
         first, last = first.reshape(-1, blocks, rows), last.reshape(-1, blocks, rows)
-    low, high = spans(spec, positions[None], first, last)
-    seen = ops.logical_and(places[None, :, None] >= low[..., None], places[None, :, None] <= high[..., None])
+    seen = in_span(spec, positions[None], places[None, :, None], first, last)
     if mask is not None:
         seen = ops.logical_and(seen, ops.gather(mask, key_index, 1).reshape(-1, blocks, 1, width))
     seen = ops.cast(seen, ms.float32)  # (batch, blocks, rows, width)

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from ..plan import make_plan
 from . import any_length
-from .spans import HIDDEN, SELF_SCORE, finished, repeated, tanh
+from .spans import HIDDEN, SELF_SCORE, finished, repeated, sees_something, tanh
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
@@ -107,7 +107,8 @@ def run(constants, q, k, v, tensors):
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None
     if mask is not None:
-        seen = repeated(_sees_something(blocks, mask), problem.groups)
+        seen = sees_something(mask, blocks.first, blocks.after)
+        seen = repeated(ops.cast(seen, ms.float32), problem.groups)
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
     if seen is not None:
@@ -124,14 +125,6 @@ def run(constants, q, k, v, tensors):
 def _swap(x, outer, inner):
     """From groups in the order (outer, inner, ...) to groups in the order (inner, outer, ...)."""
     return x.reshape(outer, inner, -1).swapaxes(0, 1).reshape(x.shape)
-
-
-def _sees_something(blocks, mask):
-    """1. for a query whose span holds a real key, else 0.: float32 `(batch, n_q)`."""
-    count = ops.cumsum(ops.cast(mask, ms.float32), 1)
-    count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
-    seen = ops.sub(_gather(count, blocks.after, 1), _gather(count, blocks.first, 1))
-    return ops.cast(seen > 0, ms.float32)
 
 
 class Step(NamedTuple):

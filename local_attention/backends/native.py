@@ -7,7 +7,6 @@ import ctypes
 import os
 import sys
 from functools import cache, lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import mindspore as ms
@@ -32,9 +31,8 @@ wanted = [None]  # the backend that `use_backend` asks for: layers beside attent
 @cache
 def library():
     """The built kernel: its path, or None, and why it is of no use, or None."""
-    built = (Path(__file__).with_name("_native" + suffix) for suffix in EXTENSION_SUFFIXES)
-    path = next((str(path) for path in built if path.is_file()), None)
-    if path is None:
+    path = str(Path(__file__).with_name("_native.so"))
+    if not os.path.isfile(path):
         return None, "was not built: that takes a C++ compiler where the package is installed"
     try:
         stale = ctypes.CDLL(path).attention_interface() != INTERFACE

@@ -12,6 +12,7 @@ from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 HIDDEN = -1e30  # a score that no softmax row with a visible key can see
 SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
+_maximum, _minimum = ops.Maximum(), ops.Minimum()
 FAR = 2**30  # farther than any key, and a sum of two is still an int32
 
 
@@ -50,6 +51,21 @@ def spans(spec, positions, first, last):
     return low, ops.minimum(high, positions) if spec.causal else high
 
 
+def in_span(spec, positions, keys, first, last):
+    """Whether keys are in the span of queries at positions `(..., rows)`; keys broadcast to `(..., rows, width)`."""
+    low, high = spans(spec, positions, first, last)
+    return ops.logical_and(keys >= low[..., None], keys <= high[..., None])
+
+
+def reach(problem):
+    """How many keys before a block of queries and after it these see, and of what the block's start is a multiple: in
+    documents, whose windows start anew anywhere, of nothing."""
+    spec = problem.spec
+    if problem.documents == 0:
+        return spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
+    return spec.backward + spec.bucket - 1, 0 if spec.causal else spec.forward + spec.bucket - 1, 1
+
+
 def in_prefix(spec, positions, keys, first, last):
     """Whether keys are in the prefix of the document of a query at a position."""
     end = ops.minimum(first + (min(spec.prefix, FAR) - 1), last)
@@ -76,14 +92,24 @@ def merge_masks(mask, other):
     return other if mask is None else ops.logical_and(mask, other)
 
 
+def sees_something(mask, first, after):
+    """Whether there is a real key from each query's first one on to before another: bool `(batch, n_q)`."""
+    count = ops.cumsum(ops.cast(mask, ms.float32), 1)
+    count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
+    return ops.gather(count, after, 1) > ops.gather(count, first, 1)
+
+
 def repeated(x, groups):
     """From `(batch, n)` to `(groups, n, 1)`."""
     return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
 
 
 def tanh(x):
-    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
-    grown = ops.expm1(2. * ops.clamp(x, -10., 10.))  # beyond which tanh is 1 in float32
+    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6.
+
+    Not by `ops.clamp`: a graph in which both a Cell and its bprop call that has no gradient to be returned with values.
+    """
+    grown = ops.expm1(2. * _maximum(_minimum(x, 10.), -10.))  # beyond which tanh is 1 in float32
     return grown / (grown + 2.)
 
 
@@ -131,9 +157,14 @@ def merged(outs, lses):
 def finished(problem, q, k, v, out, lse, tensors):
     """What attention to spans, `out (g, n_q, d)` and its `lse (g, n_q)`, is with the prefix and the sinks."""
     if problem.spec.prefix > 0:
-        more, more_lse = _prefix(problem, q, k, v, tensors)
-        out, lse = merged((out, more), (lse, more_lse))
+        out, lse = with_prefix(problem, q, k, v, out, lse, tensors)
     return (out, lse) if tensors[3] is None else with_sinks(problem, out, lse, tensors[3])
+
+
+def with_prefix(problem, q, k, v, out, lse, tensors):
+    """The same with what of the prefix no span holds."""
+    more, more_lse = _prefix(problem, q, k, v, tensors)
+    return merged((out, more), (lse, more_lse))
 
 
 def with_sinks(problem, out, lse, sinks):

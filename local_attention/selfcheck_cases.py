@@ -1,0 +1,104 @@
+"""What `local_attention.selfcheck` checks: calls, and what they give by a definition in float64.
+
+It stands beside the tests' own definition, which goes by one query at a time, since tests are not installed.
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from local_attention import WindowSpec
+
+BATCH, HEADS, N, D = 2, 4, 37, 16
+
+
+@dataclass
+class Case:
+    """A call of `windowed_attention`: arrays, in values that bfloat16 all but holds, and numbers."""
+    name: str
+    spec: WindowSpec
+    kv_heads: int = HEADS
+    n_q: int = N
+    mask: bool = False
+    documents: bool = False
+    bias: bool = False
+    sinks: bool = False
+    lse: bool = False
+    more: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        rng = np.random.default_rng(len(self.name))
+
+        def draw(*shape):
+            return np.round(rng.standard_normal(shape) * 32).astype(np.float32) / 32
+        key_shape, period = (BATCH, self.kv_heads, N, D), self.spec.bucket
+        self.floats = dict(q=draw(BATCH, HEADS, self.n_q, D), k=draw(*key_shape), v=draw(*key_shape))
+        if self.bias:
+            self.floats["attn_bias"] = draw(HEADS, period, self.spec.backward + period + self.spec.forward)
+        if self.sinks:
+            self.floats["sinks"] = draw(HEADS)
+        self.dout, self.dlse = draw(BATCH, HEADS, self.n_q, D), draw(BATCH, HEADS, self.n_q) * self.lse
+        self.given = {}
+        if self.mask:
+            self.given["mask"] = rng.random((BATCH, N)) > .3
+        if self.documents:
+            self.given["segment_ids"] = np.sort(rng.integers(-1, 3, (BATCH, N)), 1).astype(np.int32)
+
+
+CASES = (
+    Case("a window that moves", WindowSpec(1, 7, 0, True)),
+    Case("windows, one back", WindowSpec(8, 8, 0, True), kv_heads=2),
+    Case("both sides, a key mask", WindowSpec(1, 5, 3, False), mask=True, lse=True),
+    Case("new queries of a cache", WindowSpec(1, 7, 0, True), n_q=3, kv_heads=1, sinks=True),
+    Case("documents", WindowSpec(8, 8, 8, False), documents=True),
+    Case("a bias", WindowSpec(8, 8, 0, True), bias=True),
+    Case("sinks, capped scores", WindowSpec(1, 11, 0, True), sinks=True, more=dict(softcap=2., scale=.5)),
+    Case("a prefix, sinks, sums", WindowSpec(1, 7, 0, True, 3), kv_heads=2, mask=True, sinks=True, lse=True),
+)
+DROPOUT = Case("dropout", WindowSpec(8, 8, 0, True), more=dict(dropout_rate=.3, seed=5))
+
+
+def reference(case):
+    """In float64, from `WindowSpec.visible` and the order in which a score is made: output, sums, gradients."""
+    q, k, v = (case.floats[name].astype(np.float64) for name in "qkv")
+    share, offset, spec = HEADS // case.kv_heads, N - case.n_q, case.spec
+    k, v = k.repeat(share, 1), v.repeat(share, 1)
+    seen, entry = np.zeros((BATCH, N, N), bool), np.zeros((BATCH, N, N), int)
+    for row in range(BATCH):
+        ids = case.given["segment_ids"][row] if case.documents else np.zeros(N, int)
+        edges = [0, *np.flatnonzero(np.diff(ids)) + 1, N]
+        for start, end in zip(edges[:-1], edges[1:]):  # in each document positions count from its start
+            place, document = np.arange(end - start), np.s_[row, start:end, start:end]
+            seen[document] = spec.visible(place, place) & (ids[start] >= 0)
+            start_of_bucket = place // spec.bucket * spec.bucket
+            columns = spec.backward + spec.bucket + spec.forward
+            column = np.clip(place - (start_of_bucket - spec.backward)[:, None], 0, columns - 1)
+            entry[document] = (place % spec.bucket)[:, None] * columns + column
+    seen &= case.given.get("mask", np.ones((BATCH, N), bool))[:, None]
+    seen, entry = seen[:, None, offset:], entry[:, offset:]
+    scale, softcap = case.more.get("scale", D ** -0.5), case.more.get("softcap")
+    scores, slope = scale * q @ k.swapaxes(2, 3), 1.
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+        slope = 1 - (scores / softcap) ** 2
+    if case.bias:
+        scores = scores + case.floats["attn_bias"].astype(np.float64).reshape(HEADS, -1)[:, entry].swapaxes(0, 1)
+    weights = np.exp(scores) * seen  # scores are small here
+    of_sink = np.exp(case.floats["sinks"].astype(np.float64))[:, None] if case.sinks else np.zeros((HEADS, 1))
+    total = weights.sum(-1) + of_sink
+    with np.errstate(divide="ignore"):
+        lse, total = np.log(total), np.where(total == 0, 1, total)
+    weights, of_sink = weights / total[..., None], of_sink / total
+    dweights = case.dout @ v.swapaxes(2, 3)
+    along = (weights * dweights).sum(-1)
+    dscores = weights * (dweights + (case.dlse - along)[..., None])
+    dproducts = dscores * slope * scale
+    grads = dict(q=dproducts @ k, k=dproducts.swapaxes(2, 3) @ q, v=weights.swapaxes(2, 3) @ case.dout)
+    for name in "kv":
+        grads[name] = grads[name].reshape(BATCH, -1, share, N, D).sum(2)
+    if case.bias:
+        grads["attn_bias"] = np.zeros(case.floats["attn_bias"].shape)
+        for head in range(HEADS):
+            np.add.at(grads["attn_bias"][head].reshape(-1), entry, dscores[:, head])
+    if case.sinks:
+        grads["sinks"] = (of_sink * (case.dlse - along)).sum((0, 2))
+    return [weights @ v, *[lse] * case.lse, *grads.values()]
