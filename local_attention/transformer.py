@@ -154,7 +154,8 @@ def _within(segment_ids, labels, ignore_index):
     """Labels, of the last `n - 1` of n tokens, that are left out where they are of another document or padding."""
     after, before = segment_ids[:, 1:], segment_ids[:, :-1]
     outside = ops.logical_or(after != before, after < 0)
-    return ops.masked_fill(ops.cast(labels, ms.int32), outside, ignore_index)
+    labels, outside = ops.cast(labels, ms.int32), ops.cast(outside, ms.int32)
+    return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU fills no int32 under a mask
 
 
 def _given_back(x, out, beta):
@@ -344,7 +345,7 @@ class LocalTransformer(nn.Cell):
         labels = None
         if return_loss and self.group is None:
             x, labels = x[:, :-1], x[:, 1:]
-            mask = None if mask is None else mask[:, :-1]
+            mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as numbers
             if segment_ids is not None:
                 labels = _within(segment_ids, labels, self.ignore_index)
                 segment_ids = segment_ids[:, :-1]

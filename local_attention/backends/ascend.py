@@ -153,12 +153,12 @@ def run(constants, q, k, v, tensors):
             scalar_value=scale, pre_tokens=tokens[0], next_tokens=tokens[1], input_layout="BNSD", sparse_mode=4)
         return out.reshape(q.shape)[..., :problem.head_dim], None
     blocks, rows, width = mask.shape
-    mask = mask[:, None]
+    mask = ops.expand_dims(mask, 1)  # no slice: the device has none of bool
     if key_mask is not None:
         real = ops.gather(key_mask, keys, 1).reshape(problem.batch, blocks, 1, width).swapaxes(0, 1)
         mask = ops.logical_or(mask, ops.logical_not(real))
     alike = problem.groups // heads // mask.shape[1]
-    mask = ops.tile(mask[:, :, None], (1, 1, alike, 1, 1)).reshape(-1, 1, rows, width)
+    mask = ops.tile(ops.expand_dims(mask, 2), (1, 1, alike, 1, 1)).reshape(-1, 1, rows, width)
     nothing = mask.all(-1, True)
     if bias is not None:
         bias = ops.cast(bias, dtype).reshape(1, heads, rows, width)
