@@ -341,6 +341,7 @@ class LocalTransformer(nn.Cell):
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
+            attn_bias = None if isinstance(attn_bias, tuple) else attn_bias
             x = x[:, seen:]
         labels = None
         if return_loss and self.group is None:
@@ -374,7 +375,9 @@ class LocalTransformer(nn.Cell):
             x = self.to_logits(x)
         if return_loss:
             return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
-        return (x, (layers, attn_bias, n)) if return_cache else x
+        if not return_cache:
+            return x
+        return x, (layers, () if attn_bias is None else attn_bias, n)  # on Ascend no None leaves a graph
 
     def _through_layers(self, x, mask, attn_bias, layers, return_cache, segment_ids=None):
         """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
