@@ -5,6 +5,7 @@ Every rule raises before anything is computed, in one form: whose argument it is
 import inspect
 import numbers
 
+import mindspore as ms
 from mindspore import Tensor
 
 FLOATS = ("Float32", "Float16", "BFloat16")
@@ -98,9 +99,12 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
     """A tensor, as `described`, of one of some dtypes and, where given, of a shape; returns the shape."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], tuple)):
         raise type_error(owner, name, "a Tensor", got)
-    if dtype_name(got[1]) not in dtypes:
-        raise TypeError(f"For '{owner}', '{name}' must be a Tensor of {' or '.join(d.lower() for d in dtypes)}, "
-                        f"but got {dtype_name(got[1]).lower()}.")
+    dtype, where = dtype_name(got[1]), ""
+    if dtype == "BFloat16" and ms.get_context("device_target") == "GPU":
+        dtypes, where = [known for known in dtypes if known != dtype], " on GPU, where MindSpore has no bfloat16"
+    if dtype not in dtypes:
+        raise TypeError(f"For '{owner}', '{name}' must be a Tensor of {' or '.join(d.lower() for d in dtypes)}{where}, "
+                        f"but got {dtype.lower()}.")
     if shape is not None and got[0] != shape:
         raise value_error(owner, name, rule or f"of shape {shape}", got[0])
     return got[0]

@@ -293,6 +293,7 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
                     begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, None, 0
                 logits, (layers, attn_bias, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
                 logits, step = as_array(logits)[rows, ends - 1], model.steps.after(model, layers)
+                attn_bias = None if isinstance(attn_bias, tuple) else attn_bias
                 flat = [x for layer in layers[len(model.layers):] for x in layer]
             tokens[rows, ends] = sample(logits, temperature, filter_thres)
             if callback is not None:

@@ -51,9 +51,10 @@ def sequence_group(owner, sequence_parallel):
     if sequence_parallel is False:
         return None
     group = group_of(owner, "sequence_parallel", sequence_parallel)
-    for first in sorted((group.rank - 1, group.rank), key=lambda first: first % 2):
-        if 0 <= first < group.size - 1:
-            _pair(group.name, first)
+    if _platform() is _PairSums:  # by all ranks in one order, here and not in the middle of a first call
+        for first in sorted((group.rank - 1, group.rank), key=lambda first: first % 2):
+            if 0 <= first < group.size - 1:
+                _pair(group.name, first)
     return group
 
 
@@ -129,17 +130,17 @@ class _AllToAll(nn.Cell):
         if group.rank < group.size - 1:
             sent[group.rank + 1], received[group.rank + 1] = down, up
         self.sent, self.received = tuple(sent), tuple(received)
+        self.count, self.some_come = sum(sent), sum(received) > 0  # on Ascend no graph with a bprop in it sums a tuple
         self.start = 0 if group.rank > 0 else up  # what would go to a rank that is not there is not sent
         self.missing_before, self.missing_after = down - group.before(down), up - group.after(up)
         self.all_to_all = ops.AlltoAllV(group=group.name)
         self.slice, self.concat = ops.Slice(), ops.Concat(0)
 
     def construct(self, mine):
-        count = sum(self.sent)
-        if 0 < count < mine.shape[0]:
-            mine = self.slice(mine, (self.start,), (count,))
+        if 0 < self.count < mine.shape[0]:
+            mine = self.slice(mine, (self.start,), (self.count,))
         received = self.all_to_all(mine, self.sent, self.received)
-        if sum(self.received) == 0:
+        if not self.some_come:
             return ops.depend(mine, received)
         if self.missing_before > 0:
             received = self.concat((ops.zeros((self.missing_before,), mine.dtype), received))
@@ -148,14 +149,17 @@ class _AllToAll(nn.Cell):
         return received
 
 
+def _platform():
+    return _AllToAll if ms.get_context("device_target") == "Ascend" else _PairSums
+
+
 def exchange(group, up, down):
     """A Cell from what goes to the neighbours to what comes from them, flat and of one length on every rank.
 
     Its input is `up` elements for the previous rank and `down` for the next one, its output `down` elements of the
     previous rank and `up` of the next one. What concerns a rank that does not exist is not to be read.
     """
-    platform = _AllToAll if ms.get_context("device_target") == "Ascend" else _PairSums
-    return platform(group, up, down)
+    return _platform()(group, up, down)
 
 
 # ---- the halo

@@ -154,7 +154,8 @@ def _within(segment_ids, labels, ignore_index):
     """Labels, of the last `n - 1` of n tokens, that are left out where they are of another document or padding."""
     after, before = segment_ids[:, 1:], segment_ids[:, :-1]
     outside = ops.logical_or(after != before, after < 0)
-    return ops.masked_fill(ops.cast(labels, ms.int32), outside, ignore_index)
+    labels, outside = ops.cast(labels, ms.int32), ops.cast(outside, ms.int32)
+    return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU fills no int32 under a mask
 
 
 def _given_back(x, out, beta):
@@ -340,11 +341,12 @@ class LocalTransformer(nn.Cell):
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
+            attn_bias = None if isinstance(attn_bias, tuple) else attn_bias
             x = x[:, seen:]
         labels = None
         if return_loss and self.group is None:
             x, labels = x[:, :-1], x[:, 1:]
-            mask = None if mask is None else mask[:, :-1]
+            mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as numbers
             if segment_ids is not None:
                 labels = _within(segment_ids, labels, self.ignore_index)
                 segment_ids = segment_ids[:, :-1]
@@ -373,7 +375,9 @@ class LocalTransformer(nn.Cell):
             x = self.to_logits(x)
         if return_loss:
             return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
-        return (x, (layers, attn_bias, n)) if return_cache else x
+        if not return_cache:
+            return x
+        return x, (layers, () if attn_bias is None else attn_bias, n)  # on Ascend no None leaves a graph
 
     def _through_layers(self, x, mask, attn_bias, layers, return_cache, segment_ids=None):
         """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of

@@ -1,9 +1,10 @@
 """Blocks of queries against the keys they can see, in MindSpore's own operators: CPU, GPU and Ascend.
 
 Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes the
-weights of each block again. On CPU, broadcasts are slow and matrix products are not, so two things travel inside the
-products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient of
-softmax subtracts are one more entry of `dout`, met by a 1 in every value.
+weights of each block again. On CPU, broadcasts are slow and matrix products are not, so there two things travel inside
+the products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient
+of softmax subtracts are one more entry of `dout`, met by a 1 in every value. GPU and Ascend broadcast at little cost
+and want dimensions that are multiples of 16: there both are added (`broadcasts`).
 """
 from dataclasses import replace
 from typing import NamedTuple, Optional
@@ -27,7 +28,6 @@ _bmm_transpose_b = ops.BatchMatMul(transpose_b=True)
 _matmul = ops.MatMul()
 _matmul_transpose_a = ops.MatMul(transpose_a=True)
 _matmul_transpose_b = ops.MatMul(transpose_b=True)
-_bias_add = ops.BiasAdd()
 _softmax = ops.Softmax(-1)
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
@@ -38,6 +38,11 @@ _concat = ops.Concat(-1)
 def why_not(problem):
     """Why it cannot run a problem, None where it can."""
     return "plans blocks by lengths, which a graph does not know here" if problem.any_length else None
+
+
+def broadcasts():
+    """Whether adding a row to each, or a number to each of a row, costs little."""
+    return ms.get_context("device_target") != "CPU"
 
 
 def key_heads(problem):
@@ -84,25 +89,29 @@ def run(constants, q, k, v, tensors):
     if blocks is None:
         return any_length.run(without_plan, q, k, v, tensors)
     mask, _, bias, _, rel_pos_emb, seed = tensors
-    tiles, emb = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32)
+    tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
     if mask is not None:  # masked keys read as zeros, whatever they hold, and carry a score that hides them
         hidden = repeated(ops.logical_not(mask), k.shape[0])
         k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
-        v = block_v
-        block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
-        block_k = ops.cat((k, ops.mul(ops.cast(hidden, ms.float32), HIDDEN)), -1)
-        emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
+        v, block_k = block_v, k
+        veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
+        if not blocks.broadcasts:
+            block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
+            block_k = ops.cat((k, veil), -1)
+            emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
     by_head = key_heads(problem)
     if bias is not None:
         bias = _gather(bias.reshape(problem.heads, -1), blocks.bias_index, 1)
-        tiles = _bias_add(bias, tiles.reshape(-1))
+        tiles = blocks.plus_row(bias, tiles.reshape(-1))
         outer = k.shape[0] // by_head
         block_q, block_k = _swap(block_q, outer, by_head), _swap(block_k, outer, by_head)
         block_v = _swap(block_v, outer, by_head)
-    out, lse = blocks(block_q, block_k, block_v, tiles, emb, ops.zeros((1,), ms.int32) if seed is None else seed)
+        if blocks.masked:
+            veil = _swap(veil, outer, by_head)
+    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None
@@ -149,7 +158,8 @@ class Blocks(nn.Cell):
         self.problem, self.share, self.heads = problem, problem.share, key_heads(problem)
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
         self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
-        self.masked = problem.batch > 0
+        self.masked, self.broadcasts = problem.batch > 0, broadcasts()
+        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # one row to each
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
@@ -193,7 +203,7 @@ class Blocks(nn.Cell):
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
-    def construct(self, q, k, v, tiles, emb, seed):
+    def construct(self, q, k, v, tiles, emb, veil, seed):
         outs, lses = [], []
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
@@ -201,7 +211,7 @@ class Blocks(nn.Cell):
             out, lse = [], []
             for step in self.steps:
                 query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
-                scores, _ = self._scores(step, query, key, tile[step.run], emb)
+                scores, _ = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 if self.with_lse:
                     lse.append(self._rows_back(_largest(scores) - ops.log(_largest(weights)), step))
@@ -213,13 +223,14 @@ class Blocks(nn.Cell):
                 lses.append(self._in_order(lse))
         return _cat(outs, 0), _cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
 
-    def bprop(self, q, k, v, tiles, emb, seed, out, dout):
+    def bprop(self, q, k, v, tiles, emb, veil, seed, out, dout):
         problem = self.problem
         out, dout, dlse = out[0], dout[0], dout[1]
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
         if self.with_lse:
             row_sums = ops.add(row_sums, dlse)
-        dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
+        if not self.broadcasts:
+            dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
         dqs, dks, dvs, dtiles = [], [], [], []
         demb = ops.zeros(emb.shape, ms.float32)
         for part in range(self.parts):
@@ -230,18 +241,21 @@ class Blocks(nn.Cell):
             for step in self.steps:
                 query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
                 grad, value = self._queries(part_dout, step), _take(part_v, step.keys, step.width)
-                scores, slope = self._scores(step, query, key, tile[step.run], emb)
+                scores, slope = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
-                if self.dropout > 0:
-                    keep = self._keep(step, rows)
+                keep = self._keep(step, rows) if self.dropout > 0 else None
+                if self.broadcasts:
+                    sums = self._queries(self._part(row_sums, part, self.share), step)
+                    dweights = ops.add(dweights if keep is None else ops.mul(keep, dweights), sums)
+                elif keep is not None:
                     only_sums = ops.cat((ops.zeros(value.shape[:-1] + (out.shape[-1],), ms.float32),
                                          ops.ones(value.shape[:-1] + (1,), ms.float32)), -1)
                     sums = _bmm_transpose_b(grad, only_sums)
-                    dscores = ops.mul(weights, ops.add(ops.mul(keep, ops.sub(dweights, sums)), sums))
+                    dweights = ops.add(ops.mul(keep, ops.sub(dweights, sums)), sums)
+                dscores = ops.mul(weights, dweights)
+                if keep is not None:
                     weights = ops.mul(weights, keep)
-                else:
-                    dscores = ops.mul(weights, dweights)
                 dproducts = dscores if self.softcap is None else ops.mul(dscores, slope)
                 dquery = _bmm(dproducts, key)
                 if problem.by_offset:
@@ -259,26 +273,35 @@ class Blocks(nn.Cell):
             dks.append(self._scattered(dk))
             dvs.append(self._scattered(dv))
             dtiles.append(dtile)
-        return _cat(dqs, 0), _cat(dks, 0), _cat(dvs, 0)[..., :-1], self._tiles_grad(tiles, dtiles), demb, seed
+        dv = _cat(dvs, 0)
+        return (_cat(dqs, 0), _cat(dks, 0), dv if self.broadcasts else dv[..., :-1], self._tiles_grad(tiles, dtiles),
+                demb, veil, seed)
 
-    def _scores(self, step, query, key, tile, emb):
+    def _veil(self, veil, part, step):
+        """What hides masked keys of a step's blocks, `(blocks, 1, width)`, where it is added to scores."""
+        if not (self.masked and self.broadcasts):
+            return None
+        return _take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
+
+    def _scores(self, step, query, key, tile, emb, veil):
         """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
         slope = None
         if self.softcap is None:
             scores = _bmm_transpose_b(query, key)
-        elif self.masked:  # what hides a key is not capped
+        elif self.masked and not self.broadcasts:  # what hides a key is not capped
             d = self.problem.head_dim
-            share = tanh(ops.div(_bmm_transpose_b(query[..., :d], key[..., :d]), self.softcap))
+            share = tanh(ops.mul(_bmm_transpose_b(query[..., :d], key[..., :d]), 1 / self.softcap))
             slope = ops.sub(1., ops.square(share))
             scores = ops.add(ops.mul(share, self.softcap), _bmm_transpose_b(query[..., d:], key[..., d:]))
         else:
-            share = tanh(ops.div(_bmm_transpose_b(query, key), self.softcap))
+            share = tanh(ops.mul(_bmm_transpose_b(query, key), 1 / self.softcap))
             slope, scores = ops.sub(1., ops.square(share)), ops.mul(share, self.softcap)
         if self.problem.by_offset:
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
             by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
             scores = ops.add(scores, by_offset.reshape(scores.shape))
-        return _bias_add(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape), slope
+        scores = self.plus_row(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape)
+        return scores if veil is None else ops.add(scores, veil), slope
 
     def _by_head(self, x, step):
         """Rows of heads that share a key head as those of blocks of their own."""

@@ -7,6 +7,9 @@ seed, whatever blocks they work in. A 32-bit hash of counters; `x * (2x + 1)` is
 import mindspore as ms
 import numpy as np
 from mindspore import ops
+from mindspore.ops import constexpr
+
+from ..cells import Float32
 
 
 def row_hash(groups, queries):
@@ -40,5 +43,21 @@ def keep_factors(rows, columns, rate):
 
 def _scramble(x):
     x = ops.mul(x, ops.add(ops.add(x, x), 1))
-    x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, 16))
+    x = ops.bitwise_xor(x, _high_half(x) if _without_shift() else ops.bitwise_right_shift(x, 16))
     return ops.mul(x, ops.add(ops.add(x, x), 1))
+
+
+@constexpr
+def _without_shift():
+    """Whether shifts are slow: on Ascend they are the work of its few scalar cores."""
+    return ms.get_context("device_target") == "Ascend"
+
+
+class _HighHalf(Float32):
+    """`x >> 16` of int32 without a shift: float32 holds what the high half is exactly."""
+
+    def construct(self, x):
+        return ops.cast(ops.mul(ops.cast(ops.bitwise_and(x, -2**16), ms.float32), 2.**-16), ms.int32)
+
+
+_high_half = _HighHalf()

@@ -12,8 +12,9 @@ from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 HIDDEN = -1e30  # a score that no softmax row with a visible key can see
 SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
-_maximum, _minimum = ops.Maximum(), ops.Minimum()
 FAR = 2**30  # farther than any key, and a sum of two is still an int32
+
+_real_div = ops.RealDiv()
 
 
 def document_bounds(segment_ids):
@@ -82,10 +83,13 @@ def bias_entries(problem, positions, keys, first):
 
 def without_padding(q, mask, documents, offset):
     """Queries that are padding as zeros, whatever they hold, and a mask that hides padding too."""
-    real = documents[..., 0] <= documents[..., 1]
-    queries = real[:, offset:offset + q.shape[1]]
-    q = ops.masked_fill(q, repeated(ops.logical_not(queries), q.shape[0]), 0.)
-    return q, merge_masks(mask, real)
+    queries = documents[:, offset:offset + q.shape[1]]  # bounds are cut, as Ascend slices no bool
+    q = ops.masked_fill(q, repeated(ops.logical_not(_real(queries)), q.shape[0]), 0.)
+    return q, merge_masks(mask, _real(documents))
+
+
+def _real(documents):
+    return documents[..., 0] <= documents[..., 1]
 
 
 def merge_masks(mask, other):
@@ -101,16 +105,14 @@ def sees_something(mask, first, after):
 
 def repeated(x, groups):
     """From `(batch, n)` to `(groups, n, 1)`."""
-    return ops.tile(x[:, None], (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
+    return ops.tile(ops.expand_dims(x, 1), (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
 
 
 def tanh(x):
-    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6.
-
-    Not by `ops.clamp`: a graph in which both a Cell and its bprop call that has no gradient to be returned with values.
-    """
-    grown = ops.expm1(2. * _maximum(_minimum(x, 10.), -10.))  # beyond which tanh is 1 in float32
-    return grown / (grown + 2.)
+    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
+    # 1 in float32 beyond 10; of primitives, as a graph loses functions with branches that a construct and a bprop call
+    grown = ops.expm1(ops.mul(ops.minimum(x, 10.), 2.))
+    return _real_div(grown, ops.add(grown, 2.))
 
 
 def capped(q, k, softcap):
@@ -195,7 +197,7 @@ def _prefix(problem, q, k, v, tensors):
         k, v = ops.gather(k, index.reshape(-1), 1), ops.gather(v, index.reshape(-1), 1)
         q = q.reshape(key_groups, -1, head_dim)
         if mask is not None:
-            seen = ops.logical_and(seen, ops.gather(mask, index.reshape(-1), 1)[:, None])
+            seen = ops.logical_and(seen, ops.expand_dims(ops.gather(mask, index.reshape(-1), 1), 1))
     else:
         batch = documents.shape[0]
         rows = index[:, None] + (ops.arange(0, key_groups, 1) * n_k).reshape(batch, -1, 1, 1)
@@ -212,7 +214,7 @@ def _prefix(problem, q, k, v, tensors):
     if scoring.hide_self:
         scores = ops.masked_fill(scores, positions == keys, SELF_SCORE)
     seen = ops.cast(seen, ms.float32)
-    seen = ops.tile(seen[:, None], (1, groups // seen.shape[0], 1, 1)).reshape(groups, n_q, count)
+    seen = ops.tile(ops.expand_dims(seen, 1), (1, groups // seen.shape[0], 1, 1)).reshape(groups, n_q, count)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:
         weights = weights * _kept(problem, keys, index, documents, seed)

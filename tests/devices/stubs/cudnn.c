@@ -1,0 +1,6 @@
+/* Sizes that are asked for before memory is taken. */
+#include <stddef.h>
+
+int cudnnGetReductionWorkspaceSize(void *a, void *b, void *c, void *d, size_t *size) { *size = 0; return 0; }
+int cudnnGetReductionIndicesSize(void *a, void *b, void *c, void *d, size_t *size) { *size = 0; return 0; }
+int cudnnGetTensorSizeInBytes(void *a, size_t *size) { *size = 0; return 0; }

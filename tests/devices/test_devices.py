@@ -1,0 +1,110 @@
+"""Whether the GPU and the Ascend plugin of MindSpore have all that the package asks of them: see platforms.py."""
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import local_attention
+from devices import cases, platforms
+
+HERE = Path(__file__).parent
+# Arithmetic of lengths, which a graph for every length is made of: on any platform the host's.
+ON_THE_HOST = re.compile(r"Shape|ShapeCalc|TensorShape|Real(TupleGetItem|MakeTuple)|Scalar\w+|TensorTo(Scalar|Tuple)|"
+                         "TupleToTensor")
+BACKED_OFF = re.compile(r"Backoff and rebuild kernel on CPU \w+ for node: \S*?(\w+)-op\d+")
+# Said past the choice of kernels: by the dry run of a graph that looks into tensors for its shapes, and by the kernel
+# of Cast, outside of graphs, in the gradient of MindSpore's own Dense with a bias under to_float(float16).
+CHOSEN = ("The dry run mode can not support dynamic shape graph", "addresses must be both null or both not null")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """By a platform's name the environment with its stand-in."""
+    return cache(lambda name: platforms.make(name, tmp_path_factory.mktemp(name)))
+
+
+def outcomes(name, environment, chosen):
+    """Of each of these cases why the platform cannot run it, None where it can: of one process those up to the first
+    that it cannot, of the next one those after that."""
+    found = {}
+    while len(found) < len(chosen):
+        output = _run(name, environment, [case for case in chosen if case not in found])
+        begun = output.split("\ncase ")[1:]
+        if not begun:
+            raise RuntimeError(f"no case was begun:\n{output[-4000:]}")
+        for block in begun:
+            case, _, block = block.partition("\n")
+            found[case] = _refusal(block)
+    return found
+
+
+def _run(name, environment, chosen):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "GLOG_", "RANK_"))}
+    path = os.pathsep.join([str(Path(environment.get("CUDA_HOME", HERE)) / "bin"), inherited["PATH"]])
+    packages = os.pathsep.join(str(folder) for folder in (HERE.parent.parent, HERE.parent))
+    environment = {**inherited, **environment, "PATH": path, "PYTHONPATH": packages, "RANK_SIZE": str(cases.RANKS),
+                   "RANK_ID": "0", "DEVICE_ID": "0"}
+    return subprocess.run([sys.executable, HERE / "cases.py", name, *chosen], cwd=environment["MS_OM_PATH"],
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace").stdout
+
+
+def _refusal(block):
+    given_away = {name for name in BACKED_OFF.findall(block) if not ON_THE_HOST.fullmatch(name)}
+    if given_away:
+        return f"no kernel, and so given to CPU in a graph: {', '.join(sorted(given_away))}"
+    failed = re.search(r"^failed (.*)", block, re.MULTILINE)
+    if failed:
+        return None if any(text in failed.group(1) for text in CHOSEN) else failed.group(1)
+    return None if re.search(r"^done$", block, re.MULTILINE) else f"ended the process:\n{block[-2000:]}"
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    """By a platform's name and a mode the outcomes of its cases."""
+    @cache
+    def run(name, mode, quick):
+        return outcomes(name, made(name), cases.names(name, mode, quick))
+    return run
+
+
+def skip_without(name):
+    reason = platforms.missing(name)
+    if reason:
+        pytest.skip(reason)
+
+
+def parametrized(quick):
+    return pytest.mark.parametrize("name, mode, case", [
+        (name, mode, case) for name in cases.DTYPES for mode in cases.MODES
+        for case in cases.names(name, mode, quick) if not case.startswith(cases.STAND_IN)])
+
+
+@parametrized(True)
+def test_has_all_that_is_asked_for(name, mode, case, found):
+    skip_without(name)
+    assert found(name, mode, True)[case] is None
+
+
+@pytest.mark.devices
+@parametrized(False)
+def test_has_all_that_is_asked_for_in_every_dtype(name, mode, case, found):
+    skip_without(name)
+    assert found(name, mode, False)[case] is None
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("name", cases.DTYPES)
+def test_says_so_of_an_operator_that_it_lacks(name, mode, found):
+    skip_without(name)
+    refusal = found(name, mode, True)[f"{cases.STAND_IN}/float32/{mode}"]
+    assert "Fmax" in refusal
+
+
+def test_every_public_name_has_a_case():
+    source = (HERE / "cases.py").read_text()
+    assert not [name for name in local_attention.__all__ if not re.search(rf"\b{name}\(", source)]
