@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 4;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 5;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -429,6 +429,20 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
   });
 }
 
+// segment_ids (batch, n) -> the first and the last position of each one's document, a run of one id (batch, n, 2), all
+// int64. A negative id is padding, which is in none: its last is before its first.
+EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
+  const int64_t batch = shapes[0][0], n = shapes[0][1], *ids = (const int64_t *)params[0];
+  int64_t *bounds = (int64_t *)params[1];
+  for (int64_t row = 0; row < batch; ++row, ids += n)
+    for (int64_t first = 0, end; first < n; first = end) {
+      for (end = first + 1; end < n && ids[end] == ids[first];) ++end;
+      const bool padding = ids[first] < 0;
+      for (int64_t j = first; j < end; ++j) *bounds++ = padding ? j : first, *bounds++ = padding ? j - 1 : end - 1;
+    }
+  return 0;
+}
+
 // x (..., d), gamma, beta, numbers -> y
 EXPORTED int layer_norm_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
   const Rows rows(params[3], ndims[0], shapes[0]);
@@ -543,7 +557,7 @@ EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char
 }
 
 // Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
-// part of a graph again while that runs. A type is one of its numbers; all are those of q.
+// part of a graph again while that runs. A type is one of its numbers; all are those of the first input.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
   const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
   std::vector<int64_t> statistics = queries;
@@ -564,6 +578,12 @@ EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
   return std::vector<int>(6, types[0]);
 }
+
+EXPORTED std::vector<int64_t> document_boundsInferShape(int *, int64_t **shapes, void *) {
+  return {shapes[0][0], shapes[0][1], 2};
+}
+
+EXPORTED int document_boundsInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
   return {shapes[0][0] * (shapes[0][2] / shapes[1][2]) - 2 * shapes[1][0], 1, shapes[1][2]};
