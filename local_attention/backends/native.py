@@ -119,7 +119,7 @@ class Fused(nn.Cell):
         spec, scoring = problem.spec, problem.scoring
         heads, period, columns = problem.bias_shape or (1, 1, 0)
         offsets = spec.backward + 1 + spec.forward if problem.by_offset else 0
-        self.numbers = integers(  # in the order of Call in native.cpp
+        self.numbers = integers(  # in the order of Call in native_call.h
             problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
             spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
             heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,
