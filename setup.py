@@ -30,7 +30,8 @@ TEST = ["pytest>=7", *TRAIN]
 NATIVE = Extension(
     "local_attention.backends._native",
     sources=["local_attention/backends/native.cpp"],
-    depends=[f"local_attention/backends/native_{part}.h" for part in ("vectors", "kernel", "layers")],
+    depends=[f"local_attention/backends/native_{part}.h"
+             for part in ("call", "threads", "vectors", "block", "kernel", "layers")],
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-pthread"],
     language="c++",

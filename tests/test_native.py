@@ -12,7 +12,7 @@ from local_attention import LocalAttention, LocalTransformer
 from local_attention import attend as pipe
 from calls import attend_to
 from local_attention.attend import Problem
-from local_attention.backends import native
+from local_attention.backends import native, spans
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 from test_attend import SPECS, Case, assert_close
 
@@ -80,6 +80,23 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
         """1,500 queries are six chunks whose spans overlap, even and odd ones in turn."""
         got, wanted = both((1500, 8), WindowSpec(1, 48, 16, False), mask=mask, bias_period=bias_period)
         assert_close(got, wanted, 1e-4)
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    @pytest.mark.parametrize("dtype", [np.int32, np.int64])
+    def test_documents_are_found_as_plain_operators_find_them(dtype, mode):
+        ids = np.array([[3, 3, 7, -1, -1, -2, 0, 0, 0, 3, -1], [5] * 11, range(11), [-4] * 11], dtype)
+        if dtype is np.int64:
+            ids[1, 4:] += 2**32  # another number, with the same lower half
+
+        def loss(x, ids):
+            bounds = spans.document_bounds(ids)
+            return x * bounds.sum(), bounds
+        function = ms.value_and_grad(loss, 0, has_aux=True)
+        (_, got), gradient = (ms.jit(function) if mode == "graph" else function)(Tensor(1.), Tensor(ids))
+        wanted = spans._found_bounds(Tensor(ids)).asnumpy()
+        assert got.dtype == ms.int32 and wanted[:2, 5].tolist() == [[5, 4], [4 * (dtype is np.int64), 10]]
+        np.testing.assert_array_equal(got.asnumpy(), wanted)
+        assert float(gradient) == wanted.sum()
 
     def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
         results = []

@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 4;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 5;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -36,272 +36,8 @@ constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's 
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Dropout's hashes, as in backends/dropout.py.
-inline uint32_t mix(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x21F0AAADu;
-  x = (x ^ (x >> 15)) * 0x735A2D97u;
-  return x ^ (x >> 15);
-}
-
-inline uint32_t row_hash(int64_t group, int64_t query) {
-  return mix(mix((uint32_t)group + 0x9E3779B9u) + (uint32_t)query);
-}
-
-inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995u); }
-
-// Keys from the first to the last; none where that stands before it.
-struct Span {
-  int64_t first, last;
-};
-
-// One call: its tensors, and its numbers in the order in which native.py lists them.
-struct Call {
-  const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
-  const bool *mask;          // (batch, n_k), true for a real key
-  const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each one's document
-  const float *bias;         // (heads, period, columns)
-  const float *sinks;        // (sink_heads)
-  const float *emb;          // (offsets, head_dim)
-  uint32_t seed;
-
-  int64_t groups, kv_groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, prefix, offset, batch,
-      doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
-  int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
-  int64_t share;              // groups that read the same keys
-  int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's bias
-  float scale, softcap, kept_factor;
-  int32_t drop_below;
-  bool dropping;
-
-  explicit Call(void **inputs) {
-    const int64_t *number = (const int64_t *)inputs[9];
-    for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
-                        &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
-                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position})
-      *to = *number++;
-    double real[3];  // these by their bits
-    std::memcpy(real, number, sizeof(real));
-    const double rate = real[2];
-    scale = (float)real[0], softcap = (float)real[1], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
-    drop_below = (int32_t)((int64_t)(rate * 4294967296.) - 2147483648LL);
-    q = (const float *)inputs[0], k = (const float *)inputs[1], v = (const float *)inputs[2];
-    mask = batch ? (const bool *)inputs[3] : nullptr;
-    documents = doc_batch ? (const int32_t *)inputs[4] : nullptr;
-    bias = columns ? (const float *)inputs[5] : nullptr;
-    sinks = sink_heads ? (const float *)inputs[6] : nullptr;
-    emb = offsets ? (const float *)inputs[7] : nullptr;
-    seed = *(const uint32_t *)inputs[8];
-    prefix = std::min(prefix, n_k), share = groups / kv_groups;
-    padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
-  }
-
-  // The document that a position stands in.
-  Span document(int64_t group, int64_t position) const {
-    if (!documents) return {0, n_k - 1};
-    const int32_t *bounds = documents + 2 * (group / (groups / doc_batch) * n_k + position);
-    return {bounds[0], bounds[1]};
-  }
-
-  // What the query at a position sees without its prefix, given where its bucket starts.
-  Span span(int64_t position, int64_t start, const Span &within) const {
-    int64_t last = start + bucket - 1 + spec_forward;
-    if (causal) last = std::min(last, position);
-    return {std::max(start - spec_backward, within.first), std::min(last, within.last)};
-  }
-
-  int64_t prefix_last(int64_t position, const Span &within) const {
-    const int64_t last = std::min(within.first + prefix - 1, within.last);
-    return causal ? std::min(last, position) : last;
-  }
-
-  double work() const {
-    return 2. * groups * n_q * head_dim *
-           std::min<double>(n_k, (double)spec_backward + bucket + spec_forward + prefix);
-  }
-};
-
-// A call on rows of d numbers.
-struct Rows {
-  int64_t threads, level, count, d;
-  float epsilon;
-
-  Rows(const void *numbers, int axes, const int64_t *shape) : count(1), d(shape[axes - 1]) {
-    const int64_t *number = (const int64_t *)numbers;
-    double real;  // by its bits
-    std::memcpy(&real, number + 2, sizeof(real));
-    threads = number[0], level = number[1], epsilon = (float)real;
-    for (int axis = 0; axis < axes - 1; ++axis) count *= shape[axis];
-  }
-
-  double work() const { return 16. * count * d; }
-};
-
-struct Outputs {
-  float *out, *statistics, *lse;
-};
-
-struct Gradients {
-  const float *out, *statistics, *dout, *dlse;
-  float *dq, *dk, *dv;
-  float *dsink_parts;  // (groups, blocks of queries)
-};
-
-// Queries of one group of keys that one thread works on, one block after the other.
-struct Chunk {
-  float *dbias, *demb;
-  int64_t position;  // of its first query
-  float *dprefix;    // (2, prefix, head_dim): of the prefix of a document that began before, gradients of keys, values
-  int64_t cleared;
-};
-
-// Zeroes the gradients of a group's keys from `cleared` on, which moves, to another key: shortly before they are first
-// added to, and not all at once, as they are then still in the cache.
-void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t &cleared, int64_t to) {
-  if (to <= cleared) return;
-  for (float *rows : {grads.dk, grads.dv})
-    std::fill(rows + (group * call.n_k + cleared) * call.head_dim, rows + (group * call.n_k + to) * call.head_dim, 0.f);
-  cleared = to;
-}
-
-// What native_kernel.h gives for one width of vectors.
-struct Kernel {
-  bool (*forward)(const Call &, const Outputs &);
-  bool (*backward)(const Call &, Gradients, float *dbias, float *dsinks, float *demb);
-  // one row
-  void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y);
-  void (*layer_norm_backward)(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,
-                              float *dgamma, float *dbeta);
-  void (*geglu)(const float *x, int64_t d, float *y);
-  void (*geglu_backward)(const float *x, const float *dy, int64_t d, float *dx);
-  void (*rotate)(const float *x, const float *cosines, const float *sines, int64_t half, float *y);
-};
-
-// Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
-template <typename Worker, typename Task, typename Do>
-bool in_parallel(const Task &task, int64_t count, Do &&act) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> fine{true};
-  auto work = [&] {
-    try {
-      Worker worker(task);
-      for (int64_t item = next++; item < count; item = next++) act(worker, item);
-    } catch (const std::exception &) {
-      fine = false;
-    }
-  };
-  const int64_t wanted = std::min<int64_t>({task.threads, count, 1 + (int64_t)(task.work() / THREAD_WORK)});
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < wanted; ++i) try {
-      others.emplace_back(work);
-    } catch (const std::exception &) {  // no thread to be had: those there are do it all
-      break;
-    }
-  work();
-  for (std::thread &other : others) other.join();
-  return fine;
-}
-
-// What does not need a kernel's memory.
-struct NoMemory {
-  template <typename Task>
-  explicit NoMemory(const Task &) {}
-};
-
-// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys: those
-// of the groups that share a group of keys, and then those of the next queries.
-template <typename Worker>
-bool run_forward(const Call &call, const Outputs &outputs) {
-  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
-  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 4);
-  return in_parallel<Worker>(call, divide_up(all, run), [&](Worker &worker, int64_t item) {
-    for (int64_t block = item * run; block < std::min(item * run + run, all); ++block) {
-      const int64_t group = block / each * call.share + block % call.share;
-      const int64_t start = block % each / call.share * BLOCK_QUERIES;
-      worker.forward(group, start, std::min(start + BLOCK_QUERIES, call.n_q), outputs);
-    }
-  });
-}
-
-// The sum of `count` rows of floats, in their order, in the first of them.
-void sum_rows(std::vector<float> &rows, int64_t count) {
-  const int64_t size = rows.size() / count;
-  for (int64_t row = 1; row < count; ++row)
-    for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
-}
-
-// Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
-// longer than a span: first those of even number, which have no key in common, then those of odd number, each with all
-// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sums for the one of a document
-// that began before it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the
-// slices at the end: in an order that does not depend on which thread came first.
-template <typename Worker>
-bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
-  const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
-  const int64_t reach = std::min(call.spec_backward + after + 2 * call.bucket, call.n_q);
-  const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
-  const int64_t chunks = divide_up(call.n_q, chunk), blocks = divide_up(call.n_q, BLOCK_QUERIES);
-  const int64_t owners = call.bias ? std::max<int64_t>(call.heads / call.share, 1) : call.emb ? 1 : call.kv_groups;
-  const int64_t batch = call.kv_groups / owners;
-  const int64_t emb_size = call.offsets * call.padded;
-  int64_t slices = batch * divide_up(chunks, 2);
-  if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
-  const int64_t bias_size = call.heads * call.bias_size, owned = bias_size / owners;
-  const int64_t prefix_size = call.prefix * call.head_dim;
-  const auto uncleared = [](int64_t size) { return std::unique_ptr<float[]>(new float[size]); };
-  const auto bias_parts = uncleared((slices - 1) * bias_size);  // for the first, there is dbias
-  const auto prefix_parts = uncleared(call.kv_groups * chunks * 2 * prefix_size);
-  std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
-  grads.dsink_parts = sink_parts.data();
-
-  const auto first_key = [&](int64_t query) {  // at or before those that it or a later one sees of spans
-    if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
-    return std::clamp<int64_t>(call.offset + query + 1 - call.bucket - call.spec_backward, 0, call.n_k);
-  };
-  bool fine = true;
-  for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
-    const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
-    fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
-      const int64_t slice = item / owners, owner = item % owners;
-      float *bias_part = slice ? bias_parts.get() + (slice - 1) * bias_size : dbias;
-      if (!parity) std::fill_n(bias_part + owner * owned, owned, 0.f);
-      for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
-        const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
-        const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
-        float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
-        if (call.document(group, call.offset + from).first < call.offset + from)
-          std::fill_n(prefix_part, 2 * prefix_size, 0.f);
-        Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
-                    parity ? call.n_k : first_key(from)};
-        for (int64_t start = from; start < to; start += BLOCK_QUERIES)
-          for (int64_t i = 0; i < call.share; ++i)
-            worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
-        clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
-      }
-    });
-  }
-  for (int64_t number = 0; call.prefix && number < call.kv_groups * chunks; ++number) {
-    const int64_t key_group = number / chunks, position = call.offset + number % chunks * chunk;
-    const Span within = call.document(key_group * call.share, position);
-    if (within.first == position) continue;
-    const int64_t size = std::min(call.prefix, within.last - within.first + 1) * call.head_dim;
-    const float *part = prefix_parts.get() + number * 2 * prefix_size;
-    const int64_t at = (key_group * call.n_k + within.first) * call.head_dim;
-    for (int64_t x = 0; x < size; ++x) grads.dk[at + x] += part[x], grads.dv[at + x] += part[prefix_size + x];
-  }
-  for (int64_t x = 0; x < (slices - 1) * bias_size; ++x) dbias[x % bias_size] += bias_parts[x];
-  for (int64_t head = 0; head < call.sink_heads; ++head) {
-    double total = 0;
-    for (int64_t group = head; group < call.groups; group += call.sink_heads)
-      for (int64_t block = 0; block < blocks; ++block) total += sink_parts[group * blocks + block];
-    dsinks[head] = (float)total;
-  }
-  if (call.emb) {
-    sum_rows(emb_parts, slices * owners);
-    for (int64_t row = 0; row < call.offsets; ++row)
-      std::copy_n(&emb_parts[row * call.padded], call.head_dim, demb + row * call.head_dim);
-  }
-  return fine;
-}
+#include "native_call.h"
+#include "native_threads.h"
 
 // What any machine of this kind has: SSE2 or NEON; elsewhere the compiler makes single numbers of it.
 #define KERNEL baseline
@@ -429,6 +165,20 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
   });
 }
 
+// segment_ids (batch, n) -> the first and the last position of each one's document, a run of one id (batch, n, 2), all
+// int64. A negative id is padding, which is in none: its last is before its first.
+EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
+  const int64_t batch = shapes[0][0], n = shapes[0][1], *ids = (const int64_t *)params[0];
+  int64_t *bounds = (int64_t *)params[1];
+  for (int64_t row = 0; row < batch; ++row, ids += n)
+    for (int64_t first = 0, end; first < n; first = end) {
+      for (end = first + 1; end < n && ids[end] == ids[first];) ++end;
+      const bool padding = ids[first] < 0;
+      for (int64_t j = first; j < end; ++j) *bounds++ = padding ? j : first, *bounds++ = padding ? j - 1 : end - 1;
+    }
+  return 0;
+}
+
 // x (..., d), gamma, beta, numbers -> y
 EXPORTED int layer_norm_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
   const Rows rows(params[3], ndims[0], shapes[0]);
@@ -543,7 +293,7 @@ EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char
 }
 
 // Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
-// part of a graph again while that runs. A type is one of its numbers; all are those of q.
+// part of a graph again while that runs. A type is one of its numbers; all are those of the first input.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
   const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
   std::vector<int64_t> statistics = queries;
@@ -564,6 +314,12 @@ EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
   return std::vector<int>(6, types[0]);
 }
+
+EXPORTED std::vector<int64_t> document_boundsInferShape(int *, int64_t **shapes, void *) {
+  return {shapes[0][0], shapes[0][1], 2};
+}
+
+EXPORTED int document_boundsInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
   return {shapes[0][0] * (shapes[0][2] / shapes[1][2]) - 2 * shapes[1][0], 1, shapes[1][2]};

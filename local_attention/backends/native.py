@@ -22,7 +22,7 @@ INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT
           "emb": FLOATS, "seed": INT32, "numbers": INT64}
 TILE = 64  # queries by as many keys
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
-INTERFACE = 4  # of the kernel that this file was written for
+INTERFACE = 5  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 wanted = [None]  # the backend that `use_backend` asks for: layers beside attention follow it
@@ -117,7 +117,7 @@ class Fused(nn.Cell):
         spec, scoring = problem.spec, problem.scoring
         heads, period, columns = problem.bias_shape or (1, 1, 0)
         offsets = spec.backward + 1 + spec.forward if problem.by_offset else 0
-        self.numbers = integers(  # in the order of Call in native.cpp
+        self.numbers = integers(  # in the order of Call in native_call.h
             problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
             spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
             heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,

@@ -5,9 +5,10 @@ which is in none, has a last that is before its first.
 """
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from . import native
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 HIDDEN = -1e30  # a score that no softmax row with a visible key can see
@@ -18,7 +19,33 @@ _real_div = ops.RealDiv()
 
 
 def document_bounds(segment_ids):
-    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding.
+    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding."""
+    fused = _fused_bounds(segment_ids.shape)
+    return _found_bounds(segment_ids) if fused is None else fused(segment_ids)
+
+
+class _FusedBounds(nn.Cell):
+    """The bounds by the native kernel's library: outside graphs, as many operators take as long as the attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.find = native.custom("document_bounds", [native.INT64], [native.INT64])
+
+    def construct(self, segment_ids):
+        return ops.cast(self.find(ops.cast(segment_ids, ms.int64)), ms.int32)
+
+    def bprop(self, segment_ids, out, dout):
+        return (segment_ids,)
+
+
+@constexpr
+def _fused_bounds(shape):
+    """The kernel, None where it cannot run."""
+    return None if None in shape or 0 in shape else native.made(_FusedBounds)
+
+
+def _found_bounds(segment_ids):
+    """The bounds by plain operators.
 
     By functions, not by methods and signs: those are mindtorch's once it is imported, and want tensors of its making.
     """

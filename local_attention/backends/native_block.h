@@ -1,0 +1,299 @@
+// A block of queries, the tiles of keys that it meets one after the other, and their scores: a part of native_kernel.h.
+
+constexpr int KEYS = 64;   // of a tile
+constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
+
+// Some keys of a tile, key ... end_key - 1, and the vectors of queries that see any of them, vector ... end_vector - 1.
+struct Piece {
+  int key, end_key, vector, end_vector;
+};
+
+// A thread's worth of memory, the block of queries it holds, and the tile of keys that these meet.
+struct Block {
+  const Call &call;
+  const int64_t d, padded;
+  std::unique_ptr<float[]> memory;
+  float *q_t, *q_emb_t, *out_t, *scores, *slopes, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *row, *by_offset;
+
+  int64_t group, key_group, start, count;  // the block: queries start ... start + count - 1 of a group
+  int vectors;
+  // Of each query its position, the first and the last key of its span, and those of its prefix, which starts where its
+  // document does: none of these goes down from one query to the next.
+  int32_t positions[QUERIES], first[QUERIES], last[QUERIES], document[QUERIES]{}, prefix_last[QUERIES]{};
+  int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
+  uint32_t rows[QUERIES];                             // dropout's hash of each
+  float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
+  const bool *real;  // which keys are, null where all
+
+  int64_t key;  // the tile: keys key ... key + keys - 1
+  int keys, pieces;
+  int64_t begun;  // where the document starts whose prefix it is of
+  bool in_prefix, partial, careful;  // whether not all of it is seen, and whether products of what is not are left out
+  Piece piece[KEYS / PIECE];
+
+  explicit Block(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
+    const int64_t down = d * QUERIES, wide = QUERIES * padded, tile = KEYS * QUERIES;
+    float **parts[] = {&q_t, &q_emb_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &row, &scores, &dscores,
+                       &slopes, &by_offset};
+    const int64_t sizes[] = {down, call.emb ? down : 0, down, down, down, wide, wide, wide, KEYS * padded, tile,
+                             tile, call.softcap > 0 ? tile : 0, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
+    int64_t total = WIDTH;
+    for (int64_t size : sizes) total += size;
+    memory.reset(new float[total]);  // not all of it is touched, and what is not costs nothing
+    float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
+    for (int i = 0; i < 13; ++i) *parts[i] = next, next += sizes[i];
+    for (float *rows : {q, q_scaled, dout})
+      if (d < padded) std::fill(rows, rows + wide, 0.f);
+  }
+
+  void read_block(int64_t to_group, int64_t from, int64_t to) {
+    group = to_group, key_group = group / call.share, start = from, count = to - from;
+    vectors = (count + WIDTH - 1) / WIDTH;
+    const float *from_q = call.q + (group * call.n_q + start) * d;
+    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
+    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
+    real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
+    int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position do
+    for (int lane = 0; lane < vectors * WIDTH; ++lane) {
+      const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
+      const Span within = call.document(group, position);
+      if (within.first != begins) {
+        begins = within.first;
+        const int64_t into = position - begins;
+        bucket = position - into % call.bucket, period = position - into % call.period;
+      }
+      if (position == bucket + call.bucket) bucket = position;
+      if (position == period + call.period) period = position;
+      const Span span = call.span(position, bucket, within);
+      positions[lane] = position, first[lane] = span.first, last[lane] = span.last;
+      if (call.prefix) document[lane] = begins, prefix_last[lane] = call.prefix_last(position, within);
+      bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
+      if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
+    }
+    if (call.dropping)
+      for (int v = 0; v < vectors; ++v)
+        store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
+  }
+
+  const float *copied(const float *from, float *to, float factor) {
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * d + c];
+    return to;
+  }
+
+  // Rows in whole vectors: those given, or a copy.
+  const float *in_vectors(const float *from, float *to) { return d == padded ? from : copied(from, to, 1); }
+
+  int64_t first_key() const { return first[0]; }
+  int64_t end_of_keys() const { return last[count - 1] + 1; }
+  int64_t first_row() const { return key_group * call.n_k + key; }
+  const float *k_rows() const { return call.k + first_row() * d; }
+  const float *v_rows() const { return call.v + first_row() * d; }
+  int count_real() const { return real ? std::count(real + key, real + key + keys, true) : keys; }
+
+  // Acts on one tile after the other: those of the prefix of each document that the block is of, and those of spans.
+  template <typename Act>
+  INLINE void over_keys(Act &&act) {
+    for (int lane = 0, end = 1; call.prefix && lane < count; lane = end++) {
+      while (end < count && document[end] == document[lane]) ++end;
+      for (int64_t tile = document[lane]; tile <= prefix_last[end - 1]; tile += KEYS)
+        if (read_prefix(tile, lane, end)) act();
+    }
+    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS)
+      if (read_tile(tile)) act();
+  }
+
+  // Turns to the tile from a key on of what the queries lane ... end - 1 have as prefix; false where all that they see
+  // of it are keys of their spans, or none is real.
+  bool read_prefix(int64_t from, int lane, int end) {
+    in_prefix = partial = true, begun = document[lane], key = from;
+    keys = std::min<int64_t>(KEYS, prefix_last[end - 1] + 1 - from);
+    const auto sees_more = [&](int query) {
+      const int64_t to = std::min<int64_t>(prefix_last[query], key + keys - 1);
+      return key <= to && (key < first[query] || last[query] < to);
+    };
+    while (lane < end && !sees_more(lane)) ++lane;
+    while (lane < end && !sees_more(end - 1)) --end;
+    piece[0] = {0, keys, lane / WIDTH, (end + WIDTH - 1) / WIDTH}, pieces = 1;
+    return lane < end && count_real();
+  }
+
+  // Turns to the tile of spans from a key on; false where it holds no real key.
+  bool read_tile(int64_t from) {
+    in_prefix = false, key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
+    const int real_keys = count_real();
+    const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
+    partial = !spanned || real_keys < keys;
+    pieces = 0;
+    if (spanned) piece[pieces++] = {0, keys, 0, vectors};
+    for (int j = 0; !spanned && j < keys; j += PIECE) {
+      Piece next{j, std::min(j + PIECE, keys), 0, vectors};
+      int &vector = next.vector, &end = next.end_vector;
+      while (vector < end && last[std::min<int64_t>((vector + 1) * WIDTH, count) - 1] < key + j) ++vector;
+      while (end > vector && first[(end - 1) * WIDTH] >= key + next.end_key) --end;
+      if (vector < end) piece[pieces++] = next;
+    }
+    return real_keys;
+  }
+
+  // Acts on what is seen of the tile, as many vectors of queries at once as there are registers for.
+  template <typename Act>
+  INLINE void over_tile(Act &&act) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece p = piece[i];
+      across(p.vector, p.end_vector, [&](auto count, int v) { act(count, v, p.key, p.end_key); });
+    }
+  }
+
+  // to[j, lane] = from[j] . x_t[., lane]
+  void products(const float *from, const float *x_t, float *to) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      matmul(p.end_key - p.key, p.end_vector - p.vector, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
+             to + p.key * QUERIES + p.vector * WIDTH, QUERIES, false);
+    }
+  }
+
+  // to_t[., lane] += the sum over keys of weights[j, lane] * from[j]
+  void add_to_queries(const float *weights, const float *from, float *to_t) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      const int seen = p.end_key - p.key, lanes = (p.end_vector - p.vector) * WIDTH;
+      const float *w = weights + p.key * QUERIES + p.vector * WIDTH;
+      float *to = to_t + p.vector * WIDTH;
+      if (careful)
+        matmul_of_seen(seen, lanes, d, w, from + p.key * d, d, to, QUERIES, true);
+      else
+        matmul(d, lanes / WIDTH, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
+    }
+  }
+
+  // to[j] += the sum over queries of weights[j, lane] * from[lane]
+  void add_to_keys(const float *weights, const float *from, float *to) {
+    for (int i = 0; i < pieces; ++i) {
+      const Piece &p = piece[i];
+      const int seen = p.end_key - p.key;
+      const int64_t lane = p.vector * WIDTH, lanes = std::min<int64_t>(p.end_vector * WIDTH, count) - lane;
+      const float *w = weights + p.key * QUERIES + lane;
+      if (careful) {
+        matmul_of_seen(seen, lanes, d, w, from + lane * padded, padded, to + p.key * d, d, false);
+      } else if (d == padded) {
+        matmul(seen, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true);
+      } else {
+        matmul(seen, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false);
+        for (int64_t j = 0; j < seen; ++j)
+          for (int64_t c = 0; c < d; ++c) to[(p.key + j) * d + c] += row[j * padded + c];
+      }
+    }
+  }
+
+  // The scores of the tile in units of log(2): scaled products, capped, embeddings and bias; -inf for what is not seen.
+  void score() {
+    products(k_rows(), q_t, scores);
+    if (call.emb) score_offsets();
+    for (int i = 0; i < pieces; ++i)
+      for (int v = piece[i].vector; v < piece[i].end_vector; ++v) {
+        if (call.softcap > 0) cap(v, piece[i]);
+        if (call.emb) add_embeddings(v, piece[i]);
+        if (call.bias) add_bias(v, piece[i]);
+        if (call.hide_self) hide_self(v, piece[i]);
+        if (partial) hide_unseen(v, piece[i]);
+      }
+  }
+
+  void cap(int v, const Piece &p) {
+    for (int j = p.key; j < p.end_key; ++j) {
+      const int64_t at = j * QUERIES + v * WIDTH;
+      const Vec capped = tanh(load<Vec>(scores + at));
+      store(scores + at, capped * (call.softcap * LOG2_E));
+      store(slopes + at, 1.f - capped * capped);
+    }
+  }
+
+  void add_embeddings(int v, const Piece &p) {
+    for (int j = p.key; j < p.end_key; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      Vec x;
+      for (int lane = 0; lane < WIDTH; ++lane)
+        x[lane] = by_offset[(j + QUERIES - 1 - v * WIDTH - lane) * QUERIES + v * WIDTH + lane];
+      store(at, load<Vec>(at) + x);
+    }
+  }
+
+  void add_bias(int v, const Piece &p) {
+    const float *bias = call.bias + group % call.heads * call.bias_size;
+    for (int j = p.key; j < p.end_key; j += WIDTH) {
+      Vec x[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) {
+        const float *row = bias + bias_rows[v * WIDTH + i];
+        const int64_t column = column_of(v * WIDTH + i, j);
+        x[i] = bias_of(row, column);
+        __builtin_prefetch(row + real_column(column + KEYS));  // rows are pages apart, which no processor foresees
+      }
+      turn(x);
+      for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i) {
+        float *at = scores + (j + i) * QUERIES + v * WIDTH;
+        store(at, load<Vec>(at) + x[i] * LOG2_E);
+      }
+    }
+  }
+
+  void hide_self(int v, const Piece &p) {
+    const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
+    for (int j = p.key; j < p.end_key; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      store(at, own == j ? all(SELF_SCORE * LOG2_E) : load<Vec>(at));
+    }
+  }
+
+  void hide_unseen(int v, const Piece &p) {
+    const int32_t tile = key;
+    const Ints low = load<Ints>(first + v * WIDTH) - tile, high = load<Ints>(last + v * WIDTH) - tile;
+    const Ints from = load<Ints>(document + v * WIDTH) - tile, to = load<Ints>(prefix_last + v * WIDTH) - tile;
+    for (int j = p.key; j < p.end_key; ++j) {
+      float *at = scores + j * QUERIES + v * WIDTH;
+      Ints seen = (low <= j) & (high >= j);
+      if (in_prefix) seen = ~seen & (from <= j) & (to >= j);
+      store(at, real && !real[key + j] ? all(-INFINITY) : seen ? load<Vec>(at) : all(-INFINITY));
+    }
+  }
+
+  // Embeddings that pairs of this tile can have: by_offset[x] belongs to embedding offset_of(0) + x.
+  int64_t offset_of(int64_t x) const {
+    return key - (call.offset + start + QUERIES - 1) + call.spec_backward + x;
+  }
+
+  void offsets_within(int64_t &from, int64_t &to) const {
+    const int64_t rows = keys + QUERIES - 1;
+    from = std::clamp<int64_t>(-offset_of(0), 0, rows), to = std::clamp(call.offsets - offset_of(0), from, rows);
+  }
+
+  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score,
+  // its whole vector moves.
+  void score_offsets() {
+    int64_t from, to;
+    offsets_within(from, to);
+    std::fill(by_offset, by_offset + from * QUERIES, 0.f);
+    std::fill(by_offset + to * QUERIES, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
+    if (from < to)
+      matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_emb_t, QUERIES, by_offset + from * QUERIES,
+             QUERIES, false);
+  }
+
+  // The column of a query's row of the bias for a key of the tile; beyond the outermost columns, those count.
+  int64_t column_of(int64_t lane, int j) const { return key + j - columns_from[lane]; }
+  int64_t real_column(int64_t column) const { return std::min(std::max<int64_t>(column, 0), call.columns - 1); }
+  bool all_real(int64_t column) const { return column >= 0 && column + WIDTH <= call.columns; }
+
+  INLINE Vec bias_of(const float *row, int64_t column) const {
+    if (all_real(column)) return load<Vec>(row + column);
+    float edge[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) edge[i] = row[real_column(column + i)];
+    return load<Vec>(edge);
+  }
+
+  INLINE Vec keep(int v, int64_t j) {
+    const Ints mixed = (Ints)scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + column_hash(call.first_position + j)));
+    return mixed >= call.drop_below ? all(call.kept_factor) : Vec{};
+  }
+};

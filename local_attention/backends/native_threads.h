@@ -1,0 +1,128 @@
+// A call's work among threads, forward and backward: a part of native.cpp.
+
+// Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
+template <typename Worker, typename Task, typename Do>
+bool in_parallel(const Task &task, int64_t count, Do &&act) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> fine{true};
+  auto work = [&] {
+    try {
+      Worker worker(task);
+      for (int64_t item = next++; item < count; item = next++) act(worker, item);
+    } catch (const std::exception &) {
+      fine = false;
+    }
+  };
+  const int64_t wanted = std::min<int64_t>({task.threads, count, 1 + (int64_t)(task.work() / THREAD_WORK)});
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < wanted; ++i) try {
+      others.emplace_back(work);
+    } catch (const std::exception &) {  // no thread to be had: those there are do it all
+      break;
+    }
+  work();
+  for (std::thread &other : others) other.join();
+  return fine;
+}
+
+// What does not need a kernel's memory.
+struct NoMemory {
+  template <typename Task>
+  explicit NoMemory(const Task &) {}
+};
+
+// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys: those
+// of the groups that share a group of keys, and then those of the next queries.
+template <typename Worker>
+bool run_forward(const Call &call, const Outputs &outputs) {
+  const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
+  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 4);
+  return in_parallel<Worker>(call, divide_up(all, run), [&](Worker &worker, int64_t item) {
+    for (int64_t block = item * run; block < std::min(item * run + run, all); ++block) {
+      const int64_t group = block / each * call.share + block % call.share;
+      const int64_t start = block % each / call.share * BLOCK_QUERIES;
+      worker.forward(group, start, std::min(start + BLOCK_QUERIES, call.n_q), outputs);
+    }
+  });
+}
+
+// The sum of `count` rows of floats, in their order, in the first of them.
+void sum_rows(std::vector<float> &rows, int64_t count) {
+  const int64_t size = rows.size() / count;
+  for (int64_t row = 1; row < count; ++row)
+    for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
+}
+
+// Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
+// longer than a span: first those of even number, which have no key in common, then those of odd number, each with all
+// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sums for the one of a document
+// that began before it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the
+// slices at the end: in an order that does not depend on which thread came first.
+template <typename Worker>
+bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
+  const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
+  const int64_t reach = std::min(call.spec_backward + after + 2 * call.bucket, call.n_q);
+  const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
+  const int64_t chunks = divide_up(call.n_q, chunk), blocks = divide_up(call.n_q, BLOCK_QUERIES);
+  const int64_t owners = call.bias ? std::max<int64_t>(call.heads / call.share, 1) : call.emb ? 1 : call.kv_groups;
+  const int64_t batch = call.kv_groups / owners;
+  const int64_t emb_size = call.offsets * call.padded;
+  int64_t slices = batch * divide_up(chunks, 2);
+  if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
+  const int64_t bias_size = call.heads * call.bias_size, owned = bias_size / owners;
+  const int64_t prefix_size = call.prefix * call.head_dim;
+  const auto uncleared = [](int64_t size) { return std::unique_ptr<float[]>(new float[size]); };
+  const auto bias_parts = uncleared((slices - 1) * bias_size);  // for the first, there is dbias
+  const auto prefix_parts = uncleared(call.kv_groups * chunks * 2 * prefix_size);
+  std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
+  grads.dsink_parts = sink_parts.data();
+
+  const auto first_key = [&](int64_t query) {  // at or before those that it or a later one sees of spans
+    if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
+    return std::clamp<int64_t>(call.offset + query + 1 - call.bucket - call.spec_backward, 0, call.n_k);
+  };
+  bool fine = true;
+  for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
+    const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
+    fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
+      const int64_t slice = item / owners, owner = item % owners;
+      float *bias_part = slice ? bias_parts.get() + (slice - 1) * bias_size : dbias;
+      if (!parity) std::fill_n(bias_part + owner * owned, owned, 0.f);
+      for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
+        const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
+        const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
+        float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
+        if (call.document(group, call.offset + from).first < call.offset + from)
+          std::fill_n(prefix_part, 2 * prefix_size, 0.f);
+        Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
+                    parity ? call.n_k : first_key(from)};
+        for (int64_t start = from; start < to; start += BLOCK_QUERIES)
+          for (int64_t i = 0; i < call.share; ++i)
+            worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
+        clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
+      }
+    });
+  }
+  for (int64_t number = 0; call.prefix && number < call.kv_groups * chunks; ++number) {
+    const int64_t key_group = number / chunks, position = call.offset + number % chunks * chunk;
+    const Span within = call.document(key_group * call.share, position);
+    if (within.first == position) continue;
+    const int64_t size = std::min(call.prefix, within.last - within.first + 1) * call.head_dim;
+    const float *part = prefix_parts.get() + number * 2 * prefix_size;
+    const int64_t at = (key_group * call.n_k + within.first) * call.head_dim;
+    for (int64_t x = 0; x < size; ++x) grads.dk[at + x] += part[x], grads.dv[at + x] += part[prefix_size + x];
+  }
+  for (int64_t x = 0; x < (slices - 1) * bias_size; ++x) dbias[x % bias_size] += bias_parts[x];
+  for (int64_t head = 0; head < call.sink_heads; ++head) {
+    double total = 0;
+    for (int64_t group = head; group < call.groups; group += call.sink_heads)
+      for (int64_t block = 0; block < blocks; ++block) total += sink_parts[group * blocks + block];
+    dsinks[head] = (float)total;
+  }
+  if (call.emb) {
+    sum_rows(emb_parts, slices * owners);
+    for (int64_t row = 0; row < call.offsets; ++row)
+      std::copy_n(&emb_parts[row * call.padded], call.head_dim, demb + row * call.head_dim);
+  }
+  return fine;
+}
