@@ -207,9 +207,10 @@ class Steps:
         if self.state is None or state != self.state:
             self.state, self.steps = state, {}
         local, others = layers[:len(model.layers)], layers[len(model.layers):]
-        kind = tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
+        prefix = model.windows.prefix
+        kind = prefix, tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
         if kind not in self.rings:
-            self.rings[kind] = filled_rings(local)
+            self.rings[kind] = filled_rings(local, prefix)
         rings, fill = self.rings[kind]
         if kind not in self.steps:
             self.steps[kind] = compiled_step(model, rings, tuple(len(cache) for cache in others))
@@ -226,9 +227,9 @@ def _compiled(function):
     return ms.jit(function)
 
 
-def filled_rings(caches):
+def filled_rings(caches, prefix):
     """Rings for such caches, and what fills them."""
-    rings = Rings(caches)
+    rings = Rings(caches, prefix)
 
     def fill(*caches):
         return rings(*caches)
@@ -275,7 +276,7 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
     tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
     for row in rows:
         tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
-    cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache
+    cached = use_kv_cache and model.causal and model.global_takes_cache
     cached = cached and (even or model.global_cache_is_ours)
     with evaluating(model):
         step, attn_bias, flat = None, None, []

@@ -333,7 +333,7 @@ class LocalTransformer(nn.Cell):
         seen, layers, attn_bias = 0, None, None
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                            self.windows.prefix, segment_ids is not None, self.global_takes_cache)
+                            segment_ids is not None, self.global_takes_cache)
         if segment_ids is not None:
             _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
                                self.group is not None)

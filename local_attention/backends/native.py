@@ -23,7 +23,7 @@ INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT
           "emb": FLOATS, "seed": INT32, "numbers": INT64}
 TILE = 64  # queries by as many keys
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
-INTERFACE = 4  # of the kernel that this file was written for
+INTERFACE = 5  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 wanted = [None]  # the backend that `use_backend` asks for: layers beside attention follow it
