@@ -72,9 +72,11 @@ def check_form(owner, cache, batch, windows, attn_bias):
     if shape not in ((1,), (1 + batch,)) or checks.dtype_name(dtype) != "Int32":
         raise checks.type_error(owner, "cache", rule, cache[1])
     if attn_bias is not None:
-        shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        if len(shape) != 3 or shape[1:] != (windows.size, windows.span):
-            raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span})", shape)
+        checks.together(owner, ("attn_bias", True), ("prefix", windows.prefix))
+        _, *rest = shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        rule, right = windows.bias_rule(rest)
+        if not right:
+            raise checks.value_error(owner, "attn_bias", f"of shape {rule}", shape)
 
 
 @constexpr
@@ -319,8 +321,10 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
         q = attn.rel_pos.rotate(q, last, (last - last // 2, 1))
         k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
-        columns = ops.clamp(place + windows.backward - ages, 0, windows.span - 1)
-        attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), place * windows.span + columns, 1)
+        _, period, columns = attn_bias.shape
+        row = place % period
+        column = ops.clamp(row + windows.backward - ages, 0, columns - 1)
+        attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), row * columns + column, 1)
         attn_bias = attn_bias.swapaxes(0, 1).reshape(-1, last + 1)
     if position.shape[0] > 1 or attn_bias is not None:
         unseen = _of_heads(unseen, groups if position.shape[0] > 1 else attn_bias.shape[0])

@@ -128,22 +128,22 @@ def as_array(logits):
     return (logits if logits.dtype == ms.float32 else ops.cast(logits, ms.float32)).asnumpy()
 
 
-def next_logits(model, token, position, attn_bias, rings, sizes, *flat):
+def next_logits(model, token, position, rings, sizes, *flat):
     """A step of decoding: logits of the token after `token (b, 1)` at a `position`, as caches have it, and the caches
-    of global layers as flat as they came.
+    of global layers as flat as they came, behind the model's biases.
 
     Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
     """
     clock, rows = clock_and_rows(position)
-    layers = []
+    layers, start = [], len(model.bias_distances)
+    biases = flat[:start]
     for number in range(len(model.layers)):
         layers.append((rings.keys[number], rings.values[number], clock, rows))
-    start = 0
     for size in sizes:
         layers.append(flat[start:start + size])
         start += size
     x = model.token_emb(token) + model.pos_emb(rows[:, None])
-    x, layers = model._through_layers(x, None, attn_bias, layers, True)
+    x, layers = model._through_layers(x, None, biases, layers, True)
     flat = []
     for layer in layers[len(model.layers):]:
         flat += list(layer)
@@ -238,8 +238,8 @@ def filled_rings(caches, prefix):
 
 def compiled_step(model, rings, sizes):
     """`next_logits` with the rings that it keeps; of so many tensors are the caches of global layers."""
-    def step(token, position, attn_bias, *flat):
-        return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
+    def step(token, position, *flat):
+        return next_logits(model, token, position, rings, sizes, *flat)
     if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
         step.amp_strategy = model.amp_strategy
     return _compiled(step)
@@ -279,20 +279,20 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
     cached = use_kv_cache and model.causal and model.global_takes_cache
     cached = cached and (even or model.global_cache_is_ours)
     with evaluating(model):
-        step, attn_bias, flat = None, None, []
+        step, biases, flat = None, None, []
         for count in range(seq_len):
             ends = lengths + count
             if not cached or ends.max() > model.max_seq_len:
                 logits = whole_logits(model, tokens, ends)
             elif step is not None:
                 position = Tensor(np.array([ends.max() - 1, *(ends - 1)], np.int32))
-                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, attn_bias, *flat)
+                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, *(biases or ()), *flat)
                 logits = as_array(logits)
             else:
                 begun = None
                 if not even:
                     begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, None, 0
-                logits, (layers, attn_bias, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
+                logits, (layers, biases, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
                 logits, step = as_array(logits)[rows, ends - 1], model.steps.after(model, layers)
                 flat = [x for layer in layers[len(model.layers):] for x in layer]
             tokens[rows, ends] = sample(logits, temperature, filter_thres)

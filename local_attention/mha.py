@@ -134,7 +134,8 @@ class LocalMHA(nn.Cell):
         - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
           :class:`LocalAttention` takes it. Default: ``None`` .
         - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
-          next, one or more. Its size does not grow with what has been fed. Default: ``None`` .
+          next, one or more. It holds the prefix and the last tokens, and its size does not grow with what has been fed.
+          Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
         - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
           alone; a negative id is padding. Not with a cache. Default: ``None`` .
