@@ -2,12 +2,13 @@
 
 A cache is a tuple of keys and values `(groups, capacity, d)`, and of how many tokens were fed, int32 `(1,)`. Kept are
 the first `prefix` tokens, each in its own place, and behind them the last `backward + bucket`, oldest first: new tokens
-enter on the right and old ones leave on the left. A token of the prefix that is among the last too is seen there, and in
-the prefix once no span holds it. Where rows are of unequal length, the last of each stands on the right all the same,
-and the third is `(1 + b,)`: how many the longest row was fed, which is the clock that keys are rotated by, as a rotation
-is relative, and then each row. Keys are kept as attention takes them: normalised under `shared_qk`, and rotated by their
-positions, but not by xpos, whose scales would overflow. What is compiled for one step serves all positions, as a
-position is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
+enter on the right and old ones leave on the left. A token of the prefix that is among the last too is seen there, and
+in the prefix once no span holds it. Where rows are of unequal length, the last of each stands on the right all the
+same, and the third is `(1 + b,)`: how many the longest row was fed, which is the clock that keys are rotated by, as a
+rotation is relative, and then each row. Keys are kept as attention takes them: normalised under `shared_qk`, and
+rotated by their positions, but not by xpos, whose scales would overflow. What is compiled for one step serves all
+positions, as a position is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any other tuple is a
+constant there.
 
 `generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
 which takes longer than the attention to it.
@@ -114,8 +115,8 @@ def first_cache(attn, k, v, position=None):
 
 
 def _at(x, index):
-    """Of `x (groups, n, d)` the tokens in places `index`, `(1, m)` or, of each row its own, `(b, m)`: by a gather, which
-    in PyNative is forty times as fast as a slice."""
+    """Of `x (groups, n, d)` the tokens in places `index`, `(1, m)` or, of each row its own, `(b, m)`: by a gather,
+    which in PyNative is forty times as fast as a slice."""
     groups, n, head_dim = x.shape
     if index.shape[0] == 1:
         return ops.gather(x, index.reshape(-1), 1)
@@ -304,9 +305,9 @@ def _kept(x, m, prefix, rows):
 
 def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
     """One query of each group against the whole cache, its own key the last unless the `ages` in tokens of the keys
-    behind the prefix are given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a query does not see is
-    hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and here that
-    is tokens out of sight or zeros."""
+    behind the prefix are given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a
+    query does not see is hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it
+    is NaN, and here that is tokens out of sight."""
     windows, groups = attn.windows, q.shape[0]
     dtype, last = q.dtype, recent(windows) - 1
     ages = (_range(last, -1, -1) if ages is None else ages)[None]

@@ -296,7 +296,8 @@ class LocalTransformer(nn.Cell):
         self.layers = nn.CellList([nn.CellList([
             LocalMHA(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout, causal=causal, prenorm=True,
                      use_xpos=use_xpos and not use_dynamic_pos_bias, xpos_scale_base=xpos_scale_base,
-                     use_rotary_pos_emb=not use_dynamic_pos_bias, **{**kwargs, **_seen(size, max_seq_len, causal, use_dynamic_pos_bias)}),
+                     use_rotary_pos_emb=not use_dynamic_pos_bias,
+                     **{**kwargs, **_seen(size, max_seq_len, causal, use_dynamic_pos_bias)}),
             FeedForward(dim, ff_mult, ff_dropout)]) for size in self.window_sizes])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
         self.group = self.layers[0][0].attn_fn.group
