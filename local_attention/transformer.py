@@ -435,7 +435,7 @@ class LocalTransformer(nn.Cell):
                  callback=None):
         r"""
         Continue sequences, each as if it were alone, a token at a time; past `max_seq_len` the model sees the last
-        `max_seq_len` tokens.
+        `max_seq_len` tokens, of which the first are then its prefix, if it has one.
 
         Whatever has changed since the last call counts: weights, however they were set, Cells and their settings. What
         an optimizer or `ops.assign` changes costs nothing, other changes a compilation.

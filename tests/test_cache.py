@@ -214,6 +214,9 @@ def test_decoding_by_plain_operators(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
     for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True), dict(prefix=9)):
         model = LocalTransformer(**{**MODEL, **settings})
+        for attn, _ in model.layers:  # so that tokens tell of attention
+            attn.to_qkv.weight.set_data(attn.to_qkv.weight * 4)
+            attn.to_out.weight.set_data(attn.to_out.weight * 4)
         prime, mask = ops.randint(0, 31, (2, 7)), ms.Tensor(np.arange(7) >= [[0], [4]])
         for more in (dict(), dict(mask=mask)):
             wanted = model.generate(prime, 15, temperature=0, use_kv_cache=False, **more).asnumpy()
