@@ -1,12 +1,14 @@
 """Decoding: the keys and values of the last tokens, of one shape whatever was fed, and attention of new tokens to them.
 
-A cache is a tuple of the last `backward + bucket` keys and values `(groups, capacity, d)`, oldest first, and of how
-many tokens were fed, int32 `(1,)`; new tokens enter on the right and old ones leave on the left. Where rows are of
-unequal length, the last of each stands on the right all the same, and the third is `(1 + b,)`: how many the longest row
-was fed, which is the clock that keys are rotated by, as a rotation is relative, and then each row. Keys are kept as
-attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose scales would
-overflow. What is compiled for one step serves all positions, as a position is a tensor. Into a compiled function a
-cache goes as `ms.mutable(cache)`: any other tuple is a constant there.
+A cache is a tuple of keys and values `(groups, capacity, d)`, and of how many tokens were fed, int32 `(1,)`. Kept are
+the first `prefix` tokens, each in its own place, and behind them the last `backward + bucket`, oldest first: new tokens
+enter on the right and old ones leave on the left. A token of the prefix that is among the last too is seen there, and
+in the prefix once no span holds it. Where rows are of unequal length, the last of each stands on the right all the
+same, and the third is `(1 + b,)`: how many the longest row was fed, which is the clock that keys are rotated by, as a
+rotation is relative, and then each row. Keys are kept as attention takes them: normalised under `shared_qk`, and
+rotated by their positions, but not by xpos, whose scales would overflow. What is compiled for one step serves all
+positions, as a position is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any other tuple is a
+constant there.
 
 `generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
 which takes longer than the attention to it.
@@ -28,9 +30,14 @@ from .spec import Scoring, WindowSpec
 _slice, _update = ops.Slice(), ops.ScatterNdUpdate()
 
 
+def recent(windows):
+    """How many of the last tokens are kept."""
+    return windows.backward + windows.spec.bucket
+
+
 def capacity(windows):
     """How many tokens are kept."""
-    return windows.backward + windows.spec.bucket
+    return windows.prefix + recent(windows)
 
 
 @constexpr
@@ -66,9 +73,11 @@ def check_form(owner, cache, batch, windows, attn_bias):
     if shape not in ((1,), (1 + batch,)) or checks.dtype_name(dtype) != "Int32":
         raise checks.type_error(owner, "cache", rule, cache[1])
     if attn_bias is not None:
-        shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        if len(shape) != 3 or shape[1:] != (windows.size, windows.span):
-            raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span})", shape)
+        checks.together(owner, ("attn_bias", True), ("prefix", windows.prefix))
+        _, *rest = shape = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        rule, right = windows.bias_rule(rest)
+        if not right:
+            raise checks.value_error(owner, "attn_bias", f"of shape {rule}", shape)
 
 
 @constexpr
@@ -91,23 +100,33 @@ def as_kept(attn, k, position):
 def first_cache(attn, k, v, position=None):
     """The cache after a first call on `k, v (groups, n, d)`. Where a `position (1 + b,)` is given, as the cache is to
     have it, only the first of each row are tokens, as many as it says."""
-    groups, n, head_dim = k.shape
-    kept = capacity(attn.windows)
-    stay = min(n, kept)
-    if position is not None:
-        _, rows = clock_and_rows(position)
-        last = _of_heads(ops.clamp(rows[:, None] - stay + _range(0, stay)[None], 0, n - 1), groups)
-        last = (last + _range(0, groups * n, n)[:, None]).reshape(-1)
-        k, v = ops.gather(k.reshape(-1, head_dim), last, 0), ops.gather(v.reshape(-1, head_dim), last, 0)
-        k, v = k.reshape(groups, stay, head_dim), v.reshape(groups, stay, head_dim)
-    elif n > kept:
-        last = _range(n - kept, n)
-        k, v = ops.gather(k, last, 1), ops.gather(v, last, 1)  # in PyNative, forty times as fast as a slice
-    k = as_kept(attn, k, n - stay)
-    if n < kept:
-        empty = ops.zeros((groups, kept - n, head_dim), k.dtype)
-        k, v = ops.cat((empty, k), 1), ops.cat((empty, v), 1)
-    return k, v, ops.full((1,), n, dtype=ms.int32) if position is None else position
+    n, prefix, kept = k.shape[1], attn.windows.prefix, recent(attn.windows)
+    position = ops.full((1,), n, dtype=ms.int32) if position is None else position
+    _, rows = clock_and_rows(position)
+    pads = n - rows[:, None]
+    if rows.shape[0] > 1:  # to the right, where the clock is the same for all
+        index = ops.maximum(_range(0, n)[None] - pads, 0)
+        k, v = _at(k, index), _at(v, index)
+    k = as_kept(attn, k, 0)
+    index = ops.maximum(_range(n - kept, n), 0)[None]  # of a token that is not there another, which nobody sees
+    if prefix > 0:
+        index = _beside(ops.minimum(pads + _range(0, prefix)[None], n - 1), index)
+    return _at(k, index), _at(v, index), position
+
+
+def _at(x, index):
+    """Of `x (groups, n, d)` the tokens in places `index`, `(1, m)` or, of each row its own, `(b, m)`: by a gather,
+    which in PyNative is forty times as fast as a slice."""
+    groups, n, head_dim = x.shape
+    if index.shape[0] == 1:
+        return ops.gather(x, index.reshape(-1), 1)
+    index = _of_heads(index, groups) + _range(0, groups * n, n)[:, None]
+    return ops.gather(x.reshape(-1, head_dim), index.reshape(-1), 0).reshape(groups, -1, head_dim)
+
+
+def _beside(of_each, of_all):
+    """What there is of each row, `(rows, n)`, and behind it what is the same for all, `(1, m)`."""
+    return ops.cat((of_each, ops.tile(of_all, (of_each.shape[0], 1))), 1)
 
 
 @constexpr
@@ -127,21 +146,29 @@ def clock_and_rows(position):
 
 
 class Rings(nn.Cell):
-    """Each block's cache as two Parameters `(groups, capacity, d)`, the token of clock p in place p % capacity."""
+    """Each block's cache as two Parameters `(groups, capacity, d)`: what is behind the first `prefix` places is a ring
+    of `kept`, the token of clock p in place p % kept of it."""
 
-    def __init__(self, caches):
+    def __init__(self, caches, prefix):
         super().__init__()
+        self.prefix = prefix
         self.keys = ms.ParameterTuple([_ring(f"key{number}", cache[0]) for number, cache in enumerate(caches)])
         self.values = ms.ParameterTuple([_ring(f"value{number}", cache[1]) for number, cache in enumerate(caches)])
 
     def construct(self, fed, *caches):
         """Takes over keys and values, a cache's after the other's, after so many tokens as were `fed` to them."""
         for number in range(len(self.keys)):
-            kept = self.keys[number].shape[1]
+            kept = self.keys[number].shape[1] - self.prefix
             order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
+            order = _behind(self.prefix, order)
             ops.assign(self.keys[number], ops.gather(caches[2 * number], order, 1))
             ops.assign(self.values[number], ops.gather(caches[2 * number + 1], order, 1))
         return fed
+
+
+def _behind(prefix, order):
+    """An order of places behind a prefix, which stays where it is."""
+    return ops.cat((_range(0, prefix), order + prefix)) if prefix > 0 else order
 
 
 def _ring(name, like):
@@ -152,44 +179,51 @@ class _Entry(Float32):
     """Writes the key and the value of a token, projected as `qkv (b, 1, (heads + 2 * kv_heads) * d)`, to a ring, and
     gives its query `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
 
-    def __init__(self, frequencies):
+    def __init__(self, prefix, frequencies):
         super().__init__()
-        self.numbers = native.row_numbers(0, *frequencies)
-        self.enter = native.custom("enter_rings", [*3 * [native.FLOATS], native.INT32, native.INT64], [native.FLOATS])
+        self.numbers = native.row_numbers(prefix, *frequencies)
+        self.enter = native.custom("enter_rings", [*3 * [native.FLOATS], *2 * [native.INT32], native.INT64],
+                                   [native.FLOATS])
 
-    def construct(self, qkv, keys, values, position):
-        return self.enter(qkv, keys, values, position, self.numbers)
+    def construct(self, qkv, keys, values, clock, rows):
+        return self.enter(qkv, keys, values, clock, rows, self.numbers)
 
 
 @constexpr
-def _fused_entry(frequencies, dtype):
+def _fused_entry(prefix, frequencies, dtype):
     """The kernel, None where it cannot run."""
-    return native.made(_Entry, frequencies) if checks.dtype_name(dtype) == "Float32" else None
+    return native.made(_Entry, prefix, frequencies) if checks.dtype_name(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):
     """What writes a token to a ring as it is projected, None where `entered` is to."""
     if attn.shared_qk or attn.use_xpos:
         return None
-    return _fused_entry(() if attn.rel_pos is None else attn.rel_pos.frequencies, dtype)
+    return _fused_entry(attn.prefix, () if attn.rel_pos is None else attn.rel_pos.frequencies, dtype)
 
 
 def entered(attn, q, k, v, ring):
     """The query and the ring `(keys, values, clock, rows)` once a token `q, k, v (g, 1, d)` is written to it."""
     keys, values, clock, rows = ring
-    groups, kept, head_dim = keys.shape
+    groups, total, head_dim = keys.shape
+    prefix = attn.windows.prefix
     q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
-    place = ops.stack((_range(0, groups), ops.tile(clock % kept, (groups,))), 1)
-    keys, values = _update(keys, place, k.reshape(-1, head_dim)), _update(values, place, v.reshape(-1, head_dim))
+    place = prefix + clock % (total - prefix)
+    places = ops.stack((_range(0, groups), ops.tile(place, (groups,))), 1)
+    if prefix > 0:  # a token that is not of the prefix is written to its place twice
+        own = _of_heads(ops.where(rows < prefix, rows, place)[:, None], groups)
+        places = ops.cat((places, ops.cat((_range(0, groups)[:, None], own), 1)))
+        k, v = ops.cat((k, k)), ops.cat((v, v))
+    keys, values = _update(keys, places, k.reshape(-1, head_dim)), _update(values, places, v.reshape(-1, head_dim))
     return q, (keys, values, clock, rows)
 
 
 def attend_in_place(attn, q, ring, attn_bias=None, sinks=None):
     """What `attend_cached` gives for one new token, whose key and value are in the ring."""
     keys, values, clock, rows = ring
-    kept = keys.shape[1]
+    kept = recent(attn.windows)
     if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
-        order = (clock + 1 + _range(0, kept)) % kept
+        order = _behind(attn.windows.prefix, (clock + 1 + _range(0, kept)) % kept)
         return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), rows, attn_bias, sinks)
     return _next_token(attn, q, keys, values, rows, attn_bias, sinks, (clock + kept - _range(0, kept)) % kept)
 
@@ -246,44 +280,57 @@ def _reordered(part, rows):
 
 def attend_cached(attn, q, k, v, cache, attn_bias=None, sinks=None):
     """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
-    groups, m, head_dim = k.shape
-    kept = capacity(attn.windows)
+    m, prefix = k.shape[1], attn.windows.prefix
     old_k, old_v, position = cache
     clock, rows = clock_and_rows(position)
     q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
-    if m == 1:
-        first, rest = (0, 1, 0), (groups, kept - 1, head_dim)
-        k, v = ops.cat((_slice(old_k, first, rest), k), 1), ops.cat((_slice(old_v, first, rest), v), 1)
-        return _next_token(attn, q, k, v, rows, attn_bias, sinks), (k, v, position + 1)
     k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
-    out = _next_tokens(attn, q, k, v, clock, attn_bias, sinks)
-    first, last = (0, m, 0), (groups, kept, head_dim)
-    return out, (_slice(k, first, last), _slice(v, first, last), position + m)
+    kept_k, kept_v = _kept(k, m, prefix, rows), _kept(v, m, prefix, rows)
+    if m == 1:
+        out = _next_token(attn, q, kept_k, kept_v, rows, attn_bias, sinks)
+    else:
+        out = _next_tokens(attn, q, k, v, clock, attn_bias, sinks)
+    return out, (kept_k, kept_v, position + m)
+
+
+def _kept(x, m, prefix, rows):
+    """What is kept of what was, and of `m` new tokens behind it."""
+    groups, total, head_dim = x.shape
+    if prefix == 0:
+        return _slice(x, (0, m, 0), (groups, total - m, head_dim))
+    place, fed = _range(0, prefix)[None], rows[:, None]
+    place = ops.where(place < fed, place, ops.minimum(place - fed + (total - m), total - 1))
+    return _at(x, _beside(place, _range(prefix + m, total)[None]))
 
 
 def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
-    """One query of each group against the whole cache, its own key the last unless the keys' `ages` in tokens are
-    given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a query does not see is
-    hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it is NaN, and here that
-    is tokens out of sight or zeros."""
+    """One query of each group against the whole cache, its own key the last unless the `ages` in tokens of the keys
+    behind the prefix are given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a
+    query does not see is hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it
+    is NaN, and here that is tokens out of sight."""
     windows, groups = attn.windows, q.shape[0]
-    dtype, last = q.dtype, capacity(windows) - 1
+    dtype, last = q.dtype, recent(windows) - 1
     ages = (_range(last, -1, -1) if ages is None else ages)[None]
     position = position[:, None]
     place = position % windows.size  # of the query in its window
-    unseen = ages > ops.minimum(position, last if windows.exact else windows.backward + place)
+    reach = last if windows.exact else windows.backward + place
+    unseen = ages > ops.minimum(position, reach)
+    if windows.prefix > 0:
+        unseen = ops.cat((_range(0, windows.prefix)[None] >= position - reach, unseen), 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         q = attn.rel_pos.rotate(q, last, (last - last // 2, 1))
         k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
-        columns = ops.clamp(place + windows.backward - ages, 0, windows.span - 1)
-        attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), place * windows.span + columns, 1)
+        _, period, columns = attn_bias.shape
+        row = place % period
+        column = ops.clamp(row + windows.backward - ages, 0, columns - 1)
+        attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), row * columns + column, 1)
         attn_bias = attn_bias.swapaxes(0, 1).reshape(-1, last + 1)
     if position.shape[0] > 1 or attn_bias is not None:
         unseen = _of_heads(unseen, groups if position.shape[0] > 1 else attn_bias.shape[0])
     spec, scoring, frame = _one_query(
-        last, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
+        k.shape[1] - 1, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
         attn.dropout if attn.training else 0., dtype, attn_bias is None)
     tensors = beside(bias=_hide(unseen, attn_bias), sinks=sinks, seed=attn.seed())
     out = attend(q, k, v, spec, scoring, tensors, frame, attn.backend)
@@ -310,14 +357,15 @@ def _one_query(last, scale, softcap, hide_self, dropout, dtype, bias_is_constant
 
 def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     """Several queries after what is kept: the sequence from the start of a window on, as long as it can be, through
-    what a call on all of it goes through."""
-    windows, m = attn.windows, q.shape[1]
-    dtype, kept = q.dtype, k.shape[1] - m
-    place = position % windows.size
-    index = _range(0, windows.backward + windows.size - 1 + m)
-    own = windows.backward + place  # where the first new token stands
-    real = ops.logical_and(index >= own - ops.clamp(position, 0, kept), index < own + m)
-    keys = ops.clamp(index + (kept - own), 0, k.shape[1] - 1)
+    what a call on all of it goes through. In front of it the prefix; a gap between them is whole windows shorter."""
+    windows, m, total = attn.windows, q.shape[1], k.shape[1]
+    dtype, prefix, kept = q.dtype, windows.prefix, total - windows.prefix - m
+    before = -(-prefix // windows.size) * windows.size + windows.backward
+    index, place = _range(0, before + windows.size - 1 + m), position % windows.size
+    own = ops.minimum(position, before + place)  # where the first new token stands
+    last = index >= own - ops.minimum(ops.minimum(position, windows.backward + place), kept)
+    real = index < ops.where(last, own + m, prefix)
+    keys = ops.clamp(ops.where(last, index + (total - m - own), index), 0, total - 1)
     q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)

@@ -128,22 +128,22 @@ def as_array(logits):
     return (logits if logits.dtype == ms.float32 else ops.cast(logits, ms.float32)).asnumpy()
 
 
-def next_logits(model, token, position, attn_bias, rings, sizes, *flat):
+def next_logits(model, token, position, rings, sizes, *flat):
     """A step of decoding: logits of the token after `token (b, 1)` at a `position`, as caches have it, and the caches
-    of global layers as flat as they came.
+    of global layers as flat as they came, behind the model's biases.
 
     Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
     """
     clock, rows = clock_and_rows(position)
-    layers = []
+    layers, start = [], len(model.bias_distances)
+    biases = flat[:start]
     for number in range(len(model.layers)):
         layers.append((rings.keys[number], rings.values[number], clock, rows))
-    start = 0
     for size in sizes:
         layers.append(flat[start:start + size])
         start += size
     x = model.token_emb(token) + model.pos_emb(rows[:, None])
-    x, layers = model._through_layers(x, None, attn_bias, layers, True)
+    x, layers = model._through_layers(x, None, biases, layers, True)
     flat = []
     for layer in layers[len(model.layers):]:
         flat += list(layer)
@@ -207,9 +207,10 @@ class Steps:
         if self.state is None or state != self.state:
             self.state, self.steps = state, {}
         local, others = layers[:len(model.layers)], layers[len(model.layers):]
-        kind = tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
+        prefix = model.windows.prefix
+        kind = prefix, tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
         if kind not in self.rings:
-            self.rings[kind] = filled_rings(local)
+            self.rings[kind] = filled_rings(local, prefix)
         rings, fill = self.rings[kind]
         if kind not in self.steps:
             self.steps[kind] = compiled_step(model, rings, tuple(len(cache) for cache in others))
@@ -226,9 +227,9 @@ def _compiled(function):
     return ms.jit(function)
 
 
-def filled_rings(caches):
+def filled_rings(caches, prefix):
     """Rings for such caches, and what fills them."""
-    rings = Rings(caches)
+    rings = Rings(caches, prefix)
 
     def fill(*caches):
         return rings(*caches)
@@ -237,8 +238,8 @@ def filled_rings(caches):
 
 def compiled_step(model, rings, sizes):
     """`next_logits` with the rings that it keeps; of so many tensors are the caches of global layers."""
-    def step(token, position, attn_bias, *flat):
-        return next_logits(model, token, position, attn_bias, rings, sizes, *flat)
+    def step(token, position, *flat):
+        return next_logits(model, token, position, rings, sizes, *flat)
     if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
         step.amp_strategy = model.amp_strategy
     return _compiled(step)
@@ -275,25 +276,24 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
     tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
     for row in rows:
         tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
-    cached = use_kv_cache and model.causal and not model.windows.prefix and model.global_takes_cache
+    cached = use_kv_cache and model.causal and model.global_takes_cache
     cached = cached and (even or model.global_cache_is_ours)
     with evaluating(model):
-        step, attn_bias, flat = None, None, []
+        step, biases, flat = None, (), []
         for count in range(seq_len):
             ends = lengths + count
             if not cached or ends.max() > model.max_seq_len:
                 logits = whole_logits(model, tokens, ends)
             elif step is not None:
                 position = Tensor(np.array([ends.max() - 1, *(ends - 1)], np.int32))
-                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, attn_bias, *flat)
+                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, *biases, *flat)
                 logits = as_array(logits)
             else:
                 begun = None
                 if not even:
-                    begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, None, 0
-                logits, (layers, attn_bias, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
+                    begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, (), 0
+                logits, (layers, biases, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
                 logits, step = as_array(logits)[rows, ends - 1], model.steps.after(model, layers)
-                attn_bias = None if isinstance(attn_bias, tuple) else attn_bias
                 flat = [x for layer in layers[len(model.layers):] for x in layer]
             tokens[rows, ends] = sample(logits, temperature, filter_thres)
             if callback is not None:

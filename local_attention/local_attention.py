@@ -102,6 +102,20 @@ class Windows:
         return self.backward + self.size + self.forward
 
     @property
+    def distances(self):
+        """What a bias of distances is asked for: queries, keys as far as the last of them, and keys after it."""
+        rows = 1 if self.exact else self.size
+        return rows, self.backward + rows, self.forward
+
+    def bias_rule(self, shape):
+        """The shapes of a bias but for its heads, in words, and whether one is of them: a row for each place in a
+        window, or a single one where a span moves."""
+        shapes = [(self.size, self.span)]
+        if self.exact:
+            shapes.append((1, self.backward + 1 + self.forward))
+        return " or ".join(f"(heads, {rows}, {columns})" for rows, columns in shapes), tuple(shape) in shapes
+
+    @property
     def spec(self):
         return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal, self.prefix)
 
@@ -154,9 +168,9 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
             raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
     if attn_bias is not None:
         heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        if rest != [windows.size, windows.span] or heads == 0 or (groups or 0) % heads:
-            raise checks.value_error(owner, "attn_bias", f"of shape (heads, {windows.size}, {windows.span}), heads a "
-                                     f"divisor of {groups}", attn_bias[0])
+        rule, right = windows.bias_rule(rest)
+        if not right or heads == 0 or (groups or 0) % heads:
+            raise checks.value_error(owner, "attn_bias", f"of shape {rule}, heads a divisor of {groups}", attn_bias[0])
         if heads % share and share % heads:
             raise checks.value_error(owner, "attn_bias", f"of a multiple or a divisor of the {share} heads that share "
                                      "one of k", attn_bias[0])
@@ -268,7 +282,9 @@ class LocalAttention(nn.Cell):
           axes. Default: ``None`` .
         - **input_mask** (Tensor) - Another name of `mask`, which goes before it. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores:
-          row = place of the query in its window, column = place of the key in the window's span. Default: ``None`` .
+          row = place of the query in its window, column = place of the key in the window's span. With
+          `exact_windowsize` also :math:`(h, 1, W \cdot (look\_backward + look\_forward) + 1)`, a number for each
+          offset. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
         - **segment_ids** (Tensor) - int :math:`(batch, n)`: consecutive tokens of one id are a document, and the result
           is that of a call on each by itself. A negative id is padding: seen by nobody, and it sees nothing.

@@ -13,7 +13,7 @@ from .local_attention import LocalAttention, l2norm
 
 
 @constexpr
-def check_cacheable(owner, causal, masked, n, sliced, prefix, documents, global_takes_cache=True):
+def check_cacheable(owner, causal, masked, n, sliced, documents, global_takes_cache=True):
     """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
     if sliced:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
@@ -26,8 +26,6 @@ def check_cacheable(owner, causal, masked, n, sliced, prefix, documents, global_
         raise checks.value_error(owner, "mask", "None with a cache", "a mask")
     if documents:
         raise checks.value_error(owner, "segment_ids", "None with a cache", "documents")
-    if prefix:
-        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with a 'prefix'", "a cache")
     if n is None:
         raise checks.value_error(owner, "cache", "None in a graph for every length, and 'return_cache' False", "one")
 
@@ -136,7 +134,8 @@ class LocalMHA(nn.Cell):
         - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
           :class:`LocalAttention` takes it. Default: ``None`` .
         - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
-          next, one or more. Its size does not grow with what has been fed. Default: ``None`` .
+          next, one or more. It holds the prefix and the last tokens, and its size does not grow with what has been fed.
+          Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
         - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
           alone; a negative id is padding. Not with a cache. Default: ``None`` .
@@ -204,7 +203,7 @@ class LocalMHA(nn.Cell):
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
-                            self.attn_fn.prefix, segment_ids is not None)
+                            segment_ids is not None)
         if segment_ids is not None:
             checked_segments(self.cls_name, checks.described(segment_ids), b, n)
         if self.norm is not None:
@@ -216,7 +215,7 @@ class LocalMHA(nn.Cell):
         if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
             entry = fused_entry(self.attn_fn, qkv.dtype)
         if entry is not None:
-            out = attend_in_place(self.attn_fn, entry(qkv, cache[0], cache[1], cache[2]), cache, attn_bias, self.sinks)
+            out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
         else:
             out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache, segment_ids)
         out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))

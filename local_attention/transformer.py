@@ -12,6 +12,7 @@ from mindspore.ops import constexpr
 from . import checks, generation, parallel
 from .backends.any_length import unknown
 from .backends.spans import document_bounds
+from .cache import form
 from .cells import Float32
 from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
 from .hyper_connections import HyperConnections, add_output, expand, reduce
@@ -55,10 +56,13 @@ def _window_sizes(owner, given, depth):
                  for size in given)
 
 
-def _seen(size, max_seq_len):
-    """What a layer of a window sees, as LocalMHA's arguments; without one, a single window as long as a sequence."""
+def _seen(size, max_seq_len, causal, by_distance):
+    """What a layer of a window sees, as LocalMHA's arguments; without one, a single window as long as a sequence, or,
+    as a bias of distances is then a single row, a span that moves and reaches as far."""
     if size is not None:
         return dict(window_size=size)
+    if by_distance:
+        return dict(window_size=max_seq_len, look_backward=1, look_forward=0 if causal else 1, exact_windowsize=True)
     return dict(window_size=max_seq_len, look_backward=0, look_forward=0, exact_windowsize=False)
 
 
@@ -83,9 +87,9 @@ def _checked_shape(owner, out, shape):
 
 
 def _form(cache):
-    """How many layers a model's cache has, its bias as `described`, and how many tokens it has seen; None of others."""
+    """How many layers a model's cache has, its biases as `form`, and how many tokens it has seen; None of others."""
     if isinstance(cache, tuple) and len(cache) == 3 and isinstance(cache[0], tuple):
-        return len(cache[0]), checks.described(cache[1]), cache[2]
+        return len(cache[0]), form(cache[1]), cache[2]
     return None
 
 
@@ -94,9 +98,9 @@ def _check_cached_call(owner, n, cache, kind, depth, return_loss):
     rule = "what a call of this model with 'return_cache' returned, or None"
     if cache is None:
         raise TypeError(f"For '{owner}', 'cache' must be {rule}, but got one of type {kind}.")
-    layers, attn_bias, seen = cache
-    if isinstance(seen, bool) or not isinstance(seen, int) or not (attn_bias is None or isinstance(attn_bias, tuple)):
-        raise checks.type_error(owner, "cache", rule, (attn_bias, seen))
+    layers, biases, seen = cache
+    if isinstance(seen, bool) or not isinstance(seen, int) or not isinstance(biases, tuple):
+        raise checks.type_error(owner, "cache", rule, (biases, seen))
     if return_loss:
         raise checks.value_error(owner, "return_loss", "False with a cache", return_loss)
     if layers != depth:
@@ -204,8 +208,8 @@ class LocalTransformer(nn.Cell):
         ignore_index (int): The label that the loss leaves out. Default: ``-1`` .
         use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
         xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
-        use_dynamic_pos_bias (bool): Whether a learned bias of the distance takes the place of rotary embedding, xpos
-            included. Default: ``False`` .
+        use_dynamic_pos_bias (bool): Whether a learned bias of the distance, one for all layers, takes the place of
+            rotary embedding, xpos included. Default: ``False`` .
         global_attn_layer (Cell): From vectors :math:`(b, n, dim)` to as many, with a residual connection around it;
             attention to all tokens, a memory, anything. Copies of it, each with parameters of its own, stand before
             local layers. If its `construct` takes `mask`, it is given the model's; if it takes `cache` and
@@ -278,9 +282,7 @@ class LocalTransformer(nn.Cell):
         self.ignore_index = checks.integer(owner, "ignore_index", ignore_index, -2**31)
         checks.boolean(owner, "use_xpos", use_xpos)
         checks.boolean(owner, "use_dynamic_pos_bias", use_dynamic_pos_bias)
-        if use_dynamic_pos_bias and len(set(self.window_sizes)) > 1:
-            raise checks.value_error(owner, "local_attn_window_size", "the same for all layers with "
-                                     "'use_dynamic_pos_bias'", local_attn_window_size)
+        checks.together(owner, ("use_dynamic_pos_bias", use_dynamic_pos_bias), ("prefix", kwargs.get("prefix")))
         if use_dynamic_pos_bias and dim < 2:
             raise checks.value_error(owner, "dim", "at least 2 with 'use_dynamic_pos_bias'", dim)
         global_numbers = _global_numbers(owner, global_attn_layer, layers_insert_global_attn, depth,
@@ -295,7 +297,8 @@ class LocalTransformer(nn.Cell):
         self.layers = nn.CellList([nn.CellList([
             LocalMHA(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout, causal=causal, prenorm=True,
                      use_xpos=use_xpos and not use_dynamic_pos_bias, xpos_scale_base=xpos_scale_base,
-                     use_rotary_pos_emb=not use_dynamic_pos_bias, **{**kwargs, **_seen(size, max_seq_len)}),
+                     use_rotary_pos_emb=not use_dynamic_pos_bias,
+                     **{**kwargs, **_seen(size, max_seq_len, causal, use_dynamic_pos_bias)}),
             FeedForward(dim, ff_mult, ff_dropout)]) for size in self.window_sizes])
         self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
         self.group = self.layers[0][0].attn_fn.group
@@ -313,6 +316,10 @@ class LocalTransformer(nn.Cell):
         if num_residual_streams > 1:
             self.hyper_connections = HyperConnections(num_residual_streams, dim, depth, global_numbers)
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
+        # what the bias of each window that differs is asked for, and which of these a layer's is
+        distances = [attn.attn_fn.windows.distances for attn, _ in self.layers] if use_dynamic_pos_bias else []
+        self.bias_distances = tuple(dict.fromkeys(distances))
+        self.bias_places = tuple(map(self.bias_distances.index, distances))
         self.steps = generation.Steps()
 
     def extend_repr(self):
@@ -331,17 +338,16 @@ class LocalTransformer(nn.Cell):
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, segment_ids=None):
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
                              checks.described(mask), return_loss, return_cache, self.group)
-        seen, layers, attn_bias = 0, None, None
+        seen, layers, biases = 0, None, ()  # on Ascend no None may leave a graph
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                            self.windows.prefix, segment_ids is not None, self.global_takes_cache)
+                            segment_ids is not None, self.global_takes_cache)
         if segment_ids is not None:
             _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
                                self.group is not None)
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
-            layers, attn_bias, seen = cache  # of each block, of all of them, and how many tokens they were fed
-            attn_bias = None if isinstance(attn_bias, tuple) else attn_bias
+            layers, biases, seen = cache  # of each block, of each window, and how many tokens they were fed
             x = x[:, seen:]
         labels = None
         if return_loss and self.group is None:
@@ -367,19 +373,17 @@ class LocalTransformer(nn.Cell):
                 x = self.token_emb(x) + self.pos_emb(places)
             else:
                 x = self.token_emb(x) + self.pos_emb(_positions(b, start, start + n - seen, self.max_seq_len))
-        if self.dynamic_pos_bias is not None and attn_bias is None:
-            size, before = self.windows.size, self.windows.backward
-            attn_bias = self.dynamic_pos_bias(size, before + size, self.windows.forward)
-        x, layers = self._through_layers(x, mask, attn_bias, layers, return_cache, segment_ids)
+        if self.bias_distances and not biases:
+            for queries, keys, after in self.bias_distances:
+                biases += (self.dynamic_pos_bias(queries, keys, after),)
+        x, layers = self._through_layers(x, mask, biases, layers, return_cache, segment_ids)
         if self.num_tokens is not None:
             x = self.to_logits(x)
         if return_loss:
             return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
-        if not return_cache:
-            return x
-        return x, (layers, () if attn_bias is None else attn_bias, n)  # on Ascend no None leaves a graph
+        return (x, (layers, biases, n)) if return_cache else x
 
-    def _through_layers(self, x, mask, attn_bias, layers, return_cache, segment_ids=None):
+    def _through_layers(self, x, mask, biases, layers, return_cache, segment_ids=None):
         """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
         the local blocks, and after them those of the global layers."""
         caches, global_caches = [], []
@@ -398,6 +402,7 @@ class LocalTransformer(nn.Cell):
                 shape = _checked_shape(self.cls_name, checks.described(out), taken.shape)
                 x = _given_back(x, out if unknown(shape) else out.reshape(shape), beta)
             taken, x, beta = self._taken(x, number, 0)
+            attn_bias = biases[self.bias_places[number]] if self.bias_places else None
             out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
                        return_cache=return_cache, segment_ids=segment_ids)
             if return_cache:
@@ -430,7 +435,7 @@ class LocalTransformer(nn.Cell):
                  callback=None):
         r"""
         Continue sequences, each as if it were alone, a token at a time; past `max_seq_len` the model sees the last
-        `max_seq_len` tokens.
+        `max_seq_len` tokens, of which the first are then its prefix, if it has one.
 
         Whatever has changed since the last call counts: weights, however they were set, Cells and their settings. What
         an optimizer or `ops.assign` changes costs nothing, other changes a compilation.

@@ -272,13 +272,17 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
       compare(dwide[row * 2 * d + d + c], b * std::cos(angle) + a * std::sin(angle));
     }
 
-  const int64_t kept = 3, batch = 2, more = 2 * count;  // a key head for each of `count`, for two query heads
-  std::vector<float> qkv = draw(batch * (more + 2 * count) * 2 * d), keys(batch * count * kept * 2 * d), values = keys,
+  const int64_t prefix = 2, kept = 3, places = prefix + kept, batch = 2;
+  const int64_t more = 2 * count;  // a key head for each of `count`, for two query heads
+  std::vector<float> qkv = draw(batch * (more + 2 * count) * 2 * d), keys(batch * count * places * 2 * d), values = keys,
                      q(batch * more * 2 * d);
-  int64_t qkv_shape[] = {batch, 1, (more + 2 * count) * 2 * d}, ring_shape[] = {batch * count, kept, 2 * d}, one[] = {1},
-          turns_shape[] = {(int64_t)turns.size()}, *ring_shapes[] = {qkv_shape, ring_shape, ring_shape, one, turns_shape};
-  void *enter[] = {qkv.data(), keys.data(), values.data(), &position, turns.data(), q.data()};
-  if (enter_rings(6, enter, 0, ring_shapes, 0, 0, 0)) return INFINITY;
+  int32_t in_rows[] = {1, position};  // the first row is in its prefix yet
+  turns[2] = prefix;
+  int64_t qkv_shape[] = {batch, 1, (more + 2 * count) * 2 * d}, ring_shape[] = {batch * count, places, 2 * d}, one[] = {1},
+          rows_shape[] = {batch}, turns_shape[] = {(int64_t)turns.size()},
+          *ring_shapes[] = {qkv_shape, ring_shape, ring_shape, one, rows_shape, turns_shape};
+  void *enter[] = {qkv.data(), keys.data(), values.data(), &position, in_rows, turns.data(), q.data()};
+  if (enter_rings(7, enter, 0, ring_shapes, 0, 0, 0)) return INFINITY;
   const double cosine = std::cos(position * frequency), sine = std::sin(position * frequency);
   for (int64_t group = 0; group < batch * more; ++group)
     for (int64_t c = 0; c < d; ++c) {
@@ -288,10 +292,12 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
   for (int64_t group = 0; group < batch * count; ++group)
     for (int64_t c = 0; c < d; ++c) {
       const float *from = qkv.data() + (group / count * (more + 2 * count) + more + group % count) * 2 * d;
-      const int64_t at = (group * kept + position % kept) * 2 * d + c;
-      compare(keys[at + d], from[d + c] * cosine + from[c] * sine);
-      compare(values[at], from[count * 2 * d + c]);
-      compare(keys[(group * kept + (position + 1) % kept) * 2 * d + c], 0);
+      for (int64_t place = 0; place < places; ++place) {
+        const bool there = place == prefix + position % kept || place == in_rows[group / count];
+        const int64_t at = (group * places + place) * 2 * d + c;
+        compare(keys[at + d], there ? from[d + c] * cosine + from[c] * sine : 0);
+        compare(values[at], there ? from[count * 2 * d + c] : 0);
+      }
     }
   return worst;
 }

@@ -26,6 +26,9 @@ SETTINGS = [
     dict(qk_rmsnorm=True, gate_values_per_head=True),
     dict(exact_windowsize=False, shared_qk=True, prenorm=True),
     dict(use_rotary_pos_emb=False),
+    dict(prefix=3),  # within a window, of many, and longer than what else is kept
+    dict(prefix=2 * W, exact_windowsize=False, look_backward=0),
+    dict(prefix=13, exact_windowsize=False, shared_qk=True),
 ]
 
 
@@ -55,10 +58,11 @@ def test_chunks_equal_one_call(settings, chunks):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("chunks", CHUNKS[:4], ids=lambda chunks: "-".join(map(str, chunks[:4])))
 def test_a_bias_stays_with_its_places(exact, chunks):
-    """A bias that is not a function of distance, and one that is."""
+    """A bias that is not a function of distance, one that is, and, where a span moves, a row of offsets."""
     mha = block(exact_windowsize=exact, use_rotary_pos_emb=False)
     x = ops.randn((2, N, 20))
-    for bias in (ops.randn((HEADS, W, 2 * W)), DynamicPositionBias(8, HEADS)(W, 2 * W)):
+    for bias in (ops.randn((HEADS, W, 2 * W)), DynamicPositionBias(8, HEADS)(W, 2 * W),
+                 *([ops.randn((HEADS, 1, W + 1))] if exact else [])):
         np.testing.assert_allclose(fed(mha, x, chunks, attn_bias=bias)[0], mha(x, attn_bias=bias).asnumpy(), atol=2e-5)
 
 
@@ -78,6 +82,8 @@ def test_a_cache_has_one_shape_however_much_it_is_fed():
     _, few = fed(mha, x[:, :1], [1])
     _, many = fed(mha, x, [30, 13])
     assert [a.shape for a in few] == [a.shape for a in many] == [(2 * HEADS, 3 * W, 10)] * 2 + [(1,)]
+    _, cache = fed(block(look_backward=2, prefix=4), x, [30, 13])
+    assert cache[0].shape == (2 * HEADS, 4 + 2 * W + 1, 10)
 
 
 @pytest.mark.parametrize("make", [lambda: LocalTransformer(**MODEL, global_attn_layer=full()),
@@ -106,9 +112,10 @@ def count_a_compilation():
     compiled.append(1)
 
 
-def test_one_compiled_step_serves_every_position():
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_one_compiled_step_serves_every_position(prefix):
     """A cache goes into a compiled function as `ms.mutable`."""
-    mha = block(exact_windowsize=False)
+    mha = block(exact_windowsize=False, prefix=prefix)
     x = ops.randn((2, N, 20))
 
     @ms.jit
@@ -178,6 +185,7 @@ def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
 
 @pytest.mark.parametrize("settings", [
     dict(), dict(use_dynamic_pos_bias=True, exact_windowsize=False), GLOBAL[1],  # GLOBAL: further layers, other caches
+    dict(prefix=3), dict(use_dynamic_pos_bias=True, local_attn_window_size=(3, None)),
     dict(shared_qk=True), dict(use_xpos=True), dict(qk_rmsnorm=True, look_backward=2), dict(look_backward=0)])
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     """Past `max_seq_len` too; the step is compiled once, for later calls as well."""
@@ -204,11 +212,15 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
 
 def test_decoding_by_plain_operators(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
-    for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True)):
+    for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True), dict(prefix=9)):
         model = LocalTransformer(**{**MODEL, **settings})
-        prime = ops.randint(0, 31, (2, 7))
-        wanted = model.generate(prime, 15, temperature=0, use_kv_cache=False).asnumpy()
-        np.testing.assert_array_equal(model.generate(prime, 15, temperature=0).asnumpy(), wanted)
+        for attn, _ in model.layers:  # so that tokens tell of attention
+            attn.to_qkv.weight.set_data(attn.to_qkv.weight * 4)
+            attn.to_out.weight.set_data(attn.to_out.weight * 4)
+        prime, mask = ops.randint(0, 31, (2, 7)), ms.Tensor(np.arange(7) >= [[0], [4]])
+        for more in (dict(), dict(mask=mask)):
+            wanted = model.generate(prime, 15, temperature=0, use_kv_cache=False, **more).asnumpy()
+            np.testing.assert_array_equal(model.generate(prime, 15, temperature=0, **more).asnumpy(), wanted)
 
 
 def test_models_and_batch_sizes_do_not_share_what_they_keep():

@@ -269,7 +269,7 @@ CALLS = [
     (block, (vectors(2, 7, 11), tokens(2, 7)), {}, TypeError, "'mask' must be a Tensor of bool, but got int32."),
     (block, (vectors(2, 7, 11), mask(1, 7)), {}, ValueError, "'mask' must be of shape (2, 7), but got (1, 7)."),
     (block, (vectors(2, 7, 11), None, vectors(3, 5, 9)), {}, ValueError,
-     "'attn_bias' must be of shape (heads, 5, 15), heads a divisor of 6, but got (3, 5, 9)."),
+     "'attn_bias' must be of shape (heads, 5, 15) or (heads, 1, 11), heads a divisor of 6, but got (3, 5, 9)."),
 
     (GEGLU, (vectors(2, 7),), {}, ValueError,
      "For 'GEGLU', 'x' must be of an even last axis, not empty, but got (2, 7)."),

@@ -73,7 +73,10 @@ def ragged(lengths, pads, width):
 @pytest.mark.parametrize("settings", [
     dict(), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True, exact_windowsize=False),
     dict(use_xpos=True), dict(shared_qk=True), dict(qk_rmsnorm=True, look_backward=2, num_residual_streams=2),
-    dict(look_backward=0), dict(causal=False), dict(global_attn_layer=full(), layers_insert_global_attn=(2,)),
+    dict(look_backward=0), dict(causal=False), dict(prefix=3, exact_windowsize=False, local_attn_window_size=2),
+    dict(prefix=7, shared_qk=True, local_attn_window_size=2),  # which rows grow out of while they have a cache
+    dict(use_dynamic_pos_bias=True, local_attn_window_size=(3, None)),
+    dict(global_attn_layer=full(), layers_insert_global_attn=(2,)),
     dict(global_attn_layer=Mean()), dict(global_attn_layer=MeanOfAll()), dict(global_attn_layer=Remembering())],
     ids=lambda settings: ",".join(settings) or "exact")
 def test_each_row_is_continued_as_if_it_were_alone(settings):

@@ -32,6 +32,7 @@ CELLS = {
     "mha": lambda: LocalMHA(dim=DIM, window_size=WINDOW, heads=HEADS, dim_head=DIM_HEAD, prenorm=True),
     "mha with rmsnorm": lambda: LocalMHA(dim=DIM, window_size=WINDOW, heads=HEADS, dim_head=DIM_HEAD, prenorm=True,
                                          qk_rmsnorm=True),
+    "transformer of today": lambda: transformer(kv_heads=1, learned_sinks=True, local_attn_window_size=(WINDOW, None)),
     "mha without rotary": lambda: LocalMHA(dim=DIM, window_size=WINDOW, use_rotary_pos_emb=False),
     "bias": lambda: DynamicPositionBias(DIM, HEADS),
 }

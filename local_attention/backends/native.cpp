@@ -255,14 +255,16 @@ EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char
   }
 }
 
-// qkv (batch, 1, (heads + 2 kv_heads) d) of one token, keys and values (batch kv_heads, kept, d) that it is written into,
-// in place, its position (1), numbers as of rotary, without radians for no rotation -> q (batch heads, 1, d)
+// qkv (batch, 1, (heads + 2 kv_heads) d) of one token, keys and values (batch kv_heads, prefix + kept, d) that it is
+// written into, in place, its position (1) and that in each row (batch), or in all of them (1), numbers as of rotary, but
+// the prefix for whether back, and without radians for no rotation -> q (batch heads, 1, d)
 EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
-  const int64_t batch = shapes[0][0], groups = shapes[1][0], kept = shapes[1][1], d = shapes[1][2];
-  const int64_t *numbers = (const int64_t *)params[4], position = *(const int32_t *)params[3];
-  const int64_t all = shapes[0][2] / d, kv_heads = groups / batch, heads = all - 2 * kv_heads, half = shapes[4][0] - 3;
+  const int64_t batch = shapes[0][0], groups = shapes[1][0], places = shapes[1][1], d = shapes[1][2];
+  const int64_t *numbers = (const int64_t *)params[5], position = *(const int32_t *)params[3], prefix = numbers[2];
+  const int64_t all = shapes[0][2] / d, kv_heads = groups / batch, heads = all - 2 * kv_heads, half = shapes[5][0] - 3;
+  const int32_t *const rows = (const int32_t *)params[4];
   const float *qkv = (const float *)params[0];
-  float *const kept_keys = (float *)params[1], *const kept_values = (float *)params[2], *const q = (float *)params[5];
+  float *const kept_keys = (float *)params[1], *const kept_values = (float *)params[2], *const q = (float *)params[6];
   try {
     const Kernel &kernel = kernel_of(numbers[1]);
     std::vector<float> cosines(half), sines(half);
@@ -280,10 +282,17 @@ EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char
     for (int64_t row = 0; row < batch; ++row) {
       const float *from = qkv + row * all * d, *keys = from + heads * d, *values = keys + kv_heads * d;
       for (int64_t head = 0; head < heads; ++head) turned(from + head * d, q + (row * heads + head) * d);
+      const int64_t own = rows[shapes[4][0] > 1 ? row : 0];
       for (int64_t head = 0; head < kv_heads; ++head) {
-        const int64_t to = ((row * kv_heads + head) * kept + position % kept) * d;
-        turned(keys + head * d, kept_keys + to);
-        std::copy_n(values + head * d, d, kept_values + to);
+        float *const to_keys = kept_keys + (row * kv_heads + head) * places * d;
+        float *const to_values = kept_values + (row * kv_heads + head) * places * d;
+        const int64_t to = (prefix + position % (places - prefix)) * d;
+        turned(keys + head * d, to_keys + to);
+        std::copy_n(values + head * d, d, to_values + to);
+        if (own < prefix) {
+          std::copy_n(to_keys + to, d, to_keys + own * d);
+          std::copy_n(to_values + to, d, to_values + own * d);
+        }
       }
     }
     return 0;
