@@ -447,9 +447,10 @@ def draw_curve(path, records, entropy):
 
 def draw_heads(path, model, text):
     """What each head of each layer looks at, over a text."""
-    figure = plot_weights(attention_weights(model, Tensor(text[None].astype(np.int32))))
-    figure.suptitle("query by key; a column for each head, a row for each layer")
-    figure.savefig(path, dpi=120)
+    names = []
+    for number, place in enumerate(model.global_places, 1):
+        names += [f"layer {number}, global"] * (place > 0) + [f"layer {number}"]
+    plot_weights(attention_weights(model, Tensor(text[None].astype(np.int32))), names).savefig(path, dpi=120)
 
 
 class Interrupt:
