@@ -117,8 +117,8 @@ def plot_weights(weights, names=None):
     """
     Draw weights, a row of pictures for each call and a column for each head: query by key, darker for more.
 
-    Colours go with the square root of a weight, so that small ones show. Lines are at the first and the last key that
-    each query sees in any head.
+    Colours go with the square root of a weight, so that small ones show; what no head of a call sees is white. Lines
+    are at the first and the last key that each query sees.
 
     Args:
         weights (list): As `attention_weights` gives them; of a batch, the first sequence is drawn.
@@ -142,14 +142,15 @@ def plot_weights(weights, names=None):
     if len(names) != len(weights):
         raise checks.value_error("plot_weights", "names", f"as many as weights, {len(weights)}", len(names))
     weights = [np.asarray(each).reshape(-1, *each.shape[-3:])[0] if each.ndim > 2 else each[None] for each in weights]
-    figure = _figure(len(weights), max(len(each) for each in weights), 2.6)
+    figure = _figure(len(weights), max(len(each) for each in weights), 3)
     grid = np.reshape(figure.axes, (len(weights), -1))
     from matplotlib.colors import PowerNorm
     norm = PowerNorm(0.5, vmin=0, vmax=max(each.max() for each in weights), clip=True)
     for row, name, each in zip(grid, names, weights):
+        seen = (each > 0).any(0)
         for axes, head in zip(row, each):
-            image = axes.imshow(head, cmap="magma_r", norm=norm, interpolation="nearest")
-            _draw_edges(axes, (each > 0).any(0))
+            image = axes.imshow(np.where(seen, head, np.nan), cmap="magma_r", norm=norm, interpolation="nearest")
+            _draw_edges(axes, seen)
         for number, axes in enumerate(row, 1):
             if number > len(each):
                 axes.remove()

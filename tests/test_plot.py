@@ -60,7 +60,10 @@ def test_a_model_s_weights_and_their_picture(tmp_path):
         assert (each[..., ~model.layers[0][0].attn_fn.spec.visible(np.arange(17), np.arange(17))] == 0).all()
     figure = plot_weights(weights)
     *panels, bar = figure.axes
-    np.testing.assert_array_equal(panels[4].images[0].get_array(), weights[1][0, 1])
+    hidden = ~model.layers[1][0].attn_fn.spec.visible(np.arange(17), np.arange(17))
+    drawn = panels[4].images[0].get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(drawn), hidden)
+    np.testing.assert_array_equal(drawn[~hidden], weights[1][0, 1][~hidden])
     assert panels[4].get_title() == "layer 2, head 2" and bar.get_ylabel() == "weight"
     assert panels[4].get_xlabel() == "key position" and panels[4].get_ylabel() == "query position"
     seen = [model.layers[1][0].attn_fn.spec.span(i) for i in range(17)]
