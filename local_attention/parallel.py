@@ -310,7 +310,7 @@ def places(group, segment_ids):
         return own
     ids = ops.stop_gradient(segment_ids)
     edges = ops.stack((ids[:, 0], ids[:, n - 1], ops.cast(own[:, n - 1], ids.dtype)), 0)
-    heads, tails, last = _every_rank(group)(edges).reshape(group.size, 3, b).unbind(1)
+    heads, tails, last = _every_rank(group, edges.reshape(1, -1)).reshape(group.size, 3, b).unbind(1)
     goes_on = ops.logical_and(heads[1:] == tails[:-1], heads[1:] >= 0)  # from the rank before
     goes_on = ops.cat((ops.zeros((1, b), ms.bool_), goes_on))
     # where the document of a rank's last token began; 0 where that was not on this rank
@@ -321,7 +321,18 @@ def places(group, segment_ids):
     return own + ops.masked_fill(ops.broadcast_to(before.reshape(b, 1), (b, n)), first > 0, 0)
 
 
-_every_rank = constexpr(lru_cache(maxsize=64)(lambda group: ops.AllGather(group=group.name)))
+def _every_rank(group, mine):
+    """`(1, n)` whole numbers of each rank, side by side; on CPU, groups have sums alone."""
+    digits, n = _digits(mine, ms.float32), mine.shape[1]
+    parts = [digits]
+    if group.rank > 0:
+        parts = [ops.zeros((digits.shape[0], group.rank * n), ms.float32)] + parts
+    if group.rank < group.size - 1:
+        parts = parts + [ops.zeros((digits.shape[0], (group.size - 1 - group.rank) * n), ms.float32)]
+    return _number(_sum(group)(ops.cat(parts, 1)), mine.dtype)
+
+
+_sum = constexpr(lru_cache(maxsize=64)(lambda group: ops.AllReduce(group=group.name)))
 _next_tokens = constexpr(lru_cache(maxsize=64)(lambda group, count: exchange(group, count, 0)))
 
 

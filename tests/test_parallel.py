@@ -190,14 +190,14 @@ def test_places_in_documents_that_began_ranks_before(monkeypatch):
     slices, edges = [ms.Tensor(part) for part in np.split(ids, ranks, 1)], []
     groups = [parallel.Group("", rank, ranks) for rank in range(ranks)]
 
-    def noted(mine):
+    def noted(group, mine):
         edges.append(mine)
-        return ms.ops.tile(mine, (ranks, 1))
+        return ms.ops.tile(mine, (1, ranks))
 
-    monkeypatch.setattr(parallel, "_every_rank", lambda group: noted)
+    monkeypatch.setattr(parallel, "_every_rank", noted)
     for group, part in zip(groups, slices):
         parallel.places(group, part)
-    monkeypatch.setattr(parallel, "_every_rank", lambda group: lambda mine: ms.ops.cat(edges[:ranks]))
+    monkeypatch.setattr(parallel, "_every_rank", lambda group, mine: ms.ops.cat(edges[:ranks], 1))
     found = np.concatenate([parallel.places(group, part).asnumpy() for group, part in zip(groups, slices)], 1)
     wanted = np.zeros_like(ids)
     for i in range(1, ranks * n):
