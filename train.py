@@ -7,6 +7,7 @@ picture of what its heads look at.
 `msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on batches of its own.
 """
 import argparse
+import bisect
 import gzip
 import json
 import math
@@ -80,39 +81,48 @@ def positive(number):
     return parse
 
 
+def window(text):
+    """An argparse type: the window of a layer, None for one that sees all."""
+    return None if text == "none" else positive(int)(text)
+
+
 def make_parser():
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
                                      description="Train a byte-level LocalTransformer on real text and sample from it.")
     count, real = positive(int), positive(float)
 
-    def add(name, kind, default, text, **more):
+    def add(name, kind, default, text, *names, **more):
         text += "" if default is None else " (default: %(default)s)"
-        parser.add_argument(name, type=kind, default=default, help=text, **more)
+        parser.add_argument(name, *names, type=kind, default=default, help=text, **more)
 
     add("--data", str, None, "a file or a folder, plain or .gz; the Python standard library where not given")
+    parser.add_argument("--packed", action="store_true", help="files are documents, packed into rows of --seq-len with "
+                        "none seen from another, and not one text to be cut anywhere; longer ones are cut into pieces")
     add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
     parser.add_argument("--resume", action="store_true", help="continue the run of --out, or the newest in runs/")
-    add("--steps", count, 800, "optimizer steps")
+    add("--steps", count, 4000, "optimizer steps")
     add("--batch-size", count, 4, "sequences in a batch, of each process")
     add("--grad-accum", count, 1, "batches whose gradients are averaged for a step")
-    add("--seq-len", count, 256, "bytes in a sequence")
-    add("--window-size", count, 64, "window of the local attention")
+    add("--seq-len", count, 128, "bytes in a sequence")
+    add("--windows", window, [64], "window of the local attention; several are one for each layer, 'none' for a layer "
+        "that sees the whole sequence", "--window-size", nargs="+")
     add("--dim", count, 128, "width of the model")
     add("--depth", count, 2, "layers")
     add("--heads", count, 2, "attention heads")
+    add("--kv-heads", count, None, "heads of keys and values, which divide --heads; as many where not given")
     add("--dim-head", count, 64, "width of a head")
     add("--num-residual-streams", count, 1, "residual streams; above 1, with hyper-connections")
     add("--global-layers", count, None, "layers, by number from 1, with full attention before them", nargs="+")
-    add("--learning-rate", real, 4e-3, "at its highest, after the warm-up")
-    add("--warmup", count, 30, "steps until then; afterwards it falls along a cosine to a tenth")
+    add("--learning-rate", real, 2e-3, "at its highest, after the warm-up")
+    add("--warmup", count, 100, "steps until then; afterwards it falls along a cosine to zero")
     add("--clip", real, 1.0, "largest global norm of a gradient")
     add("--seed", int, 0, "of the weights and of the order of the data")
-    add("--validate-every", count, 200, "steps between validations")
-    add("--validate-batches", count, 16, "batches in a validation")
-    add("--sample-every", count, 400, "steps between samples")
+    add("--validate-every", count, 1000, "steps between validations")
+    add("--validate-batches", count, 64, "batches in a validation")
+    add("--sample-every", count, 2000, "steps between samples")
     add("--sample-len", count, 200, "bytes in a sample")
     add("--temperature", real, 0.7, "of sampling")
-    add("--save-every", count, 200, "steps between checkpoints")
+    add("--save-every", count, 1000, "steps between checkpoints")
     add("--device", str, "CPU", "where to train", choices=("CPU", "GPU", "Ascend"))
     add("--mode", str, "graph", "compiled steps, or eager ones", choices=("graph", "pynative"))
     parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1)
@@ -132,6 +142,9 @@ def read_settings(arguments):
     if not checkpoint.exists():
         sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
     saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
+    strange = [name for name in saved if name not in vars(settings)]
+    if strange:
+        sys.exit(f"train.py: another version of it wrote {folder / 'settings.json'}, with {', '.join(strange)}.")
     if settings.ranks != saved["ranks"]:
         sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
                  "cannot: they would see other batches.")
@@ -215,17 +228,22 @@ def read_bytes(path):
         sys.exit(f"train.py: {path} cannot be read: {error}.")
 
 
-def read_text(data, seq_len):
-    """The training and the validation text as arrays of bytes. Files of a folder that are not text are left out."""
+def read_documents(data, seq_len):
+    """What is trained and what is validated on, arrays of bytes: the files, the last of them for validation. Files of a
+    folder that are not text are left out."""
     files = files_of(data)
     contents = [read_bytes(path) for path in files]
-    text = b"".join(content for content in contents if len(files) == 1 or b"\0" not in content[:1024])
-    held_back = int(len(text) * VALIDATION_SHARE)
+    documents = [np.frombuffer(content, np.uint8) for content in contents
+                 if len(files) == 1 or b"\0" not in content[:1024]]
+    size = sum(map(len, documents))
+    held_back = int(size * VALIDATION_SHARE)
     if held_back <= seq_len:
-        sys.exit(f"train.py: {data or 'the standard library'} holds {len(text)} bytes of text, but --seq-len {seq_len} "
+        sys.exit(f"train.py: {data or 'the standard library'} holds {size} bytes of text, but --seq-len {seq_len} "
                  f"needs more than {math.ceil((seq_len + 1) / VALIDATION_SHARE)}.")
-    array = np.frombuffer(text, np.uint8)
-    return array[:-held_back], array[-held_back:]
+    starts = np.cumsum([0, *map(len, documents)])
+    cuts = np.clip(size - held_back - starts, 0, None)  # one document is cut in two
+    return ([document[:cut] for document, cut in zip(documents, cuts) if cut > 0],
+            [document[cut:] for document, cut in zip(documents, cuts) if cut < len(document)])
 
 
 def order_0_entropy(text):
@@ -235,27 +253,57 @@ def order_0_entropy(text):
     return float(-(share * np.log2(share)).sum())
 
 
-def sequences(text, starts, length):
-    return Tensor(text[np.asarray(starts)[:, None] + np.arange(length)].astype(np.int32))
+def rows_of(text, documents, settings):
+    """What batches are drawn from, arrays of rows of seq_len bytes and the one after: all that the text has, or those
+    of its documents, packed, with the ids that tell these apart."""
+    length = settings.seq_len + 1
+    return pack(documents, length) if settings.packed else (np.lib.stride_tricks.sliding_window_view(text, length),)
 
 
-def training_batches(text, settings, step, rank=0):
+def pack(documents, length):
+    """Pieces of documents, no longer than `length`, in as few rows as best fit finds: `(rows, length)` of bytes and of
+    the pieces' numbers, -1 where a row has room left. The last byte of a piece, which is predicted and predicts
+    nothing, is the first of the next."""
+    pieces = [document[start:start + length] for document in documents
+              for start in range(0, len(document) - 1, length - 1)]
+    if not pieces:
+        sys.exit("train.py: --packed needs documents of two bytes or more, to train and to validate on.")
+    rows, room = [], []  # what there is in each row, and `(how much room is left, row)`, in order
+    for piece in sorted(pieces, key=len, reverse=True):
+        fits = bisect.bisect_left(room, (len(piece), 0))
+        if fits < len(room):
+            left, row = room.pop(fits)
+        else:
+            left, row = length, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if left > len(piece):
+            bisect.insort(room, (left - len(piece), row))
+    tokens, ids = np.zeros((len(rows), length), np.uint8), np.full((len(rows), length), -1, np.int32)
+    for row, pieces in enumerate(rows):
+        tokens[row, :sum(map(len, pieces))] = np.concatenate(pieces)
+        ids[row, :sum(map(len, pieces))] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    return tokens, ids
+
+
+def training_batches(rows, settings, step, rank=0):
     """The batches of one step, a function of seed and step alone: a resumed run sees what it would have seen. Those of
     several processes, side by side, are the batches of one."""
-    starts = np.random.default_rng((settings.seed, step)).integers(
-        0, len(text) - settings.seq_len, (settings.grad_accum, settings.ranks * settings.batch_size))
-    return batches_of(text, starts, settings, rank)
+    chosen = np.random.default_rng((settings.seed, step)).integers(
+        0, len(rows[0]), (settings.grad_accum, settings.ranks * settings.batch_size))
+    return batches_of(rows, chosen, settings, rank)
 
 
-def validation_batches(text, settings, rank=0):
-    """Sequences evenly spread over the validation text, the same at every validation."""
+def validation_batches(rows, settings, rank=0):
+    """Rows evenly spread over those of the validation text, the same at every validation."""
     shape = settings.validate_batches, settings.ranks * settings.batch_size
-    starts = np.linspace(0, len(text) - settings.seq_len - 1, math.prod(shape)).astype(int).reshape(shape)
-    return batches_of(text, starts, settings, rank)
+    return batches_of(rows, np.linspace(0, len(rows[0]) - 1, math.prod(shape)).astype(int).reshape(shape), settings,
+                      rank)
 
 
-def batches_of(text, starts, settings, rank):
-    return [sequences(text, row, settings.seq_len + 1) for row in np.split(starts, settings.ranks, 1)[rank]]
+def batches_of(rows, chosen, settings, rank):
+    return [tuple(Tensor(each[numbers].astype(np.int32)) for each in rows)
+            for numbers in np.split(chosen, settings.ranks, 1)[rank]]
 
 
 # ---- training
@@ -264,7 +312,7 @@ def learning_rate(settings, step):
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
+    return settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
 
 
 class Trainer:
@@ -274,30 +322,37 @@ class Trainer:
         self.settings = settings
         self.step = 0
         ms.set_seed(settings.seed)
-        heads = dict(dim=settings.dim, heads=settings.heads, dim_head=settings.dim_head, causal=True)
+        heads = dict(dim=settings.dim, heads=settings.heads, kv_heads=settings.kv_heads, dim_head=settings.dim_head,
+                     causal=True)
         full = None
         if settings.global_layers:  # one window, as long as the sequence
             full = LocalMHA(
                 window_size=settings.seq_len, look_backward=0, exact_windowsize=False, prenorm=True, **heads)
+        windows = settings.windows * (settings.depth if len(settings.windows) == 1 else 1)
         self.model = LocalTransformer(
             **heads, num_tokens=256, max_seq_len=settings.seq_len, depth=settings.depth,
-            local_attn_window_size=settings.window_size, num_residual_streams=settings.num_residual_streams,
+            local_attn_window_size=tuple(windows), num_residual_streams=settings.num_residual_streams,
             global_attn_layer=full, layers_insert_global_attn=settings.global_layers)
+        # rotary embedding tells positions already, and small vectors are learned in fewer steps than those of PyTorch
+        for embedding, scale in ((self.model.token_emb, 0.3), (self.model.pos_emb, 0.)):
+            embedding.embedding_table.set_data(embedding.embedding_table * scale)
         self.optimizer = nn.Adam(self.model.trainable_params(), learning_rate=settings.learning_rate, beta2=0.99)
         self.average = AverageGradients() if settings.ranks > 1 else None
         self._each = ops.HyperMap()
         compiled = ms.jit if settings.mode == "graph" else lambda function: function
         self.loss = compiled(self._loss)
-        self.gradients = compiled(ms.value_and_grad(self._share, None, self.model.trainable_params(), has_aux=True))
+        self._gradients = ms.value_and_grad(self._share, None, self.model.trainable_params(), has_aux=True)
+        self.gradients = compiled(self._gradients)
         self.add = compiled(self._add)
         self.update = compiled(self._update)
+        self.step_of_one = compiled(self._step_of_one)
 
-    def _loss(self, tokens):
-        return self.model(tokens, return_loss=True)
+    def _loss(self, tokens, segment_ids=None):
+        return self.model(tokens, return_loss=True, segment_ids=segment_ids)
 
-    def _share(self, tokens):
+    def _share(self, tokens, segment_ids=None):
         """What a batch adds to the loss of its step, and its own loss beside it."""
-        loss = self._loss(tokens)
+        loss = self._loss(tokens, segment_ids)
         return loss / self.settings.grad_accum, loss
 
     def _add(self, total, gradients):
@@ -308,23 +363,32 @@ class Trainer:
             gradients = self.average(gradients)
         return self.optimizer(ops.clip_by_global_norm(gradients, self.settings.clip))
 
+    def _step_of_one(self, *batch):
+        """A step of a single batch, whose gradients need not leave the compiled function: a fifth of a small step."""
+        (_, loss), gradients = self._gradients(*batch)
+        return ops.depend(loss, self._update(gradients))
+
     def train_step(self, batches):
         """One step of the optimizer; returns the loss over its batches, in bits per byte."""
         self.model.set_train(True)
         ops.assign(self.optimizer.learning_rate, Tensor(learning_rate(self.settings, self.step), ms.float32))
+        losses = [self.step_of_one(*batches[0])] if len(batches) == 1 else self._step_of_several(batches)
+        self.step += 1
+        return self._bits(losses)
+
+    def _step_of_several(self, batches):
         losses, total = [], None
-        for tokens in batches:
-            (_, loss), gradients = self.gradients(tokens)
+        for batch in batches:
+            (_, loss), gradients = self.gradients(*batch)
             losses.append(loss)
             gradients = ms.mutable(gradients)  # a tuple that is not mutable is a constant, and compiled anew each time
             total = gradients if total is None else ms.mutable(self.add(total, gradients))
         self.update(total)
-        self.step += 1
-        return self._bits(losses)
+        return losses
 
     def validate(self, batches):
         self.model.set_train(False)
-        return self._bits([self.loss(tokens) for tokens in batches])
+        return self._bits([self.loss(*batch) for batch in batches])
 
     def _bits(self, losses):
         return float(np.mean([float(loss.asnumpy()) for loss in losses])) * BITS
@@ -397,9 +461,10 @@ def draw_curve(path, records, entropy):
 
 def draw_heads(path, model, text):
     """What each head of each layer looks at, over a text."""
-    figure = plot_weights(attention_weights(model, Tensor(text[None].astype(np.int32))))
-    figure.suptitle("query by key; a column for each head, a row for each layer")
-    figure.savefig(path, dpi=120)
+    names = []
+    for number, place in enumerate(model.global_places, 1):
+        names += [f"layer {number}, global"] * (place > 0) + [f"layer {number}"]
+    plot_weights(attention_weights(model, Tensor(text[None].astype(np.int32))), names).savefig(path, dpi=120)
 
 
 class Interrupt:
@@ -425,7 +490,9 @@ def printable(text):
 
 
 def run(settings, folder, ranks):
-    train_text, validation_text = read_text(settings.data, settings.seq_len)
+    documents = read_documents(settings.data, settings.seq_len)
+    texts = train_text, validation_text = [np.concatenate(each) for each in documents]
+    train_rows, validation_rows = (rows_of(*each, settings) for each in zip(texts, documents))
     entropy = order_0_entropy(validation_text)
     try:
         trainer = Trainer(settings)
@@ -452,7 +519,7 @@ def run(settings, folder, ranks):
               f"validating on {len(validation_text):,}, whose order-0 entropy is {entropy:.3f} bits per byte.\n"
               f"{weights:,} weights, {settings.device}, {settings.mode} mode{together}; results go to {folder}.")
 
-    validation = validation_batches(validation_text, settings, ranks.rank)
+    validation = validation_batches(validation_rows, settings, ranks.rank)
     prime = validation_text[:min(128, settings.seq_len)]
     step_tokens = settings.grad_accum * settings.ranks * settings.batch_size * settings.seq_len
     with open(folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1) as log, Interrupt() as interrupt, \
@@ -460,7 +527,7 @@ def run(settings, folder, ranks):
                  unit_scale=True, disable=not first) as bar:
         stopped = False
         while trainer.step < settings.steps and not stopped:
-            loss = trainer.train_step(training_batches(train_text, settings, trainer.step, ranks.rank))
+            loss = trainer.train_step(training_batches(train_rows, settings, trainer.step, ranks.rank))
             loss, stopped = ranks.mean(loss, interrupt.seen)  # all of them stop where one is asked to
             bar.update(step_tokens)
             step, last = trainer.step, trainer.step == settings.steps

@@ -146,10 +146,13 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
         raise checks.value_error(owner, "dropout", "0 in training in a graph for every length", dropout)
     if not known and backend is not None:
         raise checks.value_error(owner, "backend", "None in a graph for every length", repr(backend))
-    for other in (("use_xpos", use_xpos), ("sequence_parallel", group)):
-        checks.together(owner, ("segment_ids", segment_ids is not None), other)
+    documents = "segment_ids", segment_ids is not None
+    checks.together(owner, documents, ("use_xpos", use_xpos))
     checks.together(owner, ("attn_bias", attn_bias is not None), ("prefix", windows.prefix))
     if group is not None:
+        # where a document began, which may be on any rank, a window that moves with its query need not know
+        checks.together(owner, documents, ("sequence_parallel' without 'exact_windowsize", not windows.exact))
+        checks.together(owner, documents, ("attn_bias' with 'sequence_parallel", attn_bias is not None))
         if not known:
             raise checks.value_error(owner, "q", "of a known shape with 'sequence_parallel'", tuple(shape))
         if n % windows.size:
@@ -268,8 +271,9 @@ class LocalAttention(nn.Cell):
             is the fastest that can. Default: ``None`` .
         sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are one rank's slice of sequences that
             the ranks of a communication group hold together, in the order of their ranks: ``True`` is all ranks, a
-            str the name of a group of `mindspore.communication.create_group`. Keys, values and mask of the neighbours
-            are exchanged as far as spans reach, and their gradients on the way back. All ranks call it with slices of
+            str the name of a group of `mindspore.communication.create_group`. Keys, values, mask and documents of the
+            neighbours are exchanged as far as spans reach, of as many heads as k has, and gradients on the way back.
+            Documents need `exact_windowsize` then, and go without `attn_bias`. All ranks call it with slices of
             one length `n`. It is a multiple of W, with `autopad` too, and at least :math:`W \cdot look\_backward` and
             :math:`W \cdot look\_forward`. In one compiled function, two calls of which neither depends on the other
             may be ordered differently on different ranks: put those into two. Default: ``False`` .
@@ -424,7 +428,8 @@ class LocalAttention(nn.Cell):
             k = l2norm(k)
         offset = 0
         if self.group is not None:
-            k, v, mask, offset = parallel.with_halo(self.group, k, v, mask, windows.backward, windows.forward)
+            k, v, mask, segment_ids, offset = parallel.with_halo(
+                self.group, k, v, mask, segment_ids, windows.backward, windows.forward)
         if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         if self.rel_pos is not None and not self.use_xpos:

@@ -1,9 +1,10 @@
 """Sequences longer than one device: every rank of a group holds one slice, in the order of the ranks.
 
-A slice needs the keys, values and mask of its neighbours that its outermost queries see, the halo, and nothing else of
-them: what is exchanged depends neither on the length of the sequence nor on the number of ranks. Collectives are
-executed in one order by all ranks. A compiler may reorder what does not depend on each other, so each collective here
-works on data, and depends on the one before it.
+A slice needs the keys, values, mask and ids of documents of its neighbours that its outermost queries see, the halo,
+and nothing else of them: what is exchanged depends neither on the length of the sequence nor on the number of ranks.
+(Three numbers of each rank, once a model, say where documents began.) Collectives are executed in one order by all
+ranks. A compiler may reorder what does not depend on each other, so each collective here works on data, and depends on
+the one before it.
 """
 from dataclasses import dataclass
 from functools import lru_cache, cache
@@ -14,6 +15,7 @@ from mindspore import Tensor, communication, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .backends.spans import document_bounds
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,11 @@ def exchange(group, up, down):
 
 
 class _Halo(nn.Cell):
-    """Keys and values `(groups, n, d)` and a mask `(batch, n)`, all of one dtype, with rows of the neighbours too.
+    """Keys and values `(groups, n, d)` and what else is known of keys `(batch, n)`, all of one dtype, with rows of the
+    neighbours too.
 
-    The gradients of those rows go back to whose they are. Without a mask `batch` is 0, and what is given as one comes
-    back.
+    The gradients of those rows go back to whose they are. Without anything else `batch` is 0, and what is given as it
+    comes back.
     """
 
     def __init__(self, group, shape, batch, backward, forward):
@@ -183,34 +186,34 @@ class _Halo(nn.Cell):
         self.back = exchange(group, backward * self.row, forward * self.row)
         self.slice, self.concat, self.join = ops.Slice(), ops.Concat(1), ops.Concat(0)
 
-    def construct(self, k, v, mask):
-        received = self.there(self._edges((k, v, mask) if self.batch > 0 else (k, v), self.n, self.forward,
+    def construct(self, k, v, more):
+        received = self.there(self._edges((k, v, more) if self.batch > 0 else (k, v), self.n, self.forward,
                                           self.backward))
         k = ops.depend(k, received)
         if self.before > 0:
             other_k, other_v = self._keys(received, 0, self.before)
             k, v = self.concat((other_k, k)), self.concat((other_v, v))
             if self.batch > 0:
-                mask = self.concat((self._mask(received, 0, self.before), mask))
+                more = self.concat((self._known(received, 0, self.before), more))
         if self.after > 0:
             start = self.backward * (self.row + self.batch)
             other_k, other_v = self._keys(received, start, self.after)
             k, v = self.concat((k, other_k)), self.concat((v, other_v))
             if self.batch > 0:
-                mask = self.concat((mask, self._mask(received, start, self.after)))
-        return k, v, mask
+                more = self.concat((more, self._known(received, start, self.after)))
+        return k, v, more
 
-    def bprop(self, k, v, mask, out, dout):
+    def bprop(self, k, v, more, out, dout):
         dk, dv = dout[0], dout[1]
         received = self.back(self._edges((dk, dv), self.before + self.n + self.after, self.backward, self.forward))
         dk, dv = self._rows(ops.depend(dk, received), self.before, self.n), self._rows(dv, self.before, self.n)
         if self.first > 0:
-            more_k, more_v = self._keys(received, 0, self.first)
-            dk, dv = self._add(dk, more_k, 0), self._add(dv, more_v, 0)
+            other_k, other_v = self._keys(received, 0, self.first)
+            dk, dv = self._add(dk, other_k, 0), self._add(dv, other_v, 0)
         if self.last > 0:
-            more_k, more_v = self._keys(received, self.forward * self.row, self.last)
-            dk, dv = self._add(dk, more_k, self.n - self.last), self._add(dv, more_v, self.n - self.last)
-        return dk, dv, ops.zeros(mask.shape, mask.dtype)
+            other_k, other_v = self._keys(received, self.forward * self.row, self.last)
+            dk, dv = self._add(dk, other_k, self.n - self.last), self._add(dv, other_v, self.n - self.last)
+        return dk, dv, ops.zeros(more.shape, more.dtype)
 
     def _edges(self, tensors, n, first, last):
         """The first rows of tensors of n rows and their last ones, flat."""
@@ -227,7 +230,7 @@ class _Halo(nn.Cell):
         return (self.slice(flat, (start,), (size,)).reshape(shape),
                 self.slice(flat, (start + size,), (size,)).reshape(shape))
 
-    def _mask(self, flat, start, rows):
+    def _known(self, flat, start, rows):
         return self.slice(flat, (start + rows * self.row,), (rows * self.batch,)).reshape(self.batch, rows)
 
     def _rows(self, x, start, rows):
@@ -254,31 +257,96 @@ def _sent_as(dtype):
 _halo = constexpr(lru_cache(maxsize=64)(_Halo))
 
 
-def with_halo(group, k, v, mask, backward, forward):
-    """`k, v (groups, n, d)` and a bool mask `(batch, n)` or None with the rows of the neighbours that a span reaches:
-    `backward` before the own ones and `forward` after them, where there is such a rank. Also how many are before."""
+def _digits(ids, dtype):
+    """Whole numbers `(batch, n)` as their bytes `(count * batch, n)`, which any dtype of floats holds exactly."""
+    parts = []
+    for place in range(_bytes(ids.dtype)):
+        parts.append(ops.bitwise_and(ops.bitwise_right_shift(ids, 8 * place), 255))
+    return ops.cast(ops.cat(parts), dtype)
+
+
+def _number(digits, dtype):
+    """The numbers that bytes, as `_digits` has them, are of."""
+    parts = ops.cast(ops.cast(digits, ms.float32), dtype).reshape(_bytes(dtype), -1, digits.shape[1])
+    ids = parts[0]
+    for place in range(1, _bytes(dtype)):
+        ids = ops.bitwise_or(ids, ops.bitwise_left_shift(parts[place], 8 * place))
+    return ids
+
+
+@constexpr
+def _bytes(dtype):
+    return 8 if dtype == ms.int64 else 4
+
+
+def with_halo(group, k, v, mask, segment_ids, backward, forward):
+    """`k, v (groups, n, d)`, a bool mask and ids of documents, `(batch, n)` each or None, with the rows of the
+    neighbours that a span reaches: `backward` before the own ones and `forward` after them, where there is such a rank.
+    Also how many are before."""
     if group.size == 1 or backward + forward == 0:
-        return k, v, mask, 0
-    k, v = ops.cast(k, _sent_as(k.dtype)), ops.cast(v, _sent_as(k.dtype))
-    batch = 0 if mask is None else mask.shape[0]
-    real = ops.zeros((1, 1), k.dtype) if mask is None else ops.cast(mask, k.dtype)
-    k, v, real = _halo(group, k.shape, batch, backward, forward)(k, v, real)
-    return k, v, None if mask is None else ops.cast(real, ms.float32) > 0.5, group.before(backward)
+        return k, v, mask, segment_ids, 0
+    dtype = _sent_as(k.dtype)
+    k, v = ops.cast(k, dtype), ops.cast(v, dtype)
+    known, batch = [], 0
+    if mask is not None:
+        known.append(ops.cast(mask, dtype))
+        batch = mask.shape[0]
+    if segment_ids is not None:
+        known.append(_digits(segment_ids, dtype))
+    more = ops.cat(known) if known else ops.zeros((1, 1), dtype)
+    k, v, more = _halo(group, k.shape, more.shape[0] if known else 0, backward, forward)(k, v, more)
+    if mask is not None:
+        mask = ops.cast(more[:batch], ms.float32) > 0.5
+    if segment_ids is not None:
+        segment_ids = _number(more[batch:], segment_ids.dtype)
+    return k, v, mask, segment_ids, group.before(backward)
 
 
-# ---- the loss
+# ---- documents and the loss
 
 
-_next_tokens = constexpr(lru_cache(maxsize=64)(lambda group, batch: exchange(group, batch, 0)))
+def places(group, segment_ids):
+    """Of each of `(b, n)` ids the place of its token in its document, which may have begun on any rank before."""
+    b, n = segment_ids.shape
+    first = document_bounds(segment_ids)[..., 0]
+    own = ops.arange(0, n, 1).reshape(1, n) - first
+    if group.size == 1:
+        return own
+    ids = ops.stop_gradient(segment_ids)
+    edges = ops.stack((ids[:, 0], ids[:, n - 1], ops.cast(own[:, n - 1], ids.dtype)), 0)
+    heads, tails, last = _every_rank(group, edges.reshape(1, -1)).reshape(group.size, 3, b).unbind(1)
+    goes_on = ops.logical_and(heads[1:] == tails[:-1], heads[1:] >= 0)  # from the rank before
+    goes_on = ops.cat((ops.zeros((1, b), ms.bool_), goes_on))
+    # where the document of a rank's last token began; 0 where that was not on this rank
+    began = ops.arange(n - 1, group.size * n, n).reshape(-1, 1) - last
+    began = ops.masked_fill(began, ops.logical_and(goes_on, last == n - 1), 0)
+    before = group.rank * n - ops.amax(began[:max(group.rank, 1)], 0)
+    before = ops.cast(ops.masked_fill(before, ops.logical_not(goes_on[group.rank]), 0), own.dtype)
+    return own + ops.masked_fill(ops.broadcast_to(before.reshape(b, 1), (b, n)), first > 0, 0)
+
+
+def _every_rank(group, mine):
+    """`(1, n)` whole numbers of each rank, side by side; on CPU, groups have sums alone."""
+    digits, n = _digits(mine, ms.float32), mine.shape[1]
+    parts = [digits]
+    if group.rank > 0:
+        parts = [ops.zeros((digits.shape[0], group.rank * n), ms.float32)] + parts
+    if group.rank < group.size - 1:
+        parts = parts + [ops.zeros((digits.shape[0], (group.size - 1 - group.rank) * n), ms.float32)]
+    return _number(_sum(group)(ops.cat(parts, 1)), mine.dtype)
+
+
+_sum = constexpr(lru_cache(maxsize=64)(lambda group: ops.AllReduce(group=group.name)))
+_next_tokens = constexpr(lru_cache(maxsize=64)(lambda group, count: exchange(group, count, 0)))
 
 
 def next_tokens(group, x, ignore_index):
-    """The token after each of `x (b, n)`: that after a slice's last is the next rank's first, and after the very last
-    one there is none. float32, in which tokens travel, is exact for the first 2**24 of them."""
-    last = ops.full((x.shape[0], 1), ignore_index, dtype=x.dtype)
+    """The token, or the id, after each of `x (b, n)`, the first of the next rank after the last: int. After the very
+    last there is none, and `ignore_index` stands for it."""
+    last = ops.full_like(x[:, :1], ignore_index)
     if group.size > 1:
-        received = _next_tokens(group, x.shape[0])(ops.cast(x[:, 0], ms.float32))
-        received = ops.cast(received, x.dtype).reshape(-1, 1)
+        first = _digits(x[:, :1], ms.float32)
+        received = _number(_next_tokens(group, first.size)(first.reshape(-1)).reshape(-1, 1), x.dtype)
         last = ops.depend(last, received) if group.rank == group.size - 1 else received
     return ops.cat((x[:, 1:], last), 1)
 

@@ -109,40 +109,76 @@ def plot_mask(spec, n, axes=None):
         raise checks.type_error("plot_mask", "axes", "None or a matplotlib Axes", axes)
     axes = _figure(1, 1, 4).axes[0] if axes is None else axes
     axes.imshow(spec.visible(positions, positions), cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
-    axes.set(xlabel="key", ylabel="query")
+    axes.set(xlabel="key", ylabel="query", xticks=[], yticks=[])
     return axes
 
 
-def plot_weights(weights):
+def plot_weights(weights, names=None):
     """
     Draw weights, a row of pictures for each call and a column for each head: query by key, darker for more.
 
+    Colours go with the square root of a weight, so that small ones show; what no head of a call sees is white. Lines
+    are at the first and the last key that each query sees.
+
     Args:
         weights (list): As `attention_weights` gives them; of a batch, the first sequence is drawn.
+        names (list): What each call is called above its pictures; ``None`` is "layer 1" and so on.
+            Default: ``None`` .
 
     Returns:
         matplotlib.figure.Figure.
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `weights` is no list of arrays of two axes or more, or `names` no list.
+        ValueError: If there are not as many names as weights.
     """
     if not isinstance(weights, (list, tuple)) or not all(getattr(each, "ndim", 0) > 1 for each in weights):
         raise checks.type_error("plot_weights", "weights", "a list of arrays (..., n, n)", weights)
+    if names is None:
+        names = [f"layer {number}" for number in range(1, len(weights) + 1)]
+    if not isinstance(names, (list, tuple)):
+        raise checks.type_error("plot_weights", "names", "None or a list", names)
+    if len(names) != len(weights):
+        raise checks.value_error("plot_weights", "names", f"as many as weights, {len(weights)}", len(names))
     weights = [np.asarray(each).reshape(-1, *each.shape[-3:])[0] if each.ndim > 2 else each[None] for each in weights]
-    figure = _figure(len(weights), max(len(each) for each in weights), 2.4)
-    for row, each in enumerate(weights):
-        for axes, head in zip(figure.axes[row * len(figure.axes) // len(weights):], each):
-            axes.imshow(head, cmap="magma_r", vmin=0, interpolation="nearest")
+    figure = _figure(len(weights), max(len(each) for each in weights), 3)
+    grid = np.reshape(figure.axes, (len(weights), -1))
+    from matplotlib.colors import PowerNorm
+    norm = PowerNorm(0.5, vmin=0, vmax=max(each.max() for each in weights), clip=True)
+    for row, name, each in zip(grid, names, weights):
+        seen = (each > 0).any(0)
+        for axes, head in zip(row, each):
+            image = axes.imshow(np.where(seen, head, np.nan), cmap="magma_r", norm=norm, interpolation="nearest")
+            _draw_edges(axes, seen)
+        for number, axes in enumerate(row, 1):
+            if number > len(each):
+                axes.remove()
+                continue
+            axes.set_title(f"{name}, head {number}", fontsize="medium")
+            axes.set(xlabel="key position", ylabel="query position")
+            axes.locator_params(nbins=4, integer=True)
+            axes.tick_params(labelsize="small")
+    figure.colorbar(image, ax=figure.axes, label="weight", shrink=min(1., 2 / len(weights)), aspect=30)
+    figure.suptitle("What each head looks at\n(lines: the edges of what a query sees)", fontsize="medium")
     return figure
 
 
+def _draw_edges(axes, seen):
+    """Lines at the first and the last column that is True in each row, along the edges of pixels."""
+    rows, columns = seen.shape
+    first, last = np.argmax(seen, 1) - 0.5, columns - 0.5 - np.argmax(seen[:, ::-1], 1)
+    for edge in (first, last):
+        axes.stairs(np.where(seen.any(1), edge, np.nan), np.arange(rows + 1) - 0.5, baseline=None,
+                    orientation="horizontal", color="tab:blue", linewidth=0.8)
+
+
 def _figure(rows, columns, size):
-    """A figure outside of pyplot, which would keep it, with bare axes."""
+    """A figure outside of pyplot, which would keep it, and axes in rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("local_attention.plot needs matplotlib, which is not installed here.") from error
     figure = Figure(figsize=(columns * size, rows * size), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.set(xticks=[], yticks=[])
+    figure.subplots(rows, columns)
     return figure

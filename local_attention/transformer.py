@@ -45,13 +45,16 @@ def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
     return tuple(sorted({int(number) - 1 for number in numbers}))
 
 
-def _window_sizes(owner, given, depth):
+def _window_sizes(owner, given, depth, sequence_parallel):
     """The window of each layer, None for one that sees all there is."""
     if not isinstance(given, (tuple, list)):
         return (checks.positive_int(owner, "local_attn_window_size", given),) * depth
     if len(given) != depth:
         raise checks.value_error(owner, "local_attn_window_size", f"an int or a tuple of {depth}, one for each layer",
                                  given)
+    if None in given and sequence_parallel:
+        raise checks.value_error(owner, "local_attn_window_size", "without None with 'sequence_parallel', where "
+                                 "no layer sees all", given)
     return tuple(None if size is None else checks.positive_int(owner, "local_attn_window_size", size)
                  for size in given)
 
@@ -145,18 +148,19 @@ def _positions(b, start, stop, max_seq_len):
 
 
 @constexpr
-def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced):
+def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced, exact, biased):
     """The rules of documents in a model."""
     checks.segment_ids(owner, segment_ids, *shape)
-    checks.together(owner, ("segment_ids", True), ("sequence_parallel", sliced))
+    for name, given in (("sequence_parallel' without 'exact_windowsize", not exact),
+                        ("use_dynamic_pos_bias' with 'sequence_parallel", biased)):
+        checks.together(owner, ("segment_ids", True), (name, sliced and given))
     if not global_takes_segments:
         raise checks.value_error(owner, "segment_ids", "None where the 'construct' of 'global_attn_layer' does not "
                                  "take it", "documents")
 
 
-def _within(segment_ids, labels, ignore_index):
-    """Labels, of the last `n - 1` of n tokens, that are left out where they are of another document or padding."""
-    after, before = segment_ids[:, 1:], segment_ids[:, :-1]
+def _within(before, after, labels, ignore_index):
+    """Labels that are left out where they are padding, or of another document than the token before them."""
     outside = ops.logical_or(after != before, after < 0)
     labels, outside = ops.cast(labels, ms.int32), ops.cast(outside, ms.int32)
     return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU fills no int32 under a mask
@@ -274,7 +278,7 @@ class LocalTransformer(nn.Cell):
         self.max_seq_len = checks.positive_int(owner, "max_seq_len", max_seq_len)
         self.dim = checks.positive_int(owner, "dim", dim)
         self.depth = checks.positive_int(owner, "depth", depth)
-        self.window_sizes = _window_sizes(owner, local_attn_window_size, depth)
+        self.window_sizes = _window_sizes(owner, local_attn_window_size, depth, kwargs.get("sequence_parallel"))
         self.local_attn_window_size = local_attn_window_size
         checks.positive_number(owner, "ff_mult", ff_mult)
         checks.rate(owner, "attn_dropout", attn_dropout)
@@ -344,7 +348,7 @@ class LocalTransformer(nn.Cell):
                             segment_ids is not None, self.global_takes_cache)
         if segment_ids is not None:
             _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
-                               self.group is not None)
+                               self.group is not None, self.windows.exact, self.dynamic_pos_bias is not None)
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, biases, seen = cache  # of each block, of each window, and how many tokens they were fed
@@ -354,10 +358,14 @@ class LocalTransformer(nn.Cell):
             x, labels = x[:, :-1], x[:, 1:]
             mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as numbers
             if segment_ids is not None:
-                labels = _within(segment_ids, labels, self.ignore_index)
+                labels = _within(segment_ids[:, :-1], segment_ids[:, 1:], labels, self.ignore_index)
                 segment_ids = segment_ids[:, :-1]
         elif return_loss:  # slices stay of one length: the very last token has no label, and none may see it
             labels = parallel.next_tokens(self.group, x, self.ignore_index)
+            if segment_ids is not None:
+                after = parallel.next_tokens(self.group, ops.depend(segment_ids, labels), -1)
+                labels = _within(segment_ids, after, labels, self.ignore_index)
+                segment_ids = ops.depend(segment_ids, labels)
             x = ops.depend(x, labels)
             if not self.causal:
                 mask = parallel.without_last(self.group, mask, b, n)
@@ -368,6 +376,9 @@ class LocalTransformer(nn.Cell):
                 if segment_ids is not None:
                     places = places - document_bounds(segment_ids)[..., 0]
                 x = self.token_emb(x) + self.pos_emb(places)
+            elif segment_ids is not None and self.group is not None:
+                places = parallel.places(self.group, segment_ids)
+                x = self.token_emb(ops.depend(x, places)) + self.pos_emb(places)
             elif segment_ids is not None:
                 places = _positions(b, 0, n, self.max_seq_len) - document_bounds(segment_ids)[..., 0]
                 x = self.token_emb(x) + self.pos_emb(places)

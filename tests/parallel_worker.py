@@ -49,30 +49,45 @@ def run(function, arguments, mode):
     return [x.astype(ms.float32).asnumpy() for x in (ms.jit(function) if mode == "graph" else function)(*arguments)]
 
 
-def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dtype=ms.float32, **settings):
+def ids_of(place, n, ranks, dtype):
+    """Ids of documents, or None: one goes past every border, one ends at the first, beside another whose id is another
+    float32 by chance alone, and there is padding in between."""
+    if dtype is None:
+        return None
+    length, large = ranks * n, 2 ** 24
+    rows = [[7] * (W - 2) + [large] * (length - W - 1) + [large + 1] * 3,
+            [9] * 3 + [large] * (n - 3) + [large + 1, -1, -1] + [large + 1] * (length - n - 3)]
+    return Tensor(place.batch(place.slice(np.array(rows), 1))).astype(dtype)
+
+
+def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dtype=ms.float32, heads=H, kv_heads=None,
+              sinks=False, documents=None, **settings):
     """Output and gradients of LocalAttention, n tokens a rank."""
     ms.set_seed(3)  # of dropout
     random, attn = rng(name), LocalAttention(W, sequence_parallel=place.sequence_parallel, **settings)
-    q, k, v, cotangent = (place.slice(random.standard_normal((B, H, ranks * n, D)).astype(np.float32), 2)
-                          for _ in range(4))
+    q, k, v, cotangent = (place.slice(random.standard_normal((B, count, ranks * n, D)).astype(np.float32), 2)
+                          for count in (heads, kv_heads or heads, kv_heads or heads, heads))
+    ids, sink = ids_of(place, n, ranks, documents), random.standard_normal(heads).astype(np.float32)
     bias = random.standard_normal((H, W, attn.windows.span)).astype(np.float32)
     mask = place.slice(random.random((B, ranks * n)) < .6, 1)
     mask, cotangent = Tensor(mask) if masked else None, Tensor(cotangent)
     attn.set_train()
 
-    def loss(q, k, v, bias):
-        out = attn(q, k, v, mask=mask, attn_bias=bias if biased else None)
+    def loss(q, k, v, bias, sink):
+        out = attn(q, k, v, mask=mask, attn_bias=bias if biased else None, segment_ids=ids,
+                   sinks=sink if sinks else None)
         return (ops.cast(out, ms.float32) * cotangent).sum(), out
 
-    step = ms.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+    step = ms.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True)
 
-    def results(q, k, v, bias):
-        (_, out), grads = step(q, k, v, bias)
+    def results(q, k, v, bias, sink):
+        (_, out), grads = step(q, k, v, bias, sink)
         return out, *grads
 
-    found = run(results, [*(Tensor(x).astype(dtype) for x in (q, k, v)), Tensor(bias)], mode)
+    found = run(results, [*(Tensor(x).astype(dtype) for x in (q, k, v)), Tensor(bias), Tensor(sink)], mode)
     results = {key: (2, x) for key, x in zip(("out", "dq", "dk", "dv"), found)}
-    return {**results, "dbias": ("sum", found[4])} if biased else results
+    more = {"dbias": ("sum", found[4])} if biased else {}
+    return {**results, **more, **({"dsinks": ("sum", found[5])} if sinks else {})}
 
 
 def filled(cell, random):
@@ -82,7 +97,7 @@ def filled(cell, random):
     return cell
 
 
-def block(name, place, mode, ranks, n=2 * W, **settings):
+def block(name, place, mode, ranks, n=2 * W, documents=None, **settings):
     """Output and gradients of LocalMHA."""
     random = rng(name)
     x, cotangent = (Tensor(place.slice(random.standard_normal((B, ranks * n, DIM)).astype(np.float32), 1))
@@ -90,8 +105,10 @@ def block(name, place, mode, ranks, n=2 * W, **settings):
     cell = filled(LocalMHA(dim=DIM, window_size=W, heads=H, dim_head=D, sequence_parallel=place.sequence_parallel,
                            **settings), random)
 
+    ids = ids_of(place, n, ranks, documents)
+
     def loss(x):
-        out = cell(x)
+        out = cell(x, segment_ids=ids)
         return (out * cotangent).sum(), out
 
     step = ms.value_and_grad(loss, 0, cell.trainable_params(), has_aux=True)
@@ -105,7 +122,7 @@ def block(name, place, mode, ranks, n=2 * W, **settings):
     return {"out": (1, out), "dx": (1, dx), **{key: ("sum", grad) for key, grad in zip(names, grads)}}
 
 
-def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0, **settings):
+def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0, documents=None, **settings):
     """Loss and gradients of a LocalTransformer, averaged over the ranks as a training script does."""
     random = rng(name)
     settings = {"num_tokens": TOKENS, "max_seq_len": ranks * n + longest, "dim": DIM, "depth": 2, "heads": H,
@@ -113,7 +130,7 @@ def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0
     x = random.integers(0, TOKENS, (B, ranks * n))
     x = np.where(random.random(x.shape) < ignored, 3, x).astype(np.int32)
     x, mask = (place.batch(place.slice(array, 1)) for array in (x, random.random(x.shape) < .7))
-    mask = Tensor(mask) if masked else None
+    mask, ids = Tensor(mask) if masked else None, ids_of(place, n, ranks, documents)
     cell = filled(LocalTransformer(sequence_parallel=place.sequence_parallel, **settings), random)
     parameters = cell.trainable_params()
     reduce = None
@@ -121,7 +138,7 @@ def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0
         reduce = AverageGradients("three" if place.sequence_parallel == "three" else None)
 
     def loss(x):
-        return cell(x, mask=mask, return_loss=True)
+        return cell(x, mask=mask, return_loss=True, segment_ids=ids)
 
     step = ms.value_and_grad(loss, None, parameters)
 
@@ -130,7 +147,7 @@ def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0
         return value, *(grads if reduce is None else reduce(grads))
 
     def logits(x):
-        return (cell(x, mask=mask),)
+        return (cell(x, mask=mask, segment_ids=ids),)
 
     value, *grads = run(results, [Tensor(x)], mode)
     found = {"loss": ("same", value), **{p.name: ("same", grad) for p, grad in zip(parameters, grads)}}
@@ -152,20 +169,32 @@ ATTENTION = {
     "xpos both sides": dict(dim=D, use_xpos=True, xpos_scale_base=3, masked=True, shared_qk=True, n=W),
     "float16": dict(causal=True, dtype=ms.float16, biased=True),
     "bfloat16": dict(look_forward=1, dtype=ms.bfloat16, masked=True),
+    "fewer heads": dict(causal=True, dim=D, heads=6, kv_heads=2, sinks=True, softcap=2., masked=True),
+    "documents": dict(causal=True, exact_windowsize=True, dim=D, heads=4, kv_heads=2, sinks=True, documents=ms.int32),
+    "documents both sides": dict(exact_windowsize=True, dim=D, kv_heads=1, softcap=1.5, dropout=.3, masked=True,
+                                 documents=ms.int64),
+    "documents, float16": dict(causal=True, exact_windowsize=True, look_backward=2, dtype=ms.float16,
+                               documents=ms.int32),
 }
 MODELS = {
     "causal": dict(ignored=.2, qk_rmsnorm=True, longest=-1),
     "both sides": dict(causal=False, depth=1, masked=True, ignored=.2, use_dynamic_pos_bias=True, n=W),
+    "documents": dict(kv_heads=1, learned_sinks=True, softcap=3., ignored=.2, documents=ms.int32),
+    "documents both sides": dict(causal=False, depth=1, masked=True, documents=ms.int64),
     "both sides, no mask": dict(causal=False, depth=1, exact_windowsize=False, use_xpos=True, num_residual_streams=2),
 }
-BLOCKS = {"block": dict(causal=True, qk_rmsnorm=True, gate_values_per_head=True, prenorm=True, dropout=.3)}
+BLOCKS = {
+    "block": dict(causal=True, qk_rmsnorm=True, gate_values_per_head=True, prenorm=True, dropout=.3),
+    "fewer heads": dict(causal=True, exact_windowsize=False, kv_heads=1, learned_sinks=True, softcap=2.),
+}
 CASES = {**{f"attention, {name}": (attention, case) for name, case in ATTENTION.items()},
          **{f"block, {name}": (block, case) for name, case in BLOCKS.items()},
          **{f"model, {name}": (model, case) for name, case in MODELS.items()}}
 COMPILED = ["attention, exact causal", "attention, both sides", "attention, two back, one forward", "attention, xpos",
-            "block, block", "model, causal"]
+            "block, block", "model, causal", "attention, fewer heads", "attention, documents", "model, documents"]
 GRID = "model, both sides, no mask"  # with as many labels in each half of the batch, so that their mean is all's
-EMULATED = ["attention, exact causal", "attention, two back, one forward", "attention, forward alone"]
+EMULATED = ["attention, exact causal", "attention, documents", "attention, two back, one forward",
+            "attention, forward alone"]
 NOT_COMPILED = ["attention, bfloat16", GRID]  # graphs have no bfloat16 on CPU; the other is compiled in the grid
 
 
@@ -264,15 +293,35 @@ def counted_bytes():
         place = Place(communication.get_rank(), communication.get_group_size(), True)
         attention("bytes", place, "pynative", place.size, n=n, causal=True, dim=D, masked=True)
         results[f"bytes/{n}"] = None, np.array([len(counted), sum(counted)])
+    for kv_heads in (8, 2):
+        counted.clear()
+        attention("bytes", place, "pynative", place.size, causal=True, dim=D, heads=8, kv_heads=kv_heads)
+        results[f"bytes/8 on {kv_heads}"] = None, np.array(sum(counted))
     ops.AllReduce = reduce
     return results
 
 
 def refusals():
-    """What is said of a group that there is not, before anything is exchanged."""
+    """What is said before anything is exchanged: of a group that there is not, and of what does not go together."""
+    q, ids = ops.ones((B, H, 2 * W, D)), ops.zeros((B, 2 * W), ms.int32)
+    parallel_attention = functools.partial(LocalAttention, W, sequence_parallel=True)
+    model = functools.partial(LocalTransformer, num_tokens=TOKENS, max_seq_len=9 * W, dim=DIM, depth=2, heads=H,
+                              dim_head=D, sequence_parallel=True)
     for call, message in (
             (lambda: LocalAttention(W, sequence_parallel="nobody"), "'sequence_parallel' needs a communication group"),
-            (lambda: AverageGradients("nobody"), "For 'AverageGradients', 'group' needs a communication group")):
+            (lambda: AverageGradients("nobody"), "For 'AverageGradients', 'group' needs a communication group"),
+            (lambda: parallel_attention(prefix=1), "'prefix' and 'sequence_parallel' cannot go together"),
+            (lambda: parallel_attention()(q, q, q, segment_ids=ids),
+             "'segment_ids' and 'sequence_parallel' without 'exact_windowsize' cannot go together"),
+            (lambda: parallel_attention(exact_windowsize=True)(
+                q, q, q, segment_ids=ids, attn_bias=ops.ones((H, W, 3 * W))),
+             "'segment_ids' and 'attn_bias' with 'sequence_parallel' cannot go together"),
+            (lambda: model(local_attn_window_size=W, exact_windowsize=False)(ids, segment_ids=ids),
+             "For 'LocalTransformer', 'segment_ids' and 'sequence_parallel' without 'exact_windowsize' cannot"),
+            (lambda: model(local_attn_window_size=W, use_dynamic_pos_bias=True)(ids, segment_ids=ids),
+             "'segment_ids' and 'use_dynamic_pos_bias' with 'sequence_parallel' cannot go together"),
+            (lambda: model(local_attn_window_size=(W, None)),
+             "'local_attn_window_size' must be without None with 'sequence_parallel'")):
         try:
             call()
         except ValueError as error:
@@ -282,7 +331,7 @@ def refusals():
     return {}
 
 
-TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --window-size 8 --grad-accum 2 --warmup 2 --steps 20 "
+TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --grad-accum 2 --warmup 2 --steps 20 "
         "--validate-every 10 --validate-batches 2 --sample-every 20 --sample-len 1 --save-every 3").split()
 
 

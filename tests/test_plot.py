@@ -59,14 +59,39 @@ def test_a_model_s_weights_and_their_picture(tmp_path):
         np.testing.assert_allclose(each.sum(-1), 1, atol=1e-5)
         assert (each[..., ~model.layers[0][0].attn_fn.spec.visible(np.arange(17), np.arange(17))] == 0).all()
     figure = plot_weights(weights)
-    drawn = [axes.images[0].get_array() for axes in figure.axes]
-    np.testing.assert_array_equal(drawn[4], weights[1][0, 1])
+    *panels, bar = figure.axes
+    hidden = ~model.layers[1][0].attn_fn.spec.visible(np.arange(17), np.arange(17))
+    drawn = panels[4].images[0].get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(drawn), hidden)
+    np.testing.assert_array_equal(drawn[~hidden], weights[1][0, 1][~hidden])
+    assert panels[4].get_title() == "layer 2, head 2" and bar.get_ylabel() == "weight"
+    assert panels[4].get_xlabel() == "key position" and panels[4].get_ylabel() == "query position"
+    seen = [model.layers[1][0].attn_fn.spec.span(i) for i in range(17)]
+    for edge, wanted in zip(panels[4].patches, zip(*seen)):
+        values = np.clip(wanted, 0, 16) + (0.5 if wanted[0] == 0 and edge is panels[4].patches[1] else -0.5)
+        np.testing.assert_array_equal(edge.get_data().values, values)
+    small, large = panels[0].images[0].norm([0.01, 0.25])  # a weight of a hundredth shows
+    assert small == pytest.approx(large / 5)
+    figure.draw_without_rendering()
+    title, whole = figure._suptitle.get_window_extent(), figure.bbox
+    assert whole.x0 < title.x0 and title.x1 < whole.x1
     figure.savefig(tmp_path / "heads.png")
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
 
     def again(x):
         return model(x)
     np.testing.assert_allclose(ms.jit(again)(x).asnumpy(), before, atol=1e-5)  # no hook is left
+
+
+def test_pictures_of_calls_that_differ_in_heads_and_see_nothing_in_places():
+    many, few = np.zeros((1, 3, 5, 5), np.float32), np.zeros((5, 5), np.float32)
+    many[..., 2:, 1], few[0, 0] = 1, 1
+    figure = plot_weights([many, few], names=["global", "local"])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["global, head 1", "global, head 2", "global, head 3", "local, head 1", ""]
+    first, last = figure.axes[0].patches
+    np.testing.assert_array_equal(first.get_data().values, [np.nan, np.nan, .5, .5, .5])
+    np.testing.assert_array_equal(last.get_data().values, [np.nan, np.nan, 1.5, 1.5, 1.5])
 
 
 def test_a_mask_s_picture():
@@ -77,6 +102,10 @@ def test_a_mask_s_picture():
 
 @pytest.mark.parametrize("call, error, message", [
     (lambda: plot_mask((3, 3), 5), TypeError, "For 'plot_mask', 'spec' must be a WindowSpec, but got (3, 3)"),
+    (lambda: plot_weights([np.ones((2, 2))], names="layer"), TypeError,
+     "For 'plot_weights', 'names' must be None or a list, but got 'layer'"),
+    (lambda: plot_weights([np.ones((2, 2))], names=[]), ValueError,
+     "For 'plot_weights', 'names' must be as many as weights, 1, but got 0."),
     (lambda: plot_mask(WindowSpec(3, 3, 0, True), 0), ValueError, "'n' must be a positive int, but got 0."),
     (lambda: attention_weights(nn.Dense(2, 3), ops.ones((2, 2))), ValueError,
      "For 'attention_weights', 'model' must be one with attention of this package, but got Dense."),

@@ -13,7 +13,7 @@ import pytest
 
 import train
 
-TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --window-size 8 --batch-size 3 --grad-accum 2 "
+TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --batch-size 3 --grad-accum 2 "
         "--warmup 2 --validate-every 2 --validate-batches 2 --sample-every 4 --sample-len 5 --save-every 3 "
         "--steps 8").split()
 
@@ -118,14 +118,16 @@ def test_a_run_goes_on_with_as_many_processes(run, tmp_path):
 
 def test_processes_share_the_batches_of_one():
     text = np.arange(250, dtype=np.uint8)
+    ids = np.arange(100, 350)
     one = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "6"])
     each = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "2"])
     each.ranks = 3
     for batches, *step in ((train.training_batches, 3), (train.validation_batches,)):
-        parts = [batches(text, each, *step, rank=rank) for rank in range(3)]
-        for number, batch in enumerate(batches(text, one, *step)):
-            together = np.concatenate([part[number].asnumpy() for part in parts])
-            np.testing.assert_array_equal(together, batch.asnumpy())
+        parts = [batches((text, ids), each, *step, rank=rank) for rank in range(3)]
+        for number, (rows, their_ids) in enumerate(batches((text, ids), one, *step)):
+            together = np.concatenate([part[number][0].asnumpy() for part in parts])
+            np.testing.assert_array_equal(together, rows.asnumpy())
+            np.testing.assert_array_equal(together + 100, their_ids.asnumpy())
 
 
 def test_steps_can_be_added(run):
@@ -145,11 +147,27 @@ def test_streams_and_global_layers(run):
         run("both", "--resume", "--global-layers", "1", "1")
 
 
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_a_step_of_one_batch_is_that_of_several(mode):
+    """The same bytes as one batch and as two: the gradients, and so the weights after two steps, are those."""
+    text = np.random.default_rng(0).integers(0, 256, 500, np.uint8)
+    weights = []
+    for sizes in (["--batch-size", "4", "--grad-accum", "1"], ["--batch-size", "2", "--grad-accum", "2"]):
+        settings, _ = train.read_settings([*TINY, *sizes, "--mode", mode])
+        trainer, rows = train.Trainer(settings), train.rows_of(text, None, settings)
+        before = trainer.model.to_logits[1].weight.asnumpy().copy()
+        for step in range(2):
+            trainer.train_step(train.training_batches(rows, settings, step))
+        weights.append(trainer.model.to_logits[1].weight.asnumpy())
+    assert np.abs(weights[0] - before).max() > 1e-3
+    np.testing.assert_allclose(weights[0], weights[1], atol=1e-5)
+
+
 def test_learning_rate_rises_and_falls():
     settings = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
     rates = [train.learning_rate(settings, step) for step in range(101)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
-    assert rates[10] == 1 and rates[100] == pytest.approx(0.1)
+    assert rates[10] == 1 and rates[100] == pytest.approx(0)
     assert all(np.diff(rates[10:]) < 0)
 
 
@@ -176,9 +194,9 @@ def test_folder_is_read_in_order_without_what_is_not_text(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\0" * 500)
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "hidden").write_bytes(b"hidden" * 50)
-    first, second = train.read_text(str(tmp_path), seq_len=8)
-    assert np.concatenate([first, second]).tobytes() == b"first" * 50 + b"second" * 50
-    assert len(second) == 55
+    training, validation = train.read_documents(str(tmp_path), seq_len=8)
+    assert [each.tobytes() for each in training] == [b"first" * 50, (b"second" * 50)[:-55]]
+    assert [each.tobytes() for each in validation] == [(b"second" * 50)[-55:]]
 
 
 def test_standard_library_is_found():
@@ -192,12 +210,70 @@ def test_batches_depend_on_seed_and_step_alone():
 
     def batches(step, seed="0"):
         settings = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--seed", seed])
-        return np.stack([batch.asnumpy() for batch in train.training_batches(text, settings, step)])
+        rows = train.rows_of(text, None, settings)
+        return np.stack([batch.asnumpy() for batch, in train.training_batches(rows, settings, step)])
 
     assert batches(3).shape == (2, 4, 8)
     assert (np.diff(batches(3)) == 1).all()
     assert (batches(3) == batches(3)).all()
     assert (batches(3) != batches(4)).any() and (batches(3) != batches(3, "1")).any()
+
+
+def test_packed_rows_hold_every_byte_once_and_cut_no_document_that_fits():
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, 256, size, np.uint8) for size in (0, 1, 2, 3, 5, 7, 8, 9, 14, 15, 16, 23, 40, 6, 1)]
+    rows, ids = train.pack(documents, 8)
+    assert rows.shape == ids.shape and rows.shape[1] == 8
+    pieces = [row[own == number].tobytes() for row, own in zip(rows, ids) for number in range(own.max() + 1)]
+    assert (rows[ids == -1] == 0).all() and (ids[rows > 0] >= 0).all()
+    assert (np.diff(ids, axis=1)[ids[:, 1:] >= 0] >= 0).all()
+    wanted = [document[start:start + 8].tobytes() for document in documents for start in range(0, len(document) - 1, 7)]
+    assert sorted(pieces) == sorted(wanted)  # each byte after a document's first is predicted once
+    assert sum(len(piece) - 1 for piece in pieces) == sum(max(len(document) - 1, 0) for document in documents)
+    alone = sum(len(piece) > 6 for piece in pieces)  # beside which no other fits
+    assert len(rows) <= alone + -(-sum(len(piece) for piece in pieces if len(piece) <= 6) // 6)
+
+
+def test_a_packed_run_predicts_each_document_as_if_it_were_alone(run, tmp_path):
+    for number in range(40):
+        (tmp_path / "many" / str(number)).mkdir(parents=True)
+        (tmp_path / "many" / str(number) / "text").write_text(random.Random(number).choice("abc") * (5 + number))
+    packed = "--data", str(tmp_path / "many"), "--packed", "--steps", "3", "--batch-size", "2"
+    records = run("packed", *packed)
+    assert run("packed", "--resume", "--steps", "5")[:3] == records
+    settings, _ = train.read_settings([*TINY, *packed])
+    trainer = train.Trainer(settings)
+    _, documents = train.read_documents(settings.data, settings.seq_len)
+    rows = train.rows_of(np.concatenate(documents), documents, settings)
+    assert len(rows[0]) < len(documents)
+    total, count = 0., 0
+    for document in documents:
+        for piece in train.pack([document], 25)[0]:
+            piece = piece[piece > 0][None].astype(np.int32)
+            total += float(trainer._loss(train.Tensor(piece))) * (piece.size - 1)
+            count += piece.size - 1
+    settings.batch_size, settings.validate_batches = len(rows[0]), 1
+    assert trainer.validate(train.validation_batches(rows, settings)) == pytest.approx(total / count * train.BITS)
+
+
+def test_windows_by_layer_and_fewer_heads_of_keys(run):
+    layers = "--depth", "3", "--windows", "8", "none", "4", "--kv-heads", "1"
+    records = run("layers", *layers, "--steps", "2", "--mode", "pynative")
+    assert np.isfinite([record["loss"] for record in records]).all()
+    assert len(run("layers", "--resume", "--steps", "3", "--windows", "8", "none", "4")) == 3
+    with pytest.raises(SystemExit, match=r"--windows is \[8, None, 4\] in the run that --resume continues"):
+        run("layers", "--resume", "--windows", "none")
+    model = train.Trainer(train.read_settings([*TINY, *layers])[0]).model
+    assert [layer[0].attn_fn.spec.backward for layer in model.layers][::2] == [8, 4]
+    assert model.layers[1][0].attn_fn.spec.span(23) == (0, 23) and model.layers[0][0].kv_heads == 1
+
+
+def test_a_run_of_settings_that_are_none_here_is_not_resumed(run, tmp_path):
+    run("before", "--steps", "1", "--mode", "pynative")
+    path = tmp_path / "before" / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "window_size": 8}))
+    with pytest.raises(SystemExit, match="another version of it wrote .*settings.json, with window_size"):
+        run("before", "--resume")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -216,7 +292,7 @@ def test_wrong_data(content, message, tmp_path, run):
 def test_broken_gz(tmp_path):
     (tmp_path / "data.gz").write_bytes(b"not compressed")
     with pytest.raises(SystemExit, match="data.gz cannot be read"):
-        train.read_text(str(tmp_path / "data.gz"), seq_len=8)
+        train.read_documents(str(tmp_path / "data.gz"), seq_len=8)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -225,6 +301,7 @@ def test_broken_gz(tmp_path):
     (["--steps", "0"], "invalid positive int value: '0'"),
     (["--learning-rate", "nan"], "invalid positive float value: 'nan'"),
     (["--device", "TPU"], "invalid choice: 'TPU'"),
+    (["--windows", "8", "0"], "invalid window value: '0'"),
 ])
 def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
@@ -236,6 +313,8 @@ def test_wrong_options(arguments, message, capsys):
     (["--dim-head", "7"], "'dim_head' must be even"),
     (["--global-layers", "1", "2"], "'layers_insert_global_attn' must be .* from 1 to 1, but got 2"),
     (["--seed", "-1"], "seed"),
+    (["--windows", "8", "none"], "'local_attn_window_size' must be an int or a tuple of 1, one for each layer"),
+    (["--kv-heads", "3"], "'kv_heads' must be a divisor of the 2 heads, but got 3"),
 ])
 def test_what_the_model_refuses(arguments, message, tmp_path, run):
     with pytest.raises(SystemExit, match=message):
