@@ -1,5 +1,5 @@
-"""The pages: every Python block of README.md and docs/*.md runs as it stands, in order, each section on its own; links and
-anchors lead somewhere; README_CN.md has README.md's sections and code."""
+"""The pages: every Python block of README.md and docs/*.md runs as it stands, in order, each section on its own; links
+and anchors lead somewhere; README_CN.md has README.md's sections and code."""
 import re
 import runpy
 from pathlib import Path
@@ -75,7 +75,7 @@ def prose(path):
 
 
 def anchors(path):
-    """What GitHub calls the titles of a page in links: no punctuation, hyphens for spaces, numbers where two are alike."""
+    """What GitHub calls the titles of a page: no punctuation, hyphens for spaces, numbers where two are alike."""
     seen = []
     for line in prose(path):
         if re.match("#+ ", line):
