@@ -1,4 +1,34 @@
-"""Local (windowed) attention for MindSpore."""
+"""
+Local (windowed) attention for MindSpore.
+
+Cells:
+    LocalAttention            windowed attention over queries, keys and values that you project yourself
+    LocalMHA                  a self-attention block around it: projections, heads, rotary embedding, a cache
+    LocalTransformer          a language model of such blocks: loss, generation, training on packed documents
+    DynamicPositionBias       a learned bias of the distance between query and key
+    LocalSelfAttention        projections around `sliding_window_attention`
+    MultiHeadLocalAttention   the same between two sequences
+
+Functions:
+    windowed_attention        attention over any window, with the options of today's models; all others go through it
+    merge_attentions          attention over all keys from attention over parts of them, by their log-sum-exps
+    sliding_window_attention  attention in which every query has a window of its own
+
+What a query sees, and what computes it:
+    WindowSpec                which keys a query sees, as five numbers; draws masks, reads other libraries' conventions
+    use_backend               sets which backend runs where none is named
+
+Weights of the PyTorch package `local-attention`:
+    load_torch_weights        into a Cell from a mapping or a .safetensors, .npz or .pt file
+    export_torch_weights      from a Cell to a dict of arrays by PyTorch's names
+
+Modules:
+    local_attention.zoo       `zoo.register()`: models of mindnlp and mindone with this attention, by name
+    local_attention.parallel  gradients averaged over processes; goes with `sequence_parallel`
+    local_attention.plot      pictures of masks and of attention weights
+    local_attention.cache     `reorder_cache`, for beam search
+    local_attention.weights   `python -m local_attention.weights`: files of weights from and to PyTorch's
+"""
 import numpy
 
 if int(numpy.__version__.split(".")[0]) >= 2:

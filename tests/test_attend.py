@@ -13,10 +13,23 @@ W = 7
 # those that can run here: the native kernel only where it was built
 BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, W, 0, True), Scoring(1.), 6, 9, 9, 10)).items()
             if reason is None]
+COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # which refuse nothing of this
 SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, W, W, False),
          WindowSpec(1, 2 * W, W, False), WindowSpec(W, 0, 0, True), WindowSpec(W, 0, 2 * W, False),
          WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, NO_LIMIT, False)]
 LENGTHS = [1, W - 1, W, W + 1, 3 * W - 1, 3 * W, 3 * W + 1]
+
+
+def skip_what_it_refuses(backend, call, *inputs):
+    """A backend that is not for everything is held to what it takes. Outside a gradient: an error within one leaves
+    MindSpore's state unclean."""
+    if backend not in COMPLETE:
+        try:
+            call(*inputs)
+        except ValueError as error:
+            if "cannot run this call" in str(error):
+                pytest.skip(str(error).splitlines()[0])
+            raise
 
 
 class Case:
@@ -60,6 +73,7 @@ class Case:
             bias, emb = extras[0] if has_bias else None, extras[-1] if has_emb else None
             out = attend_to(q, k, v, spec, key_mask=mask, bias=bias, rel_pos_emb=emb, backend=backend, **options)
             return (out.astype(ms.float32) * dout).sum(), out
+        skip_what_it_refuses(backend, forward, *inputs)
         step = ms.value_and_grad(forward, tuple(range(len(inputs))), has_aux=True)
         (_, out), grads = (ms.jit(step) if mode == "graph" else step)(*inputs)
         return [x.astype(ms.float32).asnumpy() for x in (out, *grads)]
@@ -88,7 +102,7 @@ def test_graph_sweep(backend, seed):
 
 def test_every_option_at_once_with_gradients_that_are_not_zero():
     case = Case(0, spec=SPECS[3], n=23, bias=True, emb=True, mask=True, hide_self=True, offset=5)
-    for backend in BACKENDS:
+    for backend in COMPLETE:
         got = case.got(backend, "graph")
         assert all(np.abs(grad).max() > 1e-2 for grad in got[1:])
         assert_close(got, case.wanted(), 2e-5)
@@ -237,7 +251,9 @@ def test_a_backend_asked_for_by_name_that_cannot_run_says_why():
 def test_parts_drop_what_the_whole_drops(backend):
     case = Case(9, spec=SPECS[1], n=3 * W, offset=0, mask=False, bias=False, hide_self=False)
     options = dict(spec=case.spec, scale=.3, dropout=.3, seed=Tensor([11], ms.int32), backend=backend)
-    whole = attend_to(Tensor(case.q), Tensor(case.k), Tensor(case.v), **options).asnumpy()
+    inputs = [Tensor(x) for x in (case.q, case.k, case.v)]
+    skip_what_it_refuses(backend, lambda: attend_to(*inputs, **options))
+    whole = attend_to(*inputs, **options).asnumpy()
     q, k, v = Tensor(case.q[2:, 2 * W:]), Tensor(case.k[2:, W:]), Tensor(case.v[2:, W:])
     part = attend_to(q, k, v, offset=W, origin=(2, W), **options).asnumpy()
     np.testing.assert_allclose(part, whole[2:, 2 * W:], atol=1e-5)

@@ -53,6 +53,16 @@ def test_public_names():
         assert callable(getattr(local_attention, name))
 
 
+def test_help_is_an_index():
+    """`help(local_attention)` begins with a line for each public name, and names modules that exist."""
+    lines = [line.split() for line in local_attention.__doc__.splitlines() if line.startswith("    ")]
+    names = [first for first, *said in lines if said]
+    modules = [name for name in names if "." in name]
+    assert sorted(set(names) - set(modules)) == sorted(local_attention.__all__) and len(set(names)) == len(names)
+    for module in modules:
+        importlib.import_module(module)
+
+
 @pytest.mark.parametrize("module", SUBMODULES)
 def test_submodules_keep_their_names(module):
     for name in SUBMODULES[module]:

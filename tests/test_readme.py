@@ -1,17 +1,19 @@
-"""Every Python block of the README, in both languages, and of docs/model_zoo.md runs as it stands, in order, each
-section on its own."""
+"""The pages: every Python block of README.md and docs/*.md runs as it stands, in order, each section on its own; links
+and anchors lead somewhere; README_CN.md has README.md's sections and code."""
 import re
 import runpy
 from pathlib import Path
 
+import mindspore as ms
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "model_zoo.md"]  # the Chinese README's blocks are the English one's
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the Chinese README's blocks are the English one's
+ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:]]
 
 
 def sections():
-    """(file, section, its code): the code keeps its place in the file, so that a traceback names the README's lines."""
+    """(page, section, its code): the code keeps its place in the page, so that a traceback names the page's lines."""
     for path in PAGES:
         lines = path.read_text(encoding="utf-8").splitlines()
         title, code, language = path.name, [""] * len(lines), None
@@ -31,7 +33,8 @@ BLOCKS = [(path, title, "\n".join(code)) for path, title, code in sections() if 
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) > 1
+    assert {path.name for path, _, _ in BLOCKS} >= {"README.md", "usage.md", "mindspore.md", "from_pytorch.md",
+                                                    "model_zoo.md", "performance.md"}
 
 
 def with_shapes_asserted(code):
@@ -45,22 +48,63 @@ def test_block(path, title, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = with_shapes_asserted(code)
     (tmp_path / "block.py").write_text(code, encoding="utf-8")  # a file, because ms.jit reads the source of a function
-    runpy.run_path("block.py")
+    try:
+        runpy.run_path("block.py")
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
-def test_what_the_readme_says_of_float16_in_a_comment(tmp_path, monkeypatch):
+def test_what_the_page_says_of_float16_in_a_comment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, = (code for path, title, code in BLOCKS if path.name == "README.md" and title == "In MindSpore")
+    code, = (code for path, title, code in BLOCKS if path.name == "mindspore.md" and title == "Model.train")
     call = re.search(r"# in float16: (Model\(.*\))", code).group(1)
-    code = code[:code.index("ms.save_checkpoint")].replace("Model(network, optimizer=optimizer).train", f"{call}.train")
+    code = code.replace("Model(network, optimizer=optimizer).train", f"{call}.train")
+    assert f"{call}.train" in code
     (tmp_path / "block.py").write_text(code, encoding="utf-8")
     runpy.run_path("block.py")
 
 
-def test_links_to_files():
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+def prose(path):
+    """A page's lines outside of code."""
+    inside = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside:
+            yield line
+
+
+def anchors(path):
+    """What GitHub calls the titles of a page: no punctuation, hyphens for spaces, numbers where two are alike."""
+    seen = []
+    for line in prose(path):
+        if re.match("#+ ", line):
+            slug = re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+            again = sum(re.fullmatch(re.escape(slug) + r"(-\d+)?", other) is not None for other in seen)
+            seen.append(f"{slug}-{again}" if again else slug)
+    return seen
+
+
+def links(path):
+    """Relative links of a page, pictures among them, as (target, the file, the anchor or None)."""
+    text = "\n".join(prose(path))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if not re.match(r"https?:|mailto:", target):
+            file, _, anchor = target.partition("#")
+            yield target, (path.parent / file if file else path), anchor or None
+
+
+@pytest.mark.parametrize("path", ALL_PAGES, ids=[path.name for path in ALL_PAGES])
+def test_links(path):
+    for target, file, anchor in links(path):
+        assert file.exists(), f"{path.name} links to {target}, which does not exist"
+        assert ROOT in file.resolve().parents, f"{path.name} links to {target}, outside of the checkout"
+        assert anchor is None or anchor in anchors(file), f"{path.name} links to {target}, and there is no such title"
+
+
+def test_every_page_can_be_found_from_the_readme():
+    linked = {file.resolve() for _, file, _ in links(ROOT / "README.md")}
+    assert set(ALL_PAGES) - {ROOT / "README.md"} <= linked
 
 
 def outline(path):
