@@ -27,6 +27,7 @@ Modules:
     local_attention.parallel  gradients averaged over processes; goes with `sequence_parallel`
     local_attention.plot      pictures of masks and of attention weights
     local_attention.cache     `reorder_cache`, for beam search
+    local_attention.selfcheck `python -m local_attention.selfcheck`: is this machine's result right?
     local_attention.weights   `python -m local_attention.weights`: files of weights from and to PyTorch's
 """
 import numpy
