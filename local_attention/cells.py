@@ -1,4 +1,9 @@
-"""What Cells of this package stand on: those that stay in float32, and those that are differentiated once."""
+"""What Cells of this package stand on: those that stay in float32, and those that are differentiated once.
+
+At O1, `amp` writes the class of a Cell anew from its source, with the functions that its `construct` calls, which lose
+the names of their own modules; what base classes have, it takes as it is. So a public Cell's class has its constructor
+and, where there are projections, a `construct` that calls these, which O1 casts, and methods of a base class.
+"""
 import sys
 
 import mindspore as ms

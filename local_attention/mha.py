@@ -100,7 +100,86 @@ def checked_segments(owner, segment_ids, b, n):
     checks.segment_ids(owner, segment_ids, b, n)
 
 
-class LocalMHA(nn.Cell):
+class _Heads(nn.Cell):
+    """What LocalMHA does between its projections: a base class, so that MindSpore's O1 leaves it as it is, as `cells`
+    says."""
+
+    def _check(self, x, mask, attn_bias, cache, return_cache, segment_ids):
+        """The rules of a call."""
+        b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
+        if cache is not None:
+            check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
+        if cache is not None or return_cache:
+            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
+                            segment_ids is not None)
+        if segment_ids is not None:
+            checked_segments(self.cls_name, checks.described(segment_ids), b, n)
+
+    def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
+        """Attention of what is projected, `(b, n, heads * d)`, and the next cache."""
+        b, n, _ = qkv.shape
+        if unknown((b, n)):
+            return self._attend_any_length(qkv, mask, attn_bias, segment_ids), cache
+        entry = None
+        if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
+            entry = fused_entry(self.attn_fn, qkv.dtype)
+        if entry is not None:
+            out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
+        else:
+            out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids)
+        return reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head)).reshape(b, n, -1), cache
+
+    def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
+        """The same, heads before positions."""
+        b, n, _ = qkv.shape
+        sizes = self.heads, self.kv_heads, self.kv_heads
+        q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
+        if self.qk_rmsnorm:
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
+        if cache is None or len(cache) == 1:
+            shape = (b, self.kv_heads, n, self.dim_head)
+            out = self.attn_fn(q.reshape(b, self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape),
+                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks)
+            if return_cache:
+                shape = (b * self.kv_heads, n, self.dim_head)
+                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
+                                    None if cache is None else cache[0])
+        else:
+            shape = (b * self.kv_heads, n, self.dim_head)
+            checked_cache(self.cls_name, checks.described(cache[0]), checks.described(cache[1]), shape[0],
+                          self.attn_fn.windows, self.dim_head, k.dtype)
+            q, k, v = q.reshape(b * self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape)
+            if len(cache) == 3:
+                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
+            else:
+                q, cache = entered(self.attn_fn, q, k, v, cache)
+                out = attend_in_place(self.attn_fn, q, cache, attn_bias, self.sinks)
+        return out, cache
+
+    def _attend_any_length(self, qkv, mask, attn_bias, segment_ids):
+        """Attention of what is projected in a graph that is compiled for every length."""
+        b, n, _ = qkv.shape
+        sizes = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = ops.split(qkv.reshape(b, n, self.heads + 2 * self.kv_heads, self.dim_head), sizes, 2)
+        if self.qk_rmsnorm:
+            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
+        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias,
+                           segment_ids=segment_ids, sinks=self.sinks)
+        return out.swapaxes(1, 2).reshape(b, n, self.heads * self.dim_head)
+
+    def _gated(self, out, gates):
+        """Each head's output `(b, n, heads * d)` times its gate, of `(b, n, heads)` before the sigmoid."""
+        b, n, _ = out.shape
+        gates = ops.sigmoid(gates)
+        if unknown((b, n)):
+            out = ops.mul(out.reshape(b, n, self.heads, self.dim_head), gates[..., None])
+        else:
+            gates = ops.matmul(gates.reshape(-1, 1), ops.ones((1, self.dim_head), gates.dtype))
+            out = ops.mul(out.reshape(-1, self.dim_head), gates)
+        return out.reshape(b, n, self.heads * self.dim_head)
+
+
+class LocalMHA(_Heads):
     r"""
     Multi-head self-attention over local windows: project to queries, keys and values, attend, project back.
 
@@ -198,69 +277,11 @@ class LocalMHA(nn.Cell):
         return checks.settings(self)
 
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None):
-        b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
-        if cache is not None:
-            check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
-        if cache is not None or return_cache:
-            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
-                            segment_ids is not None)
-        if segment_ids is not None:
-            checked_segments(self.cls_name, checks.described(segment_ids), b, n)
+        self._check(x, mask, attn_bias, cache, return_cache, segment_ids)
         if self.norm is not None:
             x = self.norm(x)
-        if unknown((b, n)):
-            return self._any_length(x, mask, attn_bias, segment_ids)
-        qkv = self.to_qkv(x)
-        entry = None
-        if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
-            entry = fused_entry(self.attn_fn, qkv.dtype)
-        if entry is not None:
-            out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
-        else:
-            out, cache = self._attend(qkv, b, n, mask, attn_bias, cache, return_cache, segment_ids)
-        out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
+        out, cache = self._attend(self.to_qkv(x), mask, attn_bias, cache, return_cache, segment_ids)
         if self.to_v_gate is not None:
-            gates = ops.sigmoid(self.to_v_gate(x)).reshape(-1, 1)
-            out = ops.mul(out, ops.matmul(gates, ops.ones((1, self.dim_head), gates.dtype)))
-        out = self.to_out(out.reshape(b, n, -1))
+            out = self._gated(out, self.to_v_gate(x))
+        out = self.to_out(out)
         return (out, cache) if return_cache else out
-
-    def _attend(self, qkv, b, n, mask, attn_bias, cache, return_cache, segment_ids):
-        """Attention of what is projected, heads before positions, and the next cache."""
-        sizes = self.heads, self.kv_heads, self.kv_heads
-        q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
-        if self.qk_rmsnorm:
-            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
-        if cache is None or len(cache) == 1:
-            shape = (b, self.kv_heads, n, self.dim_head)
-            out = self.attn_fn(q.reshape(b, self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape),
-                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks)
-            if return_cache:
-                shape = (b * self.kv_heads, n, self.dim_head)
-                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
-                                    None if cache is None else cache[0])
-        else:
-            shape = (b * self.kv_heads, n, self.dim_head)
-            checked_cache(self.cls_name, checks.described(cache[0]), checks.described(cache[1]), shape[0],
-                          self.attn_fn.windows, self.dim_head, k.dtype)
-            q, k, v = q.reshape(b * self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape)
-            if len(cache) == 3:
-                out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
-            else:
-                q, cache = entered(self.attn_fn, q, k, v, cache)
-                out = attend_in_place(self.attn_fn, q, cache, attn_bias, self.sinks)
-        return out, cache
-
-    def _any_length(self, x, mask, attn_bias, segment_ids):
-        """A call, past its norm, in a graph that is compiled for every length."""
-        b, n, _ = x.shape
-        sizes = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = ops.split(self.to_qkv(x).reshape(b, n, self.heads + 2 * self.kv_heads, self.dim_head), sizes, 2)
-        if self.qk_rmsnorm:
-            q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
-        out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias,
-                           segment_ids=segment_ids, sinks=self.sinks)
-        out = out.swapaxes(1, 2)
-        if self.to_v_gate is not None:
-            out = ops.mul(out, ops.sigmoid(self.to_v_gate(x))[..., None])
-        return self.to_out(out.reshape(b, n, self.heads * self.dim_head))

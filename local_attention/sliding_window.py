@@ -8,7 +8,48 @@ from .attend import draw_seed, new_salt
 from .functional import check_seed, sliding_window_attention
 
 
-class MultiHeadLocalAttention(nn.Cell):
+@constexpr
+def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask, segment_ids):
+    shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
+    if len(shape) != 3 or shape[2] != features:
+        raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
+    checks.tensor(owner, name_kv, inputs_kv, (checks.dtype_name(inputs_q[1]),), shape,
+                  f"of the shape of {name_q}, {shape}")
+    if mask is not None:
+        checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
+    if segment_ids is not None:
+        checks.segment_ids(owner, segment_ids, *shape[:2])
+
+
+class _Heads(nn.Cell):
+    """What MultiHeadLocalAttention does between its projections: a base class, so that MindSpore's O1 leaves it as it
+    is, as `cells` says."""
+
+    def _check(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed, segment_ids):
+        """The rules of a call."""
+        _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
+                        checks.described(inputs_kv), checks.described(mask), checks.described(segment_ids))
+        check_seed(self.cls_name, checks.described(seed))
+
+    def _attend(self, q, k, v, mask, seed, segment_ids):
+        """Attention of what is projected, `(b, n, heads * d)`."""
+        out = self.attend(self.heads(q), self.heads(k), self.heads(v), mask, seed, segment_ids)
+        return out.swapaxes(1, 2).reshape(q.shape)
+
+    def attend(self, q, k, v, mask=None, seed=None, segment_ids=None):
+        """The same, `(b, heads, n, d)`."""
+        rate = self.dropout_rate if self.training else 0.
+        if rate > 0 and seed is None:
+            seed = draw_seed(self.salt)
+        return sliding_window_attention(q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
+                                        rate, seed, segment_ids=segment_ids)
+
+    def heads(self, x):
+        head_dim = self.qkv_features // self.num_heads
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2] // head_dim, head_dim).swapaxes(1, 2)
+
+
+class MultiHeadLocalAttention(_Heads):
     r"""
     Multi-head sliding-window cross-attention: queries from one sequence, keys and values from another of its length.
 
@@ -88,41 +129,9 @@ class MultiHeadLocalAttention(nn.Cell):
         return checks.settings(self)
 
     def construct(self, inputs_q, inputs_kv, mask=None, seed=None, segment_ids=None):
-        return self._between("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed, segment_ids)
-
-    def _between(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed, segment_ids):
-        _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
-                        checks.described(inputs_kv), checks.described(mask), checks.described(segment_ids))
-        check_seed(self.cls_name, checks.described(seed))
-        q, k, v = (self.heads(project(x)) for project, x in
-                   ((self.query, inputs_q), (self.key, inputs_kv), (self.value, inputs_kv)))
-        return self.out(self.attend(q, k, v, mask, seed, segment_ids).swapaxes(1, 2).reshape(
-            *inputs_q.shape[:2], self.qkv_features))
-
-    def attend(self, q, k, v, mask=None, seed=None, segment_ids=None):
-        """Attention of what is projected, `(b, heads, n, d)`."""
-        rate = self.dropout_rate if self.training else 0.
-        if rate > 0 and seed is None:
-            seed = draw_seed(self.salt)
-        return sliding_window_attention(q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
-                                        rate, seed, segment_ids=segment_ids)
-
-    def heads(self, x):
-        head_dim = self.qkv_features // self.num_heads
-        return x.reshape(x.shape[0], x.shape[1], x.shape[2] // head_dim, head_dim).swapaxes(1, 2)
-
-
-@constexpr
-def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask, segment_ids):
-    shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
-    if len(shape) != 3 or shape[2] != features:
-        raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
-    checks.tensor(owner, name_kv, inputs_kv, (checks.dtype_name(inputs_q[1]),), shape,
-                  f"of the shape of {name_q}, {shape}")
-    if mask is not None:
-        checks.tensor(owner, "mask", mask, ("Bool",), shape[:2], f"of shape (b, n), {shape[:2]}")
-    if segment_ids is not None:
-        checks.segment_ids(owner, segment_ids, *shape[:2])
+        self._check("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed, segment_ids)
+        return self.out(self._attend(self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv), mask, seed,
+                                     segment_ids))
 
 
 class LocalSelfAttention(MultiHeadLocalAttention):
@@ -168,4 +177,5 @@ class LocalSelfAttention(MultiHeadLocalAttention):
     """
 
     def construct(self, x, mask=None, seed=None, segment_ids=None):
-        return self._between("x", "x", x, x, mask, seed, segment_ids)
+        self._check("x", "x", x, x, mask, seed, segment_ids)
+        return self.out(self._attend(self.query(x), self.key(x), self.value(x), mask, seed, segment_ids))

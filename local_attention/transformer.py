@@ -1,24 +1,15 @@
 """A language model of local attention."""
-import copy
-import inspect
 from numbers import Integral
 
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import nn
 from mindspore.common.initializer import Normal
-from mindspore.ops import constexpr
 
-from . import checks, generation, parallel
-from .backends.any_length import unknown
-from .backends.spans import document_bounds
-from .cache import form
-from .cells import Float32
+from . import checks, generation
 from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
-from .hyper_connections import HyperConnections, add_output, expand, reduce
-from .layers import GEGLU, FeedForward, LayerNorm  # noqa: F401 - GEGLU likewise
+from .layers import GEGLU, FeedForward, LayerNorm  # noqa: F401 - likewise
 from .local_attention import default, exists, l2norm  # noqa: F401 - likewise
-from .mha import DynamicPositionBias, LocalMHA, check_cacheable, checked_block
+from .mha import DynamicPositionBias, LocalMHA  # noqa: F401 - likewise
+from .stack import CrossEntropy, Stack
 
 
 def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
@@ -59,137 +50,7 @@ def _window_sizes(owner, given, depth, sequence_parallel):
                  for size in given)
 
 
-def _seen(size, max_seq_len, causal, by_distance):
-    """What a layer of a window sees, as LocalMHA's arguments; without one, a single window as long as a sequence, or,
-    as a bias of distances is then a single row, a span that moves and reaches as far."""
-    if size is not None:
-        return dict(window_size=size)
-    if by_distance:
-        return dict(window_size=max_seq_len, look_backward=1, look_forward=0 if causal else 1, exact_windowsize=True)
-    return dict(window_size=max_seq_len, look_backward=0, look_forward=0, exact_windowsize=False)
-
-
-def _takes(layer):
-    """Whether a global layer takes a mask and documents, and keeps a cache; one that is not there does it all."""
-    if layer is None:
-        return True, True, True
-    taken = inspect.signature(layer.construct).parameters
-    takes_cache = "cache" in taken and "return_cache" in taken and getattr(layer, "causal", True)
-    return "mask" in taken, "segment_ids" in taken, takes_cache
-
-
-@constexpr
-def _checked_shape(owner, out, shape):
-    """The rule of what a global layer returns, a tensor as `checks.described`, and its shape: used, as in a graph, what
-    is not used may come after what it should come before."""
-    is_tensor = isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], tuple)
-    if not is_tensor or out[0] != shape:
-        raise checks.value_error(owner, "global_attn_layer", "a Cell that returns a Tensor of its input's shape "
-                                 f"{shape}", out[0] if is_tensor else type(out).__name__)
-    return shape
-
-
-def _form(cache):
-    """How many layers a model's cache has, its biases as `form`, and how many tokens it has seen; None of others."""
-    if isinstance(cache, tuple) and len(cache) == 3 and isinstance(cache[0], tuple):
-        return len(cache[0]), form(cache[1]), cache[2]
-    return None
-
-
-@constexpr
-def _check_cached_call(owner, n, cache, kind, depth, return_loss):
-    rule = "what a call of this model with 'return_cache' returned, or None"
-    if cache is None:
-        raise TypeError(f"For '{owner}', 'cache' must be {rule}, but got one of type {kind}.")
-    layers, biases, seen = cache
-    if isinstance(seen, bool) or not isinstance(seen, int) or not isinstance(biases, tuple):
-        raise checks.type_error(owner, "cache", rule, (biases, seen))
-    if return_loss:
-        raise checks.value_error(owner, "return_loss", "False with a cache", return_loss)
-    if layers != depth:
-        raise checks.value_error(owner, "cache", f"of {depth} layers, from a call of this model", layers)
-    if n <= seen:
-        raise checks.value_error(owner, "x", f"the whole sequence, longer than the {seen} tokens that the cache has "
-                                 "seen", n)
-
-
-@constexpr
-def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, return_cache, group):
-    """The rules of a call: its batch, and the length of what goes through the layers."""
-    checks.boolean(owner, "return_loss", return_loss)
-    checks.boolean(owner, "return_cache", return_cache)
-    if num_tokens is None:
-        if return_loss:
-            raise checks.value_error(owner, "return_loss", "False where 'num_tokens' is None", return_loss)
-        return checked_block(owner, dim, x, mask, return_cache)
-    b, n = checks.tokens(owner, "x", x, mask)
-    if group is not None:
-        if n is None:
-            raise checks.value_error(owner, "x", "of a known length with 'sequence_parallel'", n)
-        longest = (max_seq_len + return_loss) // group.size
-        if n > longest:
-            raise checks.value_error(owner, "x", f"of at most {longest} tokens on each of the {group.size} ranks "
-                                     f"('max_seq_len' is {max_seq_len})", n)
-        return b, n
-    if n is None:
-        return b, n
-    if return_loss and n < 2:
-        raise checks.value_error(owner, "x", "of at least 2 tokens for a loss", n)
-    if n - return_loss > max_seq_len:
-        raise checks.value_error(owner, "x", f"of at most {max_seq_len + return_loss} tokens ('max_seq_len' is "
-                                 f"{max_seq_len})", n)
-    return b, n - return_loss
-
-
-@constexpr
-def _positions(b, start, stop, max_seq_len):
-    """Positions; the one that a loss may have too many, of a token that nothing is made of, is as good as any."""
-    return Tensor(np.tile(np.minimum(np.arange(start, stop, dtype=np.int32), max_seq_len - 1), (b, 1)))
-
-
-@constexpr
-def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced, exact, biased):
-    """The rules of documents in a model."""
-    checks.segment_ids(owner, segment_ids, *shape)
-    for name, given in (("sequence_parallel' without 'exact_windowsize", not exact),
-                        ("use_dynamic_pos_bias' with 'sequence_parallel", biased)):
-        checks.together(owner, ("segment_ids", True), (name, sliced and given))
-    if not global_takes_segments:
-        raise checks.value_error(owner, "segment_ids", "None where the 'construct' of 'global_attn_layer' does not "
-                                 "take it", "documents")
-
-
-def _within(before, after, labels, ignore_index):
-    """Labels that are left out where they are padding, or of another document than the token before them."""
-    outside = ops.logical_or(after != before, after < 0)
-    labels, outside = ops.cast(labels, ms.int32), ops.cast(outside, ms.int32)
-    return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU fills no int32 under a mask
-
-
-def _given_back(x, out, beta):
-    """A residual connection, or hyper-connection: what went past a part of a layer, and its output."""
-    return x + out if beta is None else add_output(x, out, beta)
-
-
-class _CrossEntropy(Float32):
-    """The mean of -log softmax over the labels, of all ranks of a group, that are not `ignore_index`; 0 where all are.
-    """
-
-    def __init__(self, ignore_index, group=None):
-        super().__init__()
-        self.total = ops.NLLLoss(reduction="sum", ignore_index=ignore_index)
-        self.mean = None if group is None else parallel.MeanOfRanks(group)
-
-    def construct(self, logits, labels):
-        weights = ops.ones((logits.shape[1],), ms.float32)
-        total, count = self.total(ops.log_softmax(ops.cast(logits, ms.float32), -1), labels, weights)
-        if self.mean is None:
-            return total / ops.maximum(count, 1.)
-        mean_count = self.mean(ops.stop_gradient(count))
-        return self.mean(ops.depend(total, mean_count) / ops.maximum(mean_count, 1. / self.mean.size))
-
-
-class LocalTransformer(nn.Cell):
+class LocalTransformer(Stack):
     r"""
     A language model of local attention: embeddings, layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
 
@@ -298,149 +159,38 @@ class LocalTransformer(nn.Cell):
             self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(1.))
             self.to_logits = nn.SequentialCell(LayerNorm(dim),
                                                nn.Dense(dim, num_tokens, has_bias=False))
-        self.layers = nn.CellList([nn.CellList([
-            LocalMHA(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout, causal=causal, prenorm=True,
-                     use_xpos=use_xpos and not use_dynamic_pos_bias, xpos_scale_base=xpos_scale_base,
-                     use_rotary_pos_emb=not use_dynamic_pos_bias,
-                     **{**kwargs, **_seen(size, max_seq_len, causal, use_dynamic_pos_bias)}),
-            FeedForward(dim, ff_mult, ff_dropout)]) for size in self.window_sizes])
-        self.causal, self.windows = causal, self.layers[0][0].attn_fn.windows
-        self.group = self.layers[0][0].attn_fn.group
+        self._add_layers(
+            dict(dim=dim, dim_head=dim_head, heads=heads, dropout=attn_dropout, causal=causal, prenorm=True,
+                 use_xpos=use_xpos and not use_dynamic_pos_bias, xpos_scale_base=xpos_scale_base,
+                 use_rotary_pos_emb=not use_dynamic_pos_bias, **kwargs),
+            dict(dim=dim, mult=ff_mult, dropout=ff_dropout), global_attn_layer, global_numbers,
+            use_dynamic_pos_bias)
         if num_tokens is not None:
-            self.cross_entropy = _CrossEntropy(ignore_index, self.group)
-        # where among the caches, after those of the local blocks, that of each layer's global layer is; 0 without one
-        self.global_places = tuple(depth + global_numbers.index(number) if number in global_numbers else 0
-                                   for number in range(depth))
-        self.global_layers = nn.CellList([copy.deepcopy(global_attn_layer) if place else nn.Identity()
-                                          for place in self.global_places if global_numbers])
-        self.cached_cells = depth + len(global_numbers)
-        self.global_takes_mask, self.global_takes_segments, self.global_takes_cache = _takes(global_attn_layer)
-        self.global_cache_is_ours = global_attn_layer is None or isinstance(global_attn_layer, LocalMHA)
-        self.hyper_connections = None
-        if num_residual_streams > 1:
-            self.hyper_connections = HyperConnections(num_residual_streams, dim, depth, global_numbers)
+            self.cross_entropy = CrossEntropy(ignore_index, self.group)
         self.dynamic_pos_bias = DynamicPositionBias(dim // 2, heads) if use_dynamic_pos_bias else None
-        # what the bias of each window that differs is asked for, and which of these a layer's is
-        distances = [attn.attn_fn.windows.distances for attn, _ in self.layers] if use_dynamic_pos_bias else []
-        self.bias_distances = tuple(dict.fromkeys(distances))
-        self.bias_places = tuple(map(self.bias_distances.index, distances))
         self.steps = generation.Steps()
 
     def extend_repr(self):
         return checks.settings(self)
 
-    def recompute(self, **options):
-        """Every block recomputed, each for itself: of a whole model that returns its loss, MindSpore makes a gradient
-        with a cycle in it."""
-        for number in range(self.depth):
-            attn, ff = self.layers[number]
-            attn.recompute(**options)
-            ff.recompute(**options)
-            if self.global_places[number] > 0:
-                self.global_layers[number].recompute(**options)
-
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, segment_ids=None):
-        b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
-                             checks.described(mask), return_loss, return_cache, self.group)
-        seen, layers, biases = 0, None, ()  # on Ascend no None may leave a graph
-        if cache is not None or return_cache:
-            check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                            segment_ids is not None, self.global_takes_cache)
-        if segment_ids is not None:
-            _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
-                               self.group is not None, self.windows.exact, self.dynamic_pos_bias is not None)
+        b, n = self._checked(x, mask, cache, return_loss, return_cache, segment_ids)
+        seen, layers, biases, labels = 0, None, (), None  # on Ascend no None may leave a graph
         if cache is not None:
-            _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
             layers, biases, seen = cache  # of each block, of each window, and how many tokens they were fed
             x = x[:, seen:]
-        labels = None
-        if return_loss and self.group is None:
-            x, labels = x[:, :-1], x[:, 1:]
-            mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as numbers
-            if segment_ids is not None:
-                labels = _within(segment_ids[:, :-1], segment_ids[:, 1:], labels, self.ignore_index)
-                segment_ids = segment_ids[:, :-1]
-        elif return_loss:  # slices stay of one length: the very last token has no label, and none may see it
-            labels = parallel.next_tokens(self.group, x, self.ignore_index)
-            if segment_ids is not None:
-                after = parallel.next_tokens(self.group, ops.depend(segment_ids, labels), -1)
-                labels = _within(segment_ids, after, labels, self.ignore_index)
-                segment_ids = ops.depend(segment_ids, labels)
-            x = ops.depend(x, labels)
-            if not self.causal:
-                mask = parallel.without_last(self.group, mask, b, n)
+        if return_loss:
+            x, mask, segment_ids, labels = self._with_labels(x, mask, segment_ids, b, n)
         if self.num_tokens is not None:
-            start = seen if self.group is None else self.group.rank * n
-            if unknown((b, n)):  # which max_seq_len has to be at least: a compiled graph does not look
-                places = ops.arange(0, x.shape[1], 1)[None]
-                if segment_ids is not None:
-                    places = places - document_bounds(segment_ids)[..., 0]
-                x = self.token_emb(x) + self.pos_emb(places)
-            elif segment_ids is not None and self.group is not None:
-                places = parallel.places(self.group, segment_ids)
-                x = self.token_emb(ops.depend(x, places)) + self.pos_emb(places)
-            elif segment_ids is not None:
-                places = _positions(b, 0, n, self.max_seq_len) - document_bounds(segment_ids)[..., 0]
-                x = self.token_emb(x) + self.pos_emb(places)
-            else:
-                x = self.token_emb(x) + self.pos_emb(_positions(b, start, start + n - seen, self.max_seq_len))
+            x = self._embedded(x, segment_ids, b, seen, n)
         if self.bias_distances and not biases:
-            for queries, keys, after in self.bias_distances:
-                biases += (self.dynamic_pos_bias(queries, keys, after),)
+            biases = self._biases()
         x, layers = self._through_layers(x, mask, biases, layers, return_cache, segment_ids)
         if self.num_tokens is not None:
             x = self.to_logits(x)
         if return_loss:
-            return self.cross_entropy(x.reshape(-1, self.num_tokens), ops.cast(labels, ms.int32).reshape(-1))
+            return self._loss(x, labels)
         return (x, (layers, biases, n)) if return_cache else x
-
-    def _through_layers(self, x, mask, biases, layers, return_cache, segment_ids=None):
-        """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
-        the local blocks, and after them those of the global layers."""
-        caches, global_caches = [], []
-        if self.hyper_connections is not None:
-            x = expand(x, self.num_residual_streams)
-        for number in range(len(self.layers)):
-            attn, ff = self.layers[number]
-            place = self.global_places[number]
-            if place > 0:
-                taken, x, beta = self._taken(x, number, 2)
-                out = self._global(self.global_layers[number], taken, mask, None if layers is None else layers[place],
-                                   return_cache, segment_ids)
-                if return_cache:
-                    out, cache = out
-                    global_caches.append(cache)
-                shape = _checked_shape(self.cls_name, checks.described(out), taken.shape)
-                x = _given_back(x, out if unknown(shape) else out.reshape(shape), beta)
-            taken, x, beta = self._taken(x, number, 0)
-            attn_bias = biases[self.bias_places[number]] if self.bias_places else None
-            out = attn(taken, mask=mask, attn_bias=attn_bias, cache=None if layers is None else layers[number],
-                       return_cache=return_cache, segment_ids=segment_ids)
-            if return_cache:
-                out, cache = out
-                caches.append(cache)
-            x = _given_back(x, out, beta)
-            taken, x, beta = self._taken(x, number, 1)
-            x = _given_back(x, ff(taken), beta)
-        if self.hyper_connections is not None:
-            x = reduce(x)
-        return x, tuple(caches + global_caches)
-
-    def _taken(self, x, number, part):
-        """What a part of a layer (0: local, 1: feed-forward, 2: global) works on, and what its output is added to."""
-        if self.hyper_connections is None:
-            return x, x, None
-        if part == 2:
-            return self.hyper_connections.global_layers[number](x)
-        return self.hyper_connections.layers[number][part](x)
-
-    def _global(self, layer, x, mask, cache, return_cache, segment_ids):
-        if segment_ids is not None:
-            return (layer(x, mask=mask, segment_ids=segment_ids) if self.global_takes_mask else
-                    layer(x, segment_ids=segment_ids))
-        if cache is not None or return_cache:
-            return layer(x, cache=cache, return_cache=return_cache)
-        return layer(x, mask=mask) if self.global_takes_mask else layer(x)
 
     def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None,
                  callback=None):

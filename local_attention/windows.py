@@ -1,0 +1,262 @@
+"""Windows of a sequence in upstream's words, and attention to them: the rules of a call and what it does."""
+import math
+from dataclasses import dataclass, replace
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from . import checks, parallel
+from .attend import Frame, attend, beside, draw_seed
+from .backends.any_length import unknown
+from .backends.spans import document_bounds
+from .cells import Float32
+from .spec import Scoring, WindowSpec
+
+
+class _UnitScale(Float32):
+    """Rows over their Euclidean norm times a scale for each column; a row of zeros stays one."""
+
+    def construct(self, x, scale):
+        x = ops.cast(x, ms.float32)
+        squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
+        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
+        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, products are faster than broadcasts
+
+
+_unit_scale = _UnitScale()
+
+
+def l2norm(x, scale=None):
+    """x over its Euclidean norm along the last axis, computed in float32, times a `scale (d,)`."""
+    if scale is None:
+        scale = ops.ones((x.shape[-1],), ms.float32)
+    return ops.cast(_unit_scale(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape), x.dtype)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Who sees whom in upstream's words."""
+    size: int
+    look_backward: int
+    look_forward: int
+    causal: bool
+    exact: bool
+    prefix: int = 0
+
+    @property
+    def backward(self):
+        return self.size * self.look_backward
+
+    @property
+    def forward(self):
+        return self.size * self.look_forward
+
+    @property
+    def span(self):
+        """Positions in the windows that a window sees."""
+        return self.backward + self.size + self.forward
+
+    @property
+    def distances(self):
+        """What a bias of distances is asked for: queries, keys as far as the last of them, and keys after it."""
+        rows = 1 if self.exact else self.size
+        return rows, self.backward + rows, self.forward
+
+    def bias_rule(self, shape):
+        """The shapes of a bias but for its heads, in words, and whether one is of them: a row for each place in a
+        window, or a single one where a span moves."""
+        shapes = [(self.size, self.span)]
+        if self.exact:
+            shapes.append((1, self.backward + 1 + self.forward))
+        return " or ".join(f"(heads, {rows}, {columns})" for rows, columns in shapes), tuple(shape) in shapes
+
+    @property
+    def spec(self):
+        return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal, self.prefix)
+
+    def folded(self, n, n_k=None, offset=0):
+        """The sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
+        `(windows, span)`, and which of the keys exist, the first query being at key `offset` of `n_k`."""
+        n_k = n if n_k is None else n_k
+        starts = np.arange(0, n, self.size)[:, None]
+        keys = offset + starts - self.backward + np.arange(self.span)
+        return np.minimum(starts + np.arange(self.size), n - 1), np.clip(keys, 0, n_k - 1), (0 <= keys) & (keys < n_k)
+
+
+@constexpr
+def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, backend, q, k, v, mask, attn_bias,
+             segment_ids, sinks, window_size):
+    """The rules of a call: how many groups it has, and its windows."""
+    if window_size is not None:
+        if not use_xpos:
+            raise checks.value_error(owner, "window_size", "None in a call without 'use_xpos'", window_size)
+        windows = replace(windows, size=checks.positive_int(owner, "window_size", window_size))
+    shape, share = checks.alike(owner, q, k, v)
+    *leading, n, head_dim = shape
+    groups = None if None in leading else math.prod(leading)
+    if rotary_dim not in (None, head_dim):
+        raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
+    known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    if not known and dropout > 0:
+        raise checks.value_error(owner, "dropout", "0 in training in a graph for every length", dropout)
+    if not known and backend is not None:
+        raise checks.value_error(owner, "backend", "None in a graph for every length", repr(backend))
+    documents = "segment_ids", segment_ids is not None
+    checks.together(owner, documents, ("use_xpos", use_xpos))
+    checks.together(owner, ("attn_bias", attn_bias is not None), ("prefix", windows.prefix))
+    if group is not None:
+        # where a document began, which may be on any rank, a window that moves with its query need not know
+        checks.together(owner, documents, ("sequence_parallel' without 'exact_windowsize", not windows.exact))
+        checks.together(owner, documents, ("attn_bias' with 'sequence_parallel", attn_bias is not None))
+        if not known:
+            raise checks.value_error(owner, "q", "of a known shape with 'sequence_parallel'", tuple(shape))
+        if n % windows.size:
+            raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) with "
+                                     "'sequence_parallel'", n)
+        reach = max(windows.backward, windows.forward)
+        if group.size > 1 and n < reach:
+            raise checks.value_error(owner, "q", f"of a length of at least {reach} on each of the {group.size} ranks, "
+                                     "as no further than to the next one does 'sequence_parallel' look", n)
+    if known and not autopad and n % windows.size:
+        raise checks.value_error(owner, "q", f"of a length that is a multiple of the window ({windows.size}) without "
+                                 "'autopad'", n)
+    if mask is not None:
+        batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
+        if rest != [n] or batch == 0 or (known and groups % batch):
+            raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
+    if attn_bias is not None:
+        heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        rule, right = windows.bias_rule(rest)
+        if not right or heads == 0 or (groups or 0) % heads:
+            raise checks.value_error(owner, "attn_bias", f"of shape {rule}, heads a divisor of {groups}", attn_bias[0])
+        if heads % share and share % heads:
+            raise checks.value_error(owner, "attn_bias", f"of a multiple or a divisor of the {share} heads that share "
+                                     "one of k", attn_bias[0])
+    if segment_ids is not None:
+        batch, _ = checks.segment_ids(owner, segment_ids, None if mask is None else mask[0][0], n)
+        if known and groups // share % batch:
+            raise checks.value_error(owner, "segment_ids", f"of shape (batch, {n}), batch a divisor of {groups}",
+                                     segment_ids[0])
+    if sinks is not None:
+        checks.sinks(owner, sinks, shape[-3] if len(shape) > 2 else 1)
+    return groups, windows
+
+
+@constexpr
+def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype):
+    """A call's numbers as `attend` takes them."""
+    return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
+            Frame(offset, origin, dtype))
+
+
+@constexpr
+def _fold_indices(windows, n, n_k, offset):
+    queries, keys, real = windows.folded(n, n_k, offset)
+    return (len(queries), Tensor(queries.reshape(-1).astype(np.int32)), Tensor(keys.reshape(-1).astype(np.int32)),
+            Tensor(real.reshape(1, -1)))
+
+
+def _fold_indices_of_any_length(windows, n):
+    """The same where a graph does not know the length."""
+    count = (n + windows.size - 1) // windows.size
+    starts = ops.arange(0, count * windows.size, windows.size).reshape(-1, 1)
+    queries, keys = starts + ops.arange(0, windows.size, 1), starts - windows.backward + ops.arange(0, windows.span, 1)
+    real = ops.logical_and(keys >= 0, keys < n)
+    return count, ops.clamp(queries, 0, n - 1).reshape(-1), ops.clamp(keys, 0, n - 1).reshape(-1), real.reshape(1, -1)
+
+
+def fold(q, k, v, mask, windows, offset=0):
+    """Windows as further batch entries, for positions that are counted anew in each: q `(windows * g, size, d)`, k and
+    v `(windows * g, span, d)`, and a mask of the keys that are real. The first query stands at key `offset`."""
+    if unknown(q.shape):
+        count, queries, keys, real = _fold_indices_of_any_length(windows, q.shape[1])
+    else:
+        count, queries, keys, real = _fold_indices(windows, q.shape[1], k.shape[1], offset)
+    if mask is not None:
+        real = ops.logical_and(ops.gather(mask, keys, 1), real)
+    real = real.reshape(-1, count, windows.span).swapaxes(0, 1).reshape(-1, windows.span)
+    return (_side_by_side(q, queries, count, windows.size), _side_by_side(k, keys, count, windows.span),
+            _side_by_side(v, keys, count, windows.span), real)
+
+
+def _side_by_side(x, index, count, n):
+    """`(g, ..., d)`, gathered, as `(count * g, n, d)`: heads stay the fastest axis of the groups."""
+    groups, head_dim = x.shape[0], x.shape[2]
+    return ops.gather(x, index, 1).reshape(groups, count, n, head_dim).swapaxes(0, 1).reshape(-1, n, head_dim)
+
+
+def unfold(x, groups, n):
+    """`(windows * g, size, d)` as `(g, n, d)`."""
+    _, size, head_dim = x.shape
+    return x.reshape(-1, groups, size, head_dim).swapaxes(0, 1).reshape(groups, -1, head_dim)[:, :n]
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-2], x.shape[-1])
+
+
+class Windowed(nn.Cell):
+    """What LocalAttention does in a call: a base class, so that MindSpore's O1 leaves it as it is, as `cells` says."""
+
+    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
+                  sinks=None):
+        if mask is None:
+            mask = input_mask
+        groups, windows = _checked(
+            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
+            self.dropout if self.training else 0., self.backend, checks.described(q), checks.described(k),
+            checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
+            checks.described(sinks), window_size)
+        if groups == 0:
+            return q
+        shape, dtype = q.shape, q.dtype
+        flat = self.group is not None or self.use_xpos
+        if flat:
+            q, k, v = _flat(q), _flat(k), _flat(v)
+        if self.shared_qk:
+            k = l2norm(k)
+        offset = 0
+        if self.group is not None:
+            k, v, mask, segment_ids, offset = parallel.with_halo(
+                self.group, k, v, mask, segment_ids, windows.backward, windows.forward)
+        if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
+            q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
+        if self.rel_pos is not None and not self.use_xpos:
+            q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
+            k = self.rel_pos.rotate(k)
+        documents = None if segment_ids is None else document_bounds(segment_ids)
+        tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
+        out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
+        return out.reshape(shape) if flat else out
+
+    def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
+        """Attention of `q, k, v (..., n, d)` that are normalised and rotated, but for xpos's rotation in windows, which
+        takes `(groups, n, d)`.
+
+        The first query stands at key `offset`; `dtype` is the precision called for, where it is not q's.
+        """
+        groups, n, head_dim = q.shape[0], q.shape[-2], q.shape[-1]
+        rank = 0 if self.group is None else self.group.rank
+        origin = (0, rank * n - offset) if rank > 0 else (0, 0)
+        if self.use_xpos:
+            mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+            q, k, v, mask = fold(q, k, v, mask, windows, offset)
+            tensors = beside(mask, documents, bias, sinks, rel_pos_emb, seed)
+            origin = (rank * q.shape[0], 0) if rank > 0 else (0, 0)
+            offset, middle = windows.backward, windows.span // 2
+            start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
+            q = self.rel_pos.rotate(q, start, (start - middle, 1))
+            k = self.rel_pos.rotate(k, 0, (middle, -1))
+        spec, scoring, frame = self._numbers_of(windows, head_dim, offset, origin, dtype)
+        out = attend(q, k, v, spec, scoring, tensors, frame, self.backend)
+        return unfold(out, groups, n) if self.use_xpos else out
+
+    def seed(self):
+        """Of what a call drops, None where it drops nothing."""
+        return draw_seed(self.salt) if self.training and self.dropout > 0 else None
+
+    def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
+        return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk,
+                        self.dropout if self.training else 0., offset, origin, dtype)
