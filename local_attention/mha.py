@@ -104,8 +104,8 @@ class _Heads(nn.Cell):
     """What LocalMHA does between its projections: a base class, so that MindSpore's O1 leaves it as it is, as `cells`
     says."""
 
-    def _check(self, x, mask, attn_bias, cache, return_cache, segment_ids):
-        """The rules of a call."""
+    def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids):
+        """x after the rules of a call, with its batch and length: a graph has no check of which nothing is used."""
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
@@ -114,6 +114,7 @@ class _Heads(nn.Cell):
                             segment_ids is not None)
         if segment_ids is not None:
             checked_segments(self.cls_name, checks.described(segment_ids), b, n)
+        return x, b, n
 
     def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
         """Attention of what is projected, `(b, n, heads * d)`, and the next cache."""
@@ -277,7 +278,7 @@ class LocalMHA(_Heads):
         return checks.settings(self)
 
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None):
-        self._check(x, mask, attn_bias, cache, return_cache, segment_ids)
+        x, _, _ = self._checked(x, mask, attn_bias, cache, return_cache, segment_ids)
         if self.norm is not None:
             x = self.norm(x)
         out, cache = self._attend(self.to_qkv(x), mask, attn_bias, cache, return_cache, segment_ids)

@@ -268,9 +268,10 @@ def _digits(ids, dtype):
 def _number(digits, dtype):
     """The numbers that bytes, as `_digits` has them, are of."""
     parts = ops.cast(ops.cast(digits, ms.float32), dtype).reshape(_bytes(dtype), -1, digits.shape[1])
-    ids = parts[0]
-    for place in range(1, _bytes(dtype)):
-        ids = ops.bitwise_or(ids, ops.bitwise_left_shift(parts[place], 8 * place))
+    last = parts[_bytes(dtype) - 1]
+    ids = last - 256 * ops.cast(last > 127, dtype)  # which has the sign
+    for place in range(_bytes(dtype) - 2, -1, -1):  # GPU shifts no numbers by one for all, outside of graphs
+        ids = ids * 256 + parts[place]
     return ids
 
 

@@ -186,7 +186,7 @@ class Stack(nn.Cell):
                 self.global_layers[number].recompute(**options)
 
     def _checked(self, x, mask, cache, return_loss, return_cache, segment_ids):
-        """The rules of a call: its batch, and the length of what goes through the layers."""
+        """x after the rules of a call, as in LocalMHA, its batch, and the length of what goes through the layers."""
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
                              checks.described(mask), return_loss, return_cache, self.group)
         if cache is not None or return_cache:
@@ -197,7 +197,7 @@ class Stack(nn.Cell):
                                self.group is not None, self.windows.exact, self.dynamic_pos_bias is not None)
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
-        return b, n
+        return x, b, n
 
     def _with_labels(self, x, mask, segment_ids, b, n):
         """What goes through the layers where a loss is asked for, and the labels."""

@@ -174,7 +174,7 @@ class LocalTransformer(Stack):
         return checks.settings(self)
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, segment_ids=None):
-        b, n = self._checked(x, mask, cache, return_loss, return_cache, segment_ids)
+        x, b, n = self._checked(x, mask, cache, return_loss, return_cache, segment_ids)
         seen, layers, biases, labels = 0, None, (), None  # on Ascend no None may leave a graph
         if cache is not None:
             layers, biases, seen = cache  # of each block, of each window, and how many tokens they were fed

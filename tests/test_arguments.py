@@ -106,7 +106,7 @@ CALLS = {
     "convert": (convert, dict(source="a.npz", target="b.ckpt"), {}),
     "attention_weights": (attention_weights, dict(model=block()), {}),
     "plot_mask": (plot_mask, dict(spec=WindowSpec(1, 2, 0, True), n=3), dict(axes={"None"})),
-    "plot_weights": (plot_weights, dict(weights=[np.ones((1, 3, 3))]), {}),
+    "plot_weights": (plot_weights, dict(weights=[np.ones((1, 3, 3))]), dict(names={"None"})),
 
     "max_neg_value": (max_neg_value, dict(tensor=FLOATS), dict(tensor={"Tensor"})),
 }
