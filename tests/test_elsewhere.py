@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor
 
 from local_attention import LocalTransformer, WindowSpec, attend, checks, parallel, windowed_attention
-from local_attention.backends import blocked, dropout
+from local_attention.backends import blocks, dropout
 from test_attend import SPECS, Case, assert_close
 
 MODES = ["pynative", "graph"]
@@ -14,7 +14,7 @@ MODES = ["pynative", "graph"]
 @pytest.fixture
 def elsewhere(monkeypatch):
     """`blocked` as on a device that broadcasts at little cost."""
-    monkeypatch.setattr(blocked, "broadcasts", lambda: True)
+    monkeypatch.setattr(blocks, "broadcasts", lambda: True)
     attend._prepared.cache_clear()
     yield
     attend._prepared.cache_clear()

@@ -18,7 +18,8 @@ BACKENDS = [name for name, reason in refusals(Problem(SPAN, Scoring(1.), B * H, 
 OPTIONS = {  # a spec, tensors beside q, k and v, and numbers
     "plain": (SPAN, (), {}), "chunks": (CHUNKS, ("mask",), {}), "two_lengths": (SPAN, ("mask",), {}),
     "bias": (CHUNKS, ("mask", "attn_bias"), {}),
-    "documents": (SPAN, ("segment_ids",), dict(softcap=3.)), "documents_bias": (CHUNKS, ("segment_ids", "attn_bias"), {}),
+    "documents": (SPAN, ("segment_ids",), dict(softcap=3.)),
+    "documents_bias": (CHUNKS, ("segment_ids", "attn_bias"), {}),
     "all": (WindowSpec(1, 5, 0, True, prefix=2), ("mask", "segment_ids", "sinks"), dict(softcap=3., return_lse=True))}
 
 

@@ -12,7 +12,7 @@ from mindspore import ops
 from . import any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
-from .spans import HIDDEN, finished, repeated, sees_something, tanh
+from .spans import HIDDEN, bounds_of, finished, repeated, sees_something, spans, tanh, without_padding
 
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
@@ -33,27 +33,39 @@ def why_not(problem):
 
 def scores(problem):
     """How many scores are computed, and how many at once."""
-    if problem.documents:
+    if without_plan(problem):
         return any_length.scores(problem)
     runs, together, steps = schedule(problem)
     return (problem.groups * (sum(run.scores for run in runs) + problem.n_q * problem.spec.prefix),
             together * problem.share * max(queries.size * keys.shape[1] for _, queries, keys in steps))
 
 
+def without_plan(problem):
+    """Whether `any_length` runs it: rows of a bias that start anew with each document are in no constant order."""
+    return problem.documents > 0 and problem.bias_shape is not None
+
+
 def prepare(problem):
-    """The problem, and the Cell that works with its constants; of documents, which no plan knows, what makes none."""
-    if problem.documents:
+    """The problem, and the Cell that works with its constants, or the constants of `any_length`."""
+    if without_plan(problem):
         return problem, None, any_length.prepare(problem)
     return problem, Blocks(problem), None
 
 
 def run(constants, q, k, v, tensors):
     """Around the blocks, what is cheap enough to be left to automatic differentiation."""
-    problem, blocks, without_plan = constants
+    problem, blocks, others = constants
     if blocks is None:
-        return any_length.run(without_plan, q, k, v, tensors)
-    mask, _, bias, _, rel_pos_emb, seed = tensors
+        return any_length.run(others, q, k, v, tensors)
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
+    ends, places, first, after = veil, veil, blocks.first, blocks.after
+    if documents is not None:
+        q, mask = without_padding(q, mask, documents, problem.offset)
+        low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
+        ends, places = blocks.ends(low, high), blocks.places(mask)
+        first, after = low, ops.maximum(ops.add(high, 1), low)
+        tensors = mask, documents, bias, sinks, rel_pos_emb, seed
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
@@ -61,8 +73,9 @@ def run(constants, q, k, v, tensors):
         hidden = repeated(ops.logical_not(mask), k.shape[0])
         k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
         v, block_k = block_v, k
-        veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
-        if not blocks.broadcasts:
+        if blocks.masked:
+            veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
+        if blocks.masked and not blocks.broadcasts:
             block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
             block_k = ops.cat((k, veil), -1)
             emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
@@ -75,12 +88,13 @@ def run(constants, q, k, v, tensors):
         block_v = _swap(block_v, outer, by_head)
         if blocks.masked:
             veil = _swap(veil, outer, by_head)
-    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.zeros((1,), ms.int32) if seed is None else seed)
+    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.stop_gradient(ends), ops.stop_gradient(places),
+                      ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None
     if mask is not None:
-        seen = sees_something(mask, blocks.first, blocks.after)
+        seen = sees_something(mask, first, after)
         seen = repeated(ops.cast(seen, ms.float32), problem.groups)
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
@@ -103,7 +117,7 @@ def _swap(x, outer, inner):
 class Blocks(Layout):
     """Attention of scaled queries, one `Step` at a time. The log-sum-exp is there where it is needed."""
 
-    def construct(self, q, k, v, tiles, emb, veil, seed):
+    def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
         outs, lses = [], []
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
@@ -111,7 +125,8 @@ class Blocks(Layout):
             out, lse = [], []
             for step in self.steps:
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
-                scores, _ = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
+                row = self._row(tile[step.run], ends, places, part, step)
+                scores, _ = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 if self.with_lse:
                     lse.append(self._rows_back(_largest(scores) - ops.log(_largest(weights)), step))
@@ -123,7 +138,7 @@ class Blocks(Layout):
                 lses.append(self._in_order(lse))
         return self._cat(outs, 0), self._cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
 
-    def bprop(self, q, k, v, tiles, emb, veil, seed, out, dout):
+    def bprop(self, q, k, v, tiles, emb, veil, ends, places, seed, out, dout):
         problem = self.problem
         out, dout, dlse = out[0], dout[0], dout[1]
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
@@ -141,7 +156,8 @@ class Blocks(Layout):
             for step in self.steps:
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
                 grad, value = self._queries(part_dout, step), self._take(part_v, step.keys, step.width)
-                scores, slope = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
+                row = self._row(tile[step.run], ends, places, part, step)
+                scores, slope = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
                 keep = self._keep(step, rows) if self.dropout > 0 else None
@@ -175,7 +191,16 @@ class Blocks(Layout):
             dtiles.append(dtile)
         dv = self._cat(dvs, 0)
         return (self._cat(dqs, 0), self._cat(dks, 0), dv if self.broadcasts else dv[..., :-1],
-                self._tiles_grad(tiles, dtiles), demb, veil, seed)
+                self._tiles_grad(tiles, dtiles), demb, veil, ends, places, seed)
+
+    def _row(self, tile, ends, places, part, step):
+        """What to add to a step's scores: for each of its blocks, or, in documents, for each of the entries' blocks."""
+        if not self.in_documents:
+            return tile
+        row = self._hidden(self._of_entries(ends, part), self._of_entries(places, part), step)
+        if self.share > 1:
+            row = ops.cat((row,) * self.share, -1)
+        return self.plus_row(row, tile)
 
     def _veil(self, veil, part, step):
         """What hides masked keys of a step's blocks, `(blocks, 1, width)`, where it is added to scores."""
@@ -183,7 +208,7 @@ class Blocks(Layout):
             return None
         return self._take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
 
-    def _scores(self, step, query, key, tile, emb, veil):
+    def _scores(self, step, query, key, row, emb, veil):
         """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
         slope = None
         if self.softcap is None:
@@ -200,8 +225,18 @@ class Blocks(Layout):
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
             by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
             scores = ops.add(scores, by_offset.reshape(scores.shape))
-        scores = self.plus_row(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape)
+        scores = self._plus(scores, row)
         return scores if veil is None else ops.add(scores, veil), slope
+
+    def _plus(self, scores, row):
+        """A row added to each block, or, in documents, to each group of an entry its own."""
+        if not self.in_documents:
+            return self.plus_row(scores.reshape(scores.shape[0], -1), row).reshape(scores.shape)
+        by_group = scores.reshape(self.together, -1)
+        if self.entries == 1:
+            return self.plus_row(by_group, row.reshape(-1)).reshape(scores.shape)
+        row = ops.tile(row.reshape(self.entries, 1, -1), (1, self.together // self.entries, 1))
+        return ops.add(by_group, row.reshape(by_group.shape)).reshape(scores.shape)
 
     def _by_head(self, x, step):
         """Rows of heads that share a key head as those of blocks of their own."""

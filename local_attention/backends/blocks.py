@@ -7,16 +7,21 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ..plan import make_plan
+from ..spec import WindowSpec
 from .dropout import column_hash, row_hash, seeded_rows
-from .spans import HIDDEN, SELF_SCORE
+from .spans import HIDDEN, SELF_SCORE, reach
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
 GATHERED_AT_ONCE = 2**24  # elements of gathered keys, whose gradients stand side by side before they are summed
+FARTHER = 2.**100  # what a place outside of a span counts: beyond `HIDDEN`, and exact in float32
 CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
 
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
 _slice = ops.Slice()
+_bmm = ops.BatchMatMul()
+_bmm_transpose_b = ops.BatchMatMul(transpose_b=True)
+_relu = ops.ReLU()
 
 
 def broadcasts():
@@ -29,14 +34,25 @@ def key_heads(problem):
     return max(1, problem.heads // problem.share)
 
 
+def planned(problem):
+    """The spans that blocks are planned for. Windows of documents start anew anywhere, so there each query gets a span
+    of its own that holds them wherever they start; what of it is too much is hidden in the running graph."""
+    if problem.documents == 0:
+        return replace(problem.spec, prefix=0)
+    backward, forward, _ = reach(problem)
+    return WindowSpec(1, backward, forward, problem.spec.causal)
+
+
 def schedule(problem):
     """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
-    runs = make_plan(replace(problem.spec, prefix=0), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
+    runs = make_plan(planned(problem), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
     largest = max(run.visible.size for run in runs) * problem.share
     gathered = sum(run.keys.size for run in runs) * problem.head_dim
     alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
-    together = max(size for size in range(1, alike + 1) if alike % size == 0 and
+    entry = alike // max(1, problem.documents)  # of these those that share documents
+    together = max(size for size in range(1, alike + 1)
+                   if alike % size == 0 and (entry % size == 0 or size % entry == 0) and
                    (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
     steps = []
     for number, run in enumerate(runs):
@@ -70,11 +86,13 @@ class Layout(nn.Cell):
         self.problem, self.share, self.heads = problem, problem.share, key_heads(problem)
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
         self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
-        self.masked, self.broadcasts = problem.batch > 0, broadcasts()
+        self.in_documents, self.broadcasts = problem.documents > 0, broadcasts()
+        self.masked = problem.batch > 0 and not self.in_documents  # there the bounds of spans have a part in masks
         self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # one row to each
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
+        self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # of a part
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -88,6 +106,8 @@ class Layout(nn.Cell):
         first, last = problem.spec.span(np.arange(problem.n_q) + problem.offset)
         first, after = np.clip(first, 0, problem.n_k), np.clip(last + 1, 0, problem.n_k)
         self.first, self.after, self.all_see_something = _int32(first), _int32(after), bool((first < after).all())
+        self.positions = _int32(np.arange(problem.n_q) + problem.offset)
+        self.after_each = _int32(np.arange(problem.n_k) + 1)
         if problem.bias_shape:
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
@@ -114,6 +134,46 @@ class Layout(nn.Cell):
             columns = Tensor(np.tile(column_hash(keys + problem.origin[1]), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
+
+    # ---- what documents hide: bounds of spans and places of keys, the two sides of a span one after the other
+
+    def ends(self, low, high):
+        """Bounds `(entries, n_q)` as `_hidden` takes them, `(2 * entries, n_q, 1 or 2)`."""
+        if self.broadcasts:
+            return ops.stack((low, high), 1).reshape(-1, self.problem.n_q, 1)
+        low, high = ops.cast(low, ms.float32), ops.cast(high, ms.float32)
+        ones = ops.ones_like(low)
+        return ops.stack((ops.stack((low, ones), -1), ops.stack((ops.neg(high), ones), -1)), 1).reshape(
+            -1, self.problem.n_q, 2)
+
+    def places(self, mask):
+        """Places of keys likewise, of a mask `(entries, n_k)`: a masked key is before them all."""
+        place = ops.sub(ops.mul(ops.cast(mask, ms.int32), self.after_each), 1)
+        if self.broadcasts:
+            return ops.tile(ops.expand_dims(place, 1), (1, 2, 1)).reshape(-1, self.problem.n_k, 1)
+        place = ops.mul(ops.cast(place, ms.float32), FARTHER)
+        far = ops.mul(ops.ones_like(place), FARTHER)
+        return ops.stack((ops.stack((far, ops.neg(place)), -1), ops.stack((far, place), -1)), 1).reshape(
+            -1, self.problem.n_k, 2)
+
+    def _of_entries(self, x, part):
+        """Rows of the entries that a part is of."""
+        entry = part * self.together * self.share * self.problem.documents // self.problem.groups
+        return _slice(x, (2 * entry, 0, 0), (2 * self.entries, x.shape[1], x.shape[2]))
+
+    def _hidden(self, ends, places, step):
+        """0 where a query sees a key and far below any score where it does not, `(entries * blocks, rows * width)`."""
+        ends, places = self._take(ends, step.queries, step.rows), self._take(places, step.keys, step.width)
+        if self.broadcasts:
+            ends = ends.reshape(self.entries, 2, -1, step.rows, 1)
+            places = places.reshape(self.entries, 2, -1, 1, step.width)[:, 0]
+            outside = ops.logical_or(ops.less(places, ends[:, 0]), ops.greater(places, ends[:, 1]))
+            return ops.mul(ops.cast(outside, ms.float32), HIDDEN).reshape(-1, step.rows * step.width)
+        outside = _relu(_bmm_transpose_b(ends, places)).reshape(self.entries, 2, -1)  # by how far, at each end
+        both = ops.neg(ops.ones((self.entries, 1, 2), ms.float32))
+        return _bmm(both, outside).reshape(-1, step.rows * step.width)
+
+    # ---- orders
 
     def _part(self, x, part, share=1):
         """The groups that are worked on together as part number `part`."""
