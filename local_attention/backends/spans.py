@@ -111,11 +111,12 @@ def bias_entries(problem, positions, keys, first):
 def without_padding(q, mask, documents, offset):
     """Queries that are padding as zeros, whatever they hold, and a mask that hides padding too."""
     queries = documents[:, offset:offset + q.shape[1]]  # bounds are cut, as Ascend slices no bool
-    q = ops.masked_fill(q, repeated(ops.logical_not(_real(queries)), q.shape[0]), 0.)
-    return q, merge_masks(mask, _real(documents))
+    q = ops.masked_fill(q, repeated(ops.logical_not(real(queries)), q.shape[0]), 0.)
+    return q, merge_masks(mask, real(documents))
 
 
-def _real(documents):
+def real(documents):
+    """Which positions are in a document."""
     return documents[..., 0] <= documents[..., 1]
 
 
