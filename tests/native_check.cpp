@@ -132,7 +132,7 @@ std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, i
                                c.prefix, c.offset, c.mask ? c.batch : 0, c.documents ? c.batch : 0,
                                c.bias ? c.bias_heads : 1, c.bias ? c.period : 1, c.bias ? columns : 0, c.backward,
                                c.emb ? columns : 0, c.sinks ? c.heads : 0, c.hide_self, threads, level, ORIGIN[0],
-                               ORIGIN[1]};
+                               ORIGIN[1], 1};
   for (double real : {scale, c.softcap, c.rate}) {
     numbers.push_back(0);
     std::memcpy(&numbers.back(), &real, sizeof(real));

@@ -75,14 +75,16 @@ struct Block {
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
   }
 
-  const float *copied(const float *from, float *to, float factor) {
+  const float *copied(const float *from, int64_t stride, float *to, float factor) {
     for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * d + c];
+      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * stride + c];
     return to;
   }
 
-  // Rows in whole vectors: those given, or a copy.
-  const float *in_vectors(const float *from, float *to) { return d == padded ? from : copied(from, to, 1); }
+  // Rows in whole vectors, one after the other: those given, or a copy.
+  const float *in_vectors(const float *from, int64_t stride, float *to) {
+    return d == padded && stride == d ? from : copied(from, stride, to, 1);
+  }
 
   int64_t first_key() const { return first[0]; }
   int64_t end_of_keys() const { return last[count - 1] + 1; }
