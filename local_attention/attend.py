@@ -187,7 +187,8 @@ _run, _run_as_given = _Run(), _RunAsGiven()
 def _prepared(problem, name):
     module = BACKENDS[name]
     return (module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ()),
-            getattr(module, "ANY_AXES", False), getattr(module, "TOKENS_FIRST", False), {"native": None, "dense": _twice}.get(name, _once))
+            getattr(module, "ANY_AXES", False), getattr(module, "TOKENS_FIRST", False),
+            {"native": None, "dense": _twice}.get(name, _once))
 
 
 @constexpr
@@ -226,8 +227,8 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         backend (str): By name, or None for the fastest that can.
 
     Returns:
-        Tensor of q's shape, or as `frame` wants it, and dtype; zeros, with zero gradient, for a query that sees no real key. With `frame.lse` a
-        tuple of it and the log-sum-exp, float32 of its shape without the last axis.
+        Tensor of q's shape, or as `frame` wants it, and dtype; zeros, with zero gradient, for a query that sees no real
+        key. With `frame.lse` a tuple of it and the log-sum-exp, float32 of q's shape without the last axis.
     """
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
