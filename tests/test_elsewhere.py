@@ -1,4 +1,4 @@
-"""What is done otherwise on GPU and Ascend than on CPU, of which it gives the same: run here all the same."""
+"""Code that GPU and Ascend use instead of the CPU's, with the same results, run on the CPU."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MODES = ["pynative", "graph"]
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """`blocked` as on a device that broadcasts at little cost."""
+    """Run `blocked` as on a device where broadcasting is cheap."""
     monkeypatch.setattr(blocks, "broadcasts", lambda: True)
     attend._prepared.cache_clear()
     yield
@@ -22,7 +22,7 @@ def elsewhere(monkeypatch):
 
 @pytest.fixture
 def device(monkeypatch):
-    """Sets where MindSpore says it runs."""
+    """Set the device target that MindSpore reports."""
     before = ms.get_context
 
     def at(name):
