@@ -103,7 +103,7 @@ def run(constants, q, k, v, tensors):
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
     if seen is not None:
-        out = _times(out, seen)
+        out = _times(out, ops.stop_gradient(seen))
     if not blocks.with_lse:
         return out, None
     if bias is not None:
@@ -138,7 +138,8 @@ _zeroed, _times = _Zeroed(), _Times()
 
 
 def _everywhere(hidden, x):
-    return ops.tile(hidden, (1, 1, x.shape[-1]))
+    # without a gradient: to k's would be added v's, and GPU adds no bool
+    return ops.stop_gradient(ops.tile(hidden, (1, 1, x.shape[-1])))
 
 
 def _swap(x, outer, inner):
