@@ -264,8 +264,7 @@ def _flat(x):
 
 
 def _in_float32(x):
-    """Cast to float32. A backward pass runs outside the Cell that keeps the forward pass in float32, so it needs
-    float32 inputs."""
+    """Cast to float32. A backward pass runs outside the Cell that keeps the forward pass in float32."""
     return None if x is None else ops.cast(x, ms.float32)
 
 
@@ -293,14 +292,12 @@ def draw_seed(salt=0):
 
 
 def new_salt(dropout):
-    """Return a random int for a Cell with dropout, from the generator that `mindspore.set_seed` also seeds; 0 without
-    dropout."""
+    """Return a random int for a Cell with dropout, else 0. `mindspore.set_seed` also seeds its generator."""
     return int(np.random.randint(2**31)) if dropout else 0
 
 
 def explain(problem, backend=None):
-    """Describe which backend runs a problem, why the others do not, how much it computes, and what causes a new
-    compilation."""
+    """Describe which backend runs a problem and why no other does, what it costs, and what compiles it again."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
     elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k // problem.share) * problem.head_dim

@@ -60,8 +60,7 @@ class Windows:
 
     @property
     def distances(self):
-        """The size of a bias of distances: the number of queries, of keys up to the last query, and of keys after
-        it."""
+        """The size of a bias of distances: queries, keys up to the last query, and keys after it."""
         rows = 1 if self.exact else self.size
         return rows, self.backward + rows, self.forward
 
