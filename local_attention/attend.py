@@ -41,6 +41,7 @@ class Problem:
     lse: bool = False  # whether the log-sum-exp is returned too
     offset: Optional[int] = 0  # the position of the first query among the keys
     origin: tuple = (0, 0)  # the first (group, position) within a larger problem; dropout counts from it
+    beside: int = 1  # heads that stand beside each other in a row of the output, where a backend writes it so
 
     @property
     def heads(self):
@@ -72,6 +73,7 @@ class Frame:
     dtype: Optional[ms.Type] = None  # the precision to compute in if it is not q's, as after a rotation in float32
     bias_is_constant: bool = False  # whether the bias needs no gradient
     lse: bool = False  # whether the log-sum-exp is returned too
+    tokens_first: bool = False  # whether the output of q `(b, heads, n, d)` is wanted as `(b, n, heads * d)`
 
 
 WHOLE = Frame()
@@ -188,7 +190,8 @@ _run, _run_as_given = _Run(), _RunAsGiven()
 def _prepared(problem, name):
     module = BACKENDS[name]
     return (module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ()),
-            getattr(module, "ANY_AXES", False), {"native": None, "dense": _twice}.get(name, _once))
+            getattr(module, "ANY_AXES", False), getattr(module, "TOKENS_FIRST", False),
+            {"native": None, "dense": _twice}.get(name, _once))
 
 
 @constexpr
@@ -209,7 +212,8 @@ def _chosen(spec, scoring, frame, q_shape, k_shape, dtype, mask_shape, documents
         spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, head_dim,
         checks.dtype_name(frame.dtype or dtype), share, mask_shape[0] if mask_shape else 0,
         documents_shape[0] if documents_shape else 0, bias_shape,
-        frame.bias_is_constant, sinks_shape[0] if sinks_shape else 0, by_offset, frame.lse, offset, frame.origin)
+        frame.bias_is_constant, sinks_shape[0] if sinks_shape else 0, by_offset, frame.lse, offset, frame.origin,
+        q_shape[-3] if frame.tokens_first else 1)
     return _prepared(problem, choose(problem, backend))
 
 
@@ -227,14 +231,15 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         backend (str): The name of a backend; None is the fastest one that can run the call.
 
     Returns:
-        Tensor of q's shape and dtype; a query that sees no real key gets zeros, with zero gradient. With `frame.lse`, a
-        tuple of this and the log-sum-exp, float32, of the same shape without the last axis.
+        Tensor of q's shape, or as `frame` asks for it, and of q's dtype; a query that sees no real key gets zeros, with
+        zero gradient. With `frame.lse`, a tuple of this and the log-sum-exp, float32, of q's shape without the last
+        axis.
     """
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
     if _empty(shape):
         return (q, ops.full(shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
-    run, constants, as_given, any_axes, once = _chosen(
+    run, constants, as_given, any_axes, as_asked, once = _chosen(
         spec, scoring, frame, shape, k.shape, q.dtype, None if mask is None else mask.shape,
         None if documents is None else documents.shape, None if bias is None else bias.shape,
         None if sinks is None else sinks.shape, rel_pos_emb is not None, backend)
@@ -254,6 +259,9 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         if once is not None:
             out, lse = once(out), once(lse) if frame.lse else None
     out = ops.cast(out.reshape(shape) if flatten else out, dtype)
+    if frame.tokens_first:
+        b, heads, n, head_dim = shape
+        out = (out if as_asked else out.swapaxes(1, 2)).reshape(b, n, heads * head_dim)
     if frame.lse:
         return out, lse.reshape(shape[:-1])
     return out

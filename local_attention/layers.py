@@ -65,6 +65,38 @@ class _Take(nn.Cell):
 take = constexpr(lru_cache(maxsize=64)(_Take))
 
 
+class _FusedHeads(InFloat32):
+    """Heads of what is projected, `(b, n, (heads + 2 * kv_heads) * d)`, as queries `(b, heads, n, d)`, keys and values,
+    queries and keys rotated where there are frequencies: the kernel, which passes over it once, and once back."""
+
+    def __init__(self, heads, kv_heads, first_query, frequencies):
+        super().__init__()
+        self.sizes = Tensor(np.zeros((heads, kv_heads), np.int32))
+        self.numbers = native.row_numbers(first_query, *frequencies)
+        self.split = native.custom("split_heads", [native.FLOATS, native.INT32, native.INT64], 3 * [native.FLOATS])
+        self.join = native.custom("join_heads", [*3 * [native.FLOATS], native.INT64], [native.FLOATS])
+
+    def construct(self, qkv):
+        return self.split(qkv, self.sizes, self.numbers)
+
+    def bprop(self, qkv, out, dout):
+        return (self.join(last(dout[0]), last(dout[1]), last(dout[2]), self.numbers),)
+
+
+@constexpr
+def _fused_heads(*args):
+    return native.made(_FusedHeads, *args)
+
+
+def fused_heads(attn, heads, kv_heads):
+    """What splits the projected heads of a LocalAttention, rotates them and leaves no more to do than attention; None
+    where that is not all, or the kernel cannot run."""
+    if attn.shared_qk or attn.use_xpos or attn.group is not None or attn.backend not in (None, "native"):
+        return None
+    return _fused_heads(heads, kv_heads, attn.windows.forward,
+                        () if attn.rel_pos is None else attn.rel_pos.frequencies)
+
+
 class _FusedLayerNorm(InFloat32):
     """The kernel and its gradient, float32 in and out."""
 

@@ -8,7 +8,7 @@ from . import checks
 from .backends.any_length import unknown
 from .cache import (attend_cached, attend_in_place, check_form, checked_cache, entered, first_cache, form,
                     fused_entry)
-from .layers import LayerNorm, reorder, take
+from .layers import LayerNorm, fused_heads, reorder, take
 from .local_attention import LocalAttention, l2norm
 
 
@@ -121,6 +121,11 @@ class _Heads(nn.Cell):
         b, n, _ = qkv.shape
         if unknown((b, n)):
             return self._attend_any_length(qkv, mask, attn_bias, segment_ids), cache
+        if cache is None and not return_cache and not self.qk_rmsnorm:
+            split = fused_heads(self.attn_fn, self.heads, self.kv_heads)
+            if split is not None:
+                q, k, v = split(ops.cast(qkv, ms.float32))
+                return self.attn_fn.attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, qkv.dtype), None
         entry = None
         if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
             entry = fused_entry(self.attn_fn, qkv.dtype)

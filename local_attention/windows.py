@@ -145,10 +145,10 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
 
 
 @constexpr
-def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype):
+def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype, tokens_first):
     """Return the numbers of a call as `attend` takes them."""
     return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
-            Frame(offset, origin, dtype))
+            Frame(offset, origin, dtype, tokens_first=tokens_first))
 
 
 @constexpr
@@ -204,11 +204,7 @@ class Windowed(nn.Cell):
                   sinks=None):
         if mask is None:
             mask = input_mask
-        groups, windows = _checked(
-            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
-            self.dropout if self.training else 0., self.backend, checks.described(q), checks.described(k),
-            checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
-            checks.described(sinks), window_size)
+        groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, window_size)
         if groups == 0:
             return q
         shape, dtype = q.shape, q.dtype
@@ -230,6 +226,22 @@ class Windowed(nn.Cell):
         tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
+
+    def _by_the_rules(self, q, k, v, mask, attn_bias, segment_ids, sinks, window_size=None):
+        return _checked(
+            "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
+            self.dropout if self.training else 0., self.backend, checks.described(q), checks.described(k),
+            checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
+            checks.described(sinks), window_size)
+
+    def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, dtype):
+        """Return what `construct` gives, as `(b, n, heads * d)` of a dtype, for rotated heads `(b, heads, n, d)` in
+        float32."""
+        _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks)
+        documents = None if segment_ids is None else document_bounds(segment_ids)
+        tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
+        spec, scoring, frame = self._numbers_of(windows, q.shape[-1], dtype=dtype, tokens_first=True)
+        return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, self.backend), dtype)
 
     def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
         """Compute attention of `q, k, v (..., n, d)`, already normalised and rotated. Only xpos rotates here, in
@@ -257,6 +269,6 @@ class Windowed(nn.Cell):
         """Return the seed of what a call drops, None if it drops nothing."""
         return draw_seed(self.salt) if self.training and self.dropout > 0 else None
 
-    def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None):
+    def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None, tokens_first=False):
         return _numbers(windows, self.scale, head_dim, self.softcap, self.shared_qk,
-                        self.dropout if self.training else 0., offset, origin, dtype)
+                        self.dropout if self.training else 0., offset, origin, dtype, tokens_first)

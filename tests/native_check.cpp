@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t ORIGIN[] = {3, 11};  // where dropout counts groups and positions from
 
 struct Case {
-  int64_t batch, heads, share, n_q, n_k, d, bucket, backward, forward, causal, prefix, offset;
+  int64_t batch, heads, share, n_q, n_k, d, bucket, backward, forward, causal, prefix, offset, beside;
   bool mask, documents, bias, sinks, emb, hide_self;
   int64_t bias_heads, period;
   double softcap, rate;
@@ -125,6 +125,17 @@ std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
   return bounds;
 }
 
+// Rows (batch, heads, n, d) as (batch, n, heads, d), or those as before.
+std::vector<float> tokens_first(const Case &c, const std::vector<float> &x, bool back) {
+  std::vector<float> to(x.size());
+  for (int64_t row = 0; row < c.groups() * c.n_q; ++row) {
+    const int64_t group = row / c.n_q, query = row % c.n_q;
+    const int64_t at = (group / c.heads * c.n_q + query) * c.heads + group % c.heads;
+    std::copy_n(&x[(back ? at : row) * c.d], c.d, &to[(back ? row : at) * c.d]);
+  }
+  return to;
+}
+
 // What `wanted` gives, of the kernel; nothing where it fails.
 std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, int64_t level, int64_t threads) {
   const int64_t columns = c.backward + c.bucket + c.forward;
@@ -132,7 +143,7 @@ std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, i
                                c.prefix, c.offset, c.mask ? c.batch : 0, c.documents ? c.batch : 0,
                                c.bias ? c.bias_heads : 1, c.bias ? c.period : 1, c.bias ? columns : 0, c.backward,
                                c.emb ? columns : 0, c.sinks ? c.heads : 0, c.hide_self, threads, level, ORIGIN[0],
-                               ORIGIN[1]};
+                               ORIGIN[1], c.beside};
   for (double real : {scale, c.softcap, c.rate}) {
     numbers.push_back(0);
     std::memcpy(&numbers.back(), &real, sizeof(real));
@@ -146,9 +157,11 @@ std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, i
                       x.sinks.data(), x.emb.data(), &x.seed, numbers.data(), to[0].data(), statistics.data(),
                       to[1].data()};
   if (attention_forward(13, params, 0, 0, 0, 0, 0)) return {};
-  params[12] = x.dout.data(), params[13] = x.dlse.data();
+  std::vector<float> dout = c.beside > 1 ? tokens_first(c, x.dout, false) : x.dout;
+  params[12] = dout.data(), params[13] = x.dlse.data();
   for (int i = 2; i < 8; ++i) params[12 + i] = to[i].data();
   if (attention_backward(20, params, 0, 0, 0, 0, 0)) return {};
+  if (c.beside > 1) to[0] = tokens_first(c, to[0], true);
   return to;
 }
 
@@ -299,6 +312,28 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
         compare(values[at], there ? from[count * 2 * d + c] : 0);
       }
     }
+
+  // as many tokens of two heads of queries and one of keys, split and joined again, and how a head is turned
+  const int64_t heads = 2, all = heads + 2, n = count;
+  const std::vector<float> tokens = draw(batch * n * all * 2 * d);
+  std::vector<float> parts[3]{std::vector<float>(batch * heads * n * 2 * d), std::vector<float>(batch * n * 2 * d),
+                              std::vector<float>(batch * n * 2 * d)}, joined(tokens.size(), NAN);
+  int64_t tokens_shape[] = {batch, n, all * 2 * d}, sizes_shape[] = {heads, 1}, q_shape[] = {batch, heads, n, 2 * d},
+          k_shape[] = {batch, 1, n, 2 * d}, *split_shapes[] = {tokens_shape, sizes_shape, turns_shape},
+          *join_shapes[] = {q_shape, k_shape, k_shape, turns_shape};
+  void *split[] = {(void *)tokens.data(), nullptr, turns.data(), parts[0].data(), parts[1].data(), parts[2].data()};
+  void *join[] = {parts[0].data(), parts[1].data(), parts[2].data(), turns.data(), joined.data()};
+  if (split_heads(6, split, 0, split_shapes, 0, 0, 0)) return INFINITY;
+  if (join_heads(5, join, 0, join_shapes, 0, 0, 0)) return INFINITY;
+  for (size_t at = 0; at < tokens.size(); ++at) compare(joined[at], tokens[at]);
+  for (int64_t at = 0; at < batch * n * all * d; ++at) {
+    const int64_t c = at % d, head = at / d % all, token = at / d / all % n, entry = at / d / all / n;
+    const float *from = &tokens[(at - c) * 2];
+    const int64_t part = head < heads ? 0 : 1 + head - heads, of = part ? 0 : head;
+    const float *to = &parts[part][((entry * (part ? 1 : heads) + of) * n + token) * 2 * d];
+    const double angle = (token + (part ? 0 : prefix)) * frequency;
+    compare(to[c], part == 2 ? from[c] : from[c] * std::cos(angle) - from[d + c] * std::sin(angle));
+  }
   return worst;
 }
 
@@ -318,7 +353,8 @@ int main(int count, char **arguments) {
       c.bucket = pick({1, 1, 7, 16, 40, 64}), c.backward = pick({0, 1, 2, 5}) * c.bucket + (c.bucket == 1) * pick({0, 3, 90});
       c.causal = pick({0, 1});
       c.forward = c.causal ? 0 : c.bucket == 1 ? pick({-1, 0, 5, 80}) : pick({0, 1}) * c.bucket;
-      c.offset = pick({0, 0, 5, 64}), c.n_k = c.n_q + c.offset;
+      c.beside = random() % 3 ? 1 : c.heads;
+      c.offset = pick({0, 0, 5, 64, 200}), c.n_k = c.n_q + c.offset;
       if (c.n_q > 200) c.d = std::min<int64_t>(c.d, 20);  // the plain way is slow
       c.mask = random() % 3 == 0, c.bias = random() % 3 == 0, c.hide_self = random() % 4 == 0;
       const bool columns = c.backward + c.bucket + c.forward > 0;

@@ -176,18 +176,19 @@ def test_large_scores_stay_finite(backend):
 def test_blocks_of_all_sizes_agree(monkeypatch):
     """With small blocks and small steps, a short sequence goes through every branch of a long one."""
     from local_attention import plan
-    from local_attention.backends import blocked
+    from local_attention.backends import blocks
     monkeypatch.setattr(plan, "SMALLEST", 8)
     monkeypatch.setattr(plan, "BLOCK", 8)
     for scores_at_once in (1, 200, 1000):
-        monkeypatch.setattr(blocked, "SCORES_AT_ONCE", scores_at_once)
+        monkeypatch.setattr(blocks, "SCORES_AT_ONCE", scores_at_once)
         for seed, spec in enumerate(SPECS):
             case = Case(seed, spec=spec, n=61 + scores_at_once % 7, mask=seed % 2 == 0, bias=seed % 3 == 0)
             assert_close(case.got("blocked", "pynative"), case.wanted(), 2e-5)
 
 
 def test_steps_depend_on_the_length_linearly_and_chunks_are_bounded():
-    from local_attention.backends.blocked import CHUNKS, schedule, scores
+    from local_attention.backends.blocked import scores
+    from local_attention.backends.blocks import CHUNKS, schedule
     counts = []
     for n in (2**14, 2**15, 2**16, 2**17):
         problem = Problem(WindowSpec(1, 512, 0, True), Scoring(0.125), 8, n, n, 64)

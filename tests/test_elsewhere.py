@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor
 
 from local_attention import LocalTransformer, WindowSpec, attend, checks, parallel, windowed_attention
-from local_attention.backends import blocked, dropout
+from local_attention.backends import blocks, dropout
 from test_attend import SPECS, Case, assert_close
 
 MODES = ["pynative", "graph"]
@@ -14,7 +14,7 @@ MODES = ["pynative", "graph"]
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Run `blocked` as on a device where broadcasting is cheap."""
-    monkeypatch.setattr(blocked, "broadcasts", lambda: True)
+    monkeypatch.setattr(blocks, "broadcasts", lambda: True)
     attend._prepared.cache_clear()
     yield
     attend._prepared.cache_clear()
@@ -71,7 +71,7 @@ def test_dropout_has_the_same_bits_without_a_shift(mode):
     x = np.concatenate([x, high, high | 0xFFFF]).view(np.int32)
 
     def half(x):
-        return dropout._high_half(x)
+        return dropout._without_shift(x)
     found = (ms.jit(half) if mode == "graph" else half)(Tensor(x))
     np.testing.assert_array_equal(found.asnumpy(), x >> 16)
 

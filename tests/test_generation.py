@@ -234,6 +234,19 @@ def test_what_is_assigned_in_place_compiles_nothing(change, tmp_path):
     assert cell.steps.steps == kept
 
 
+def test_in_graph_mode_a_second_call_compiles_nothing():
+    cell, prime = model(depth=1), np.arange(14).reshape(2, 7)
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        first = greedy(cell, prime, COUNT)
+        kept = cell.steps.steps.copy()
+        np.testing.assert_array_equal(greedy(cell, prime, COUNT), first)
+    finally:
+        ms.set_context(mode=before)
+    assert len(kept) == 1 and cell.steps.steps == kept
+
+
 def test_rings_outlive_the_steps_of_what_is_past():
     cell = model(depth=1)
     for rows in (1, 2):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from local_attention import layers, rotary
+from local_attention import LocalMHA, layers, mha, rotary, windows
 from local_attention.backends import native
 from local_attention.layers import GEGLU, LayerNorm
 from local_attention.rotary import SinusoidalEmbeddings
@@ -148,3 +148,59 @@ def test_the_kernel_is_what_runs():
     made = layers._fused("layer_norm", (2, 3), 1e-5), layers._fused("geglu", (2, 4)), rotary._fused_rotation((1.,))
     assert [cell is None for cell in made] == 3 * [not LEVELS]
     assert layers._fused("geglu", (0, 4)) is None
+
+
+# Heads
+
+
+HEADS = {
+    "causal": dict(causal=True), "grouped": dict(heads=6, kv_heads=2, dim_head=6), "unrotated": dict(
+        use_rotary_pos_emb=False, dim_head=7), "options": dict(causal=True, learned_sinks=True, exact_windowsize=False,
+                                                               prefix=3, dropout=0.3, gate_values_per_head=True)}
+
+
+@pytest.mark.skipif(not LEVELS, reason="the kernel is not built")
+@in_both_modes
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_by_the_kernel_are_those_that_are_gathered(name, dtype, compiled, monkeypatch):
+    block = LocalMHA(**{**dict(dim=20, window_size=7, heads=3, dim_head=10, prenorm=True), **HEADS[name]})
+    block.set_train()
+    block.to_float(dtype)
+    mask = None if name == "causal" else Tensor(np.arange(31) < np.array([[31], [17]]))
+    seeds, used = Tensor([5], ms.int32), []
+
+    class Masked(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def construct(self, x):
+            return self.block(x, mask=mask)
+
+    split = mha.fused_heads
+
+    def counted(attn, heads, kv_heads):
+        used.append(split(attn, heads, kv_heads))
+        return split(attn, heads, kv_heads)
+
+    def none(attn, heads, kv_heads):
+        return None
+
+    def seed(salt):
+        return seeds
+    monkeypatch.setattr(windows, "draw_seed", seed)
+    found = []
+    for by in (counted if not compiled else split, none):
+        monkeypatch.setattr(mha, "fused_heads", by)
+        found.append(gradients(Masked(), Tensor(draw(2, 31, 20), dtype), Tensor(draw(2, 31, 20) + 1, dtype), compiled))
+    assert compiled or all(cell is not None for cell in used) and used
+    assert_near(*found, 1e-6 if dtype == ms.float32 else 2e-3)
+    assert all(np.abs(x).max() > 0 for x in found[0][:4])
+
+
+def test_heads_are_gathered_where_another_backend_is_asked_for():
+    def split(**options):
+        return layers.fused_heads(LocalMHA(dim=8, window_size=4, heads=2, dim_head=4, **options).attn_fn, 2, 2)
+    assert (split() is not None) == bool(LEVELS)
+    assert split(backend="blocked") is split(shared_qk=True) is split(use_xpos=True) is None

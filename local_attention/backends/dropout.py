@@ -43,21 +43,28 @@ def keep_factors(rows, columns, rate):
 
 def _scramble(x):
     x = ops.mul(x, ops.add(ops.add(x, x), 1))
-    x = ops.bitwise_xor(x, _high_half(x) if _without_shift() else ops.bitwise_right_shift(x, 16))
+    x = ops.bitwise_xor(x, _high_half()(x))
     return ops.mul(x, ops.add(ops.add(x, x), 1))
 
 
-@constexpr
-def _without_shift():
-    """Whether shifts are slow: on Ascend, only its few scalar cores do them."""
-    return ms.get_context("device_target") == "Ascend"
+class _Shifted(Float32):
+    """Computes `x >> 16` of an int32."""
+
+    def construct(self, x):
+        return ops.bitwise_right_shift(x, 16)
 
 
 class _HighHalf(Float32):
-    """Computes `x >> 16` of an int32 without a shift. It is exact, because float32 holds the high half exactly."""
+    """Computes the same without a shift. It is exact, because float32 holds the high half exactly."""
 
     def construct(self, x):
         return ops.cast(ops.mul(ops.cast(ops.bitwise_and(x, -2**16), ms.float32), 2.**-16), ms.int32)
 
 
-_high_half = _HighHalf()
+_shifted, _without_shift = _Shifted(), _HighHalf()
+
+
+@constexpr
+def _high_half():
+    """On Ascend, shifts are the work of its few scalar cores. Not a branch: see `blocks.Layout`."""
+    return _without_shift if ms.get_context("device_target") == "Ascend" else _shifted

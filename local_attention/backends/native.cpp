@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 5;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 6;  // one more with every change of what native.py and this file hand each other
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // numbers in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -128,6 +128,24 @@ int guarded_rows(const Rows &rows, int64_t shares, Do &&act) {
   } catch (const std::exception &) {
     return 1;
   }
+}
+
+// Every token of all batch entries; `numbers`: threads, level, the position of the first query, and radians a position
+// for each half of d, or none for no rotation.
+template <typename Function>
+int guarded_heads(Heads heads, const void *numbers, int64_t count, Function Kernel::*move, float *rows,
+                  float *const *parts) try {
+  const int64_t shape[] = {heads.batch * heads.n, (heads.heads + 2 * heads.kv_heads) * heads.d};
+  const Rows all(numbers, 2, shape);
+  const int64_t shares = std::min(heads.n, SHARES), *number = (const int64_t *)numbers;
+  heads.first_query = number[2], heads.frequencies.resize(count - 3);
+  std::memcpy(heads.frequencies.data(), number + 3, (count - 3) * sizeof(double));
+  const Kernel &kernel = kernel_of(all.level);
+  return in_parallel<NoMemory>(all, shares, [&](NoMemory &, int64_t share) {
+    (kernel.*move)(heads, share * heads.n / shares, (share + 1) * heads.n / shares, rows, parts);
+  }) ? 0 : 1;
+} catch (const std::exception &) {
+  return 1;
 }
 
 typedef std::vector<std::vector<int64_t>> Shapes;
@@ -255,6 +273,21 @@ EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char
   }
 }
 
+// qkv (batch, n, (heads + 2 kv_heads) d), what has the shape (heads, kv_heads), numbers as `guarded_heads` has them
+// -> q (batch, heads, n, d), k, v (batch, kv_heads, n, d), q and k turned
+EXPORTED int split_heads(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
+  const int64_t *qkv = shapes[0], heads = shapes[1][0], kv_heads = shapes[1][1];
+  return guarded_heads({qkv[0], qkv[1], heads, kv_heads, qkv[2] / (heads + 2 * kv_heads), 0, {}}, params[2],
+                       shapes[2][0], &Kernel::split_heads, (float *)params[0], (float **)params + 3);
+}
+
+// dq, dk, dv, numbers -> dqkv
+EXPORTED int join_heads(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
+  const int64_t *q = shapes[0];
+  return guarded_heads({q[0], q[2], q[1], shapes[1][1], q[3], 0, {}}, params[3], shapes[3][0], &Kernel::join_heads,
+                       (float *)params[4], (float **)params);
+}
+
 // qkv (batch, 1, (heads + 2 kv_heads) d) of one token, keys and values (batch kv_heads, prefix + kept, d) that it is
 // written into, in place, its position (1) and that in each row (batch), or in all of them (1), numbers as of rotary, but
 // the prefix for whether back, and without radians for no rotation -> q (batch heads, 1, d)
@@ -329,6 +362,22 @@ EXPORTED std::vector<int64_t> document_boundsInferShape(int *, int64_t **shapes,
 }
 
 EXPORTED int document_boundsInferType(std::vector<int> types, void *) { return types[0]; }
+
+EXPORTED Shapes split_headsInferShape(int *, int64_t **shapes, void *) {
+  const int64_t *qkv = shapes[0], heads = shapes[1][0], kv_heads = shapes[1][1];
+  const int64_t d = qkv[2] / (heads + 2 * kv_heads);
+  return {{qkv[0], heads, qkv[1], d}, {qkv[0], kv_heads, qkv[1], d}, {qkv[0], kv_heads, qkv[1], d}};
+}
+
+EXPORTED std::vector<int> split_headsInferType(std::vector<int> types, void *) {
+  return std::vector<int>(3, types[0]);
+}
+
+EXPORTED std::vector<int64_t> join_headsInferShape(int *, int64_t **shapes, void *) {
+  return {shapes[0][0], shapes[0][2], (shapes[0][1] + 2 * shapes[1][1]) * shapes[0][3]};
+}
+
+EXPORTED int join_headsInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
   return {shapes[0][0] * (shapes[0][2] / shapes[1][2]) - 2 * shapes[1][0], 1, shapes[1][2]};

@@ -21,8 +21,9 @@ INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
           "emb": FLOATS, "seed": INT32, "numbers": INT64}
 TILE = 64  # queries by as many keys
+TOKENS_FIRST = True  # its output, where that is asked for
 ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
-INTERFACE = 5  # of the kernel that this file was written for
+INTERFACE = 6  # of the kernel that this file was written for
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
 wanted = [None]  # the backend that `use_backend` asks for: layers beside attention follow it
@@ -121,7 +122,7 @@ class Fused(nn.Cell):
             problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
             spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
             heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,
-            *problem.origin, float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
+            *problem.origin, problem.beside, float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
         self.forward = custom("attention_forward", [*INPUTS.values()], 3 * [FLOATS])  # the output, statistics, lse
         self.backward = custom("attention_backward", [*INPUTS.values(), *4 * [FLOATS]], 6 * [FLOATS])
 

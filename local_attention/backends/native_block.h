@@ -75,14 +75,16 @@ struct Block {
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
   }
 
-  const float *copied(const float *from, float *to, float factor) {
+  const float *copied(const float *from, int64_t stride, float *to, float factor) {
     for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * d + c];
+      for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * stride + c];
     return to;
   }
 
-  // Rows in whole vectors: those given, or a copy.
-  const float *in_vectors(const float *from, float *to) { return d == padded ? from : copied(from, to, 1); }
+  // Rows in whole vectors, one after the other: those given, or a copy.
+  const float *in_vectors(const float *from, int64_t stride, float *to) {
+    return d == padded && stride == d ? from : copied(from, stride, to, 1);
+  }
 
   int64_t first_key() const { return first[0]; }
   int64_t end_of_keys() const { return last[count - 1] + 1; }
@@ -147,6 +149,7 @@ struct Block {
 
   // to[j, lane] = from[j] . x_t[., lane]
   void products(const float *from, const float *x_t, float *to) {
+    if (count == 1) return products_with_one(from, x_t, to);
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
       matmul(p.end_key - p.key, p.end_vector - p.vector, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
@@ -154,8 +157,36 @@ struct Block {
     }
   }
 
+  // The same where there is one query, as in decoding: numbers of a key side by side in a vector, and not queries; what
+  // stands for those that are not there is the one's.
+  void products_with_one(const float *from, const float *x_t, float *to) {
+    for (int64_t c = 0; c < d; ++c) row[c] = x_t[c * QUERIES];
+    for (int i = 0; i < pieces; ++i)
+      for (int j = piece[i].key, end = piece[i].end_key; j < end; j += WIDTH) {
+        const int rows = std::min(WIDTH, end - j);
+        Vec total[WIDTH]{};
+        for (int key = 0; key < rows; ++key)
+          for (int64_t c = 0; c < d; c += WIDTH)
+            total[key] += take(from + (j + key) * d + c, d - c) * take(row + c, d - c);
+        turn(total);
+        for (int other = 1; other < WIDTH; ++other) total[0] += total[other];
+        for (int key = 0; key < rows; ++key) store(to + (j + key) * QUERIES, all(total[0][key]));
+      }
+  }
+
+  void add_to_one(const float *weights, const float *from, float *to_t) {
+    for (int64_t c = 0; c < d; c += WIDTH) {
+      Vec total{};
+      for (int i = 0; i < pieces; ++i)
+        for (int j = piece[i].key; j < piece[i].end_key; ++j)
+          total += weights[j * QUERIES] * take(from + j * d + c, d - c);
+      for (int64_t lane = 0; lane < std::min<int64_t>(WIDTH, d - c); ++lane) to_t[(c + lane) * QUERIES] += total[lane];
+    }
+  }
+
   // to_t[., lane] += the sum over keys of weights[j, lane] * from[j]
   void add_to_queries(const float *weights, const float *from, float *to_t) {
+    if (count == 1 && !careful) return add_to_one(weights, from, to_t);
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
       const int seen = p.end_key - p.key, lanes = (p.end_vector - p.vector) * WIDTH;

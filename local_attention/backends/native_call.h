@@ -31,6 +31,7 @@ struct Call {
   int64_t groups, kv_groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, prefix, offset, batch,
       doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
   int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
+  int64_t beside;             // heads that stand beside each other in a row of the output: all of a token's, or 1
   int64_t share;              // groups that read the same keys
   int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's bias
   float scale, softcap, kept_factor;
@@ -41,7 +42,7 @@ struct Call {
     const int64_t *number = (const int64_t *)inputs[9];
     for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
                         &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
-                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position})
+                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside})
       *to = *number++;
     double real[3];  // these by their bits
     std::memcpy(real, number, sizeof(real));
@@ -57,6 +58,12 @@ struct Call {
     seed = *(const uint32_t *)inputs[8];
     prefix = std::min(prefix, n_k), share = groups / kv_groups;
     padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
+  }
+
+  // From a row of the output and of its gradient to the next of its group, and where the rows of a group begin.
+  int64_t out_stride() const { return beside * head_dim; }
+  int64_t out_place(int64_t group, int64_t query) const {
+    return (group / beside * n_q + query) * out_stride() + group % beside * head_dim;
   }
 
   // The document that a position stands in.
@@ -100,6 +107,13 @@ struct Rows {
   double work() const { return 16. * count * d; }
 };
 
+// Heads of projected tokens, and what queries and keys are turned by.
+struct Heads {
+  int64_t batch, n, heads, kv_heads, d;
+  int64_t first_query;              // its position, where that of the first key is 0
+  std::vector<double> frequencies;  // radians a position for each half of d; none for no rotation
+};
+
 struct Outputs {
   float *out, *statistics, *lse;
 };
@@ -138,4 +152,7 @@ struct Kernel {
   void (*geglu)(const float *x, int64_t d, float *y);
   void (*geglu_backward)(const float *x, const float *dy, int64_t d, float *dx);
   void (*rotate)(const float *x, const float *cosines, const float *sines, int64_t half, float *y);
+  // the tokens from one to before another, of each batch entry
+  void (*split_heads)(const Heads &heads, int64_t from, int64_t to, float *rows, float *const *parts);
+  void (*join_heads)(const Heads &heads, int64_t from, int64_t to, float *rows, float *const *parts);
 };

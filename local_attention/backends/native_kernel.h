@@ -25,7 +25,7 @@ struct Worker : Block {
       outputs.lse[at + lane] = highest[lane] * LOG_2 + std::log(sum[lane]);
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
-    transpose(d, count, out_t, QUERIES, outputs.out + at * d, d, 1);
+    transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), 1, d);
     for (int64_t lane = 0; lane < count; ++lane) {
       outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
       outputs.statistics[2 * (at + lane) + 1] = sum[lane];
@@ -98,14 +98,15 @@ struct Worker : Block {
   void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, Chunk &chunk) {
     read_block(to_group, from, to);
     const int64_t at = group * call.n_q + start;
-    const float *from_dout = grads.dout + at * d;
+    const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
+    const float *from_dout = grads.dout + out_at;
     const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
     clear_keys(call, grads, key_group, chunk.cleared, end);
-    transpose(count, d, from_dout, d, dout_t, QUERIES, 1);
-    const float *dout_rows = in_vectors(from_dout, dout);
-    const float *q_rows = call.emb ? in_vectors(call.q + at * d, q) : nullptr;
-    copied(call.q + at * d, q_scaled, call.scale);
-    const bool block_finite = finite(call.q + at * d, count * d) && finite(from_dout, count * d);
+    transpose(count, d, from_dout, out_stride, dout_t, QUERIES, 1);
+    const float *dout_rows = in_vectors(from_dout, out_stride, dout);
+    const float *q_rows = call.emb ? in_vectors(call.q + at * d, d, q) : nullptr;
+    copied(call.q + at * d, d, q_scaled, call.scale);
+    const bool block_finite = finite(call.q + at * d, count * d) && finite(dout_rows, count * padded);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
@@ -115,7 +116,7 @@ struct Worker : Block {
       Vec total[WIDTH]{};
       for (int i = 0; i < WIDTH; ++i) {
         const int64_t lane = std::min<int64_t>(v * WIDTH + i, count - 1);
-        const float *x = from_dout + lane * d, *y = grads.out + (at + lane) * d;
+        const float *x = from_dout + lane * out_stride, *y = grads.out + out_at + lane * out_stride;
         int64_t c = 0;
         for (; c + WIDTH <= d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
         for (; c < d; ++c) total[i][0] += x[c] * y[c];
@@ -240,6 +241,6 @@ struct Worker : Block {
 #include "native_layers.h"
 
 const Kernel kernel{run_forward<Worker>, run_backward<Worker>, layer_norm, layer_norm_backward, geglu, geglu_backward,
-                    rotate};
+                    rotate, move_heads<false>, move_heads<true>};
 
 }  // namespace KERNEL

@@ -1,4 +1,4 @@
-// LayerNorm, GEGLU and rotary embedding, row by row, forward and backward, for one width of vectors: a part of
+// LayerNorm, GEGLU, rotary embedding and heads, row by row, forward and backward, for one width of vectors: a part of
 // native_kernel.h.
 
 // The mean of a row and the inverse of its standard deviation.
@@ -79,5 +79,41 @@ void rotate(const float *x, const float *cosines, const float *sines, int64_t ha
     const Vec cosine = take(cosines + c, half - c), sine = take(sines + c, half - c);
     put(y + c, half - c, a * cosine - b * sine);
     put(y + half + c, half - c, b * cosine + a * sine);
+  }
+}
+
+constexpr int TOKENS = 16;  // of which a head is moved at once, so that memory is read and written in longer pieces
+
+// Tokens between rows of all heads, `(batch, n, (heads + 2 kv_heads) d)`, and their parts, queries and keys turned and
+// values as they are, each `(batch, heads, n, d)`; a gradient goes the other way and turns back.
+template <bool BACK>
+void move_heads(const Heads &h, int64_t from, int64_t to, float *rows, float *const *parts) {
+  const int64_t half = h.frequencies.size(), width = (h.heads + 2 * h.kv_heads) * h.d;
+  std::vector<float> cosines(2 * TOKENS * half), sines(2 * TOKENS * half);  // of queries, and of keys
+  for (int64_t start = from; start < to; start += TOKENS) {
+    const int64_t count = std::min<int64_t>(TOKENS, to - start);
+    for (int64_t i = 0; i < 2 * count * half; ++i) {
+      const int64_t key = i >= count * half, token = start + i / half % count;
+      const double angle = (double)(token + (key ? 0 : h.first_query)) * h.frequencies[i % half];
+      const int64_t same = i - count * half;
+      const bool known = key && h.first_query == 0;
+      cosines[i] = known ? cosines[same] : (float)std::cos(angle);
+      sines[i] = known ? sines[same] : (float)(BACK ? -std::sin(angle) : std::sin(angle));
+    }
+    for (int64_t entry = 0; entry < h.batch; ++entry) {
+      float *row = rows + (entry * h.n + start) * width;
+      for (int part = 0; part < 3; ++part)
+        for (int64_t head = 0, heads = part ? h.kv_heads : h.heads; head < heads; ++head, row += h.d) {
+          float *x = parts[part] + ((entry * heads + head) * h.n + start) * h.d;
+          for (int64_t token = 0; token < count; ++token) {
+            float *beside = row + token * width, *own = x + token * h.d;
+            const int64_t angles = ((part ? count : 0) + token) * half;
+            if (part < 2 && half)
+              rotate(BACK ? own : beside, &cosines[angles], &sines[angles], half, BACK ? beside : own);
+            else
+              std::copy_n(BACK ? own : beside, h.d, BACK ? beside : own);
+          }
+        }
+    }
   }
 }

@@ -168,9 +168,11 @@ INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
 
 INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
 
-// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as its stride allows.
+// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as it may be: as its
+// stride is long, or as it is wide.
 NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
-                            int64_t to_stride, float factor) {
+                            int64_t to_stride, float factor, int64_t to_width = INT64_MAX) {
+  to_width = std::min(to_width, to_stride);
   float edge[WIDTH * WIDTH];
   for (int64_t top = 0; top < rows; top += WIDTH)
     for (int64_t left = 0; left < columns; left += WIDTH) {
@@ -186,9 +188,9 @@ NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, in
       for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
       turn(x);
       float *turned = to + left * to_stride + top;
-      const bool direct = width == WIDTH && top + WIDTH <= to_stride;
+      const bool direct = width == WIDTH && top + WIDTH <= to_width;
       for (int i = 0; i < WIDTH; ++i) store(direct ? turned + i * to_stride : edge + i * WIDTH, x[i]);
       for (int64_t i = 0; !direct && i < width; ++i)
-        std::copy_n(edge + i * WIDTH, std::min<int64_t>(WIDTH, to_stride - top), turned + i * to_stride);
+        std::copy_n(edge + i * WIDTH, std::min<int64_t>(WIDTH, to_width - top), turned + i * to_stride);
     }
 }

@@ -125,10 +125,16 @@ def merge_masks(mask, other):
 
 
 def sees_something(mask, first, after):
-    """Whether there is a real key at `first` or later, but before `after`, for each query: bool `(batch, n_q)`."""
+    """Whether there is a real key at `first` or later, but before `after`, for each query: bool `(batch, n_q)`; places
+    are `(n_q,)` or `(batch, n_q)`."""
     count = ops.cumsum(ops.cast(mask, ms.float32), 1)
     count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
-    return ops.gather(count, after, 1) > ops.gather(count, first, 1)
+    if len(first.shape) == 1:
+        return ops.gather(count, after, 1) > ops.gather(count, first, 1)
+    rows = ops.arange(0, count.shape[0] * count.shape[1], count.shape[1]).reshape(-1, 1)
+    count = count.reshape(-1)
+    found = ops.gather(count, (rows + after).reshape(-1), 0) > ops.gather(count, (rows + first).reshape(-1), 0)
+    return found.reshape(first.shape)
 
 
 def repeated(x, groups):
