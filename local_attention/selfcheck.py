@@ -51,7 +51,8 @@ def computed(case, backend, precision, compiled):
 
 
 def distance(got, wanted):
-    """Return the largest difference, relative to the largest value or 1; infinite if NaNs or shapes do not agree."""
+    """Return the largest difference, relative to the largest value or 1; infinite for NaN, other shapes or
+    infinities."""
     worst = 0.
     for a, b in zip(got, wanted):
         if a.shape != b.shape or np.isnan(a).any() or (np.isfinite(a) != np.isfinite(b)).any():
