@@ -194,7 +194,7 @@ class Blocks(Layout):
                 self._tiles_grad(tiles, dtiles), demb, veil, ends, places, seed)
 
     def _row(self, tile, ends, places, part, step):
-        """Return what to add to a step's scores: one row for all blocks or, with documents, rows of each entry."""
+        """What to add to a step's scores: for each of its blocks, or, in documents, for each of the entries' blocks."""
         if not self.in_documents:
             return tile
         row = self._hidden(self._of_entries(ends, part), self._of_entries(places, part), step)

@@ -92,7 +92,7 @@ class Layout(nn.Cell):
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
-        self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # in a part
+        self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # of a part
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -135,10 +135,10 @@ class Layout(nn.Cell):
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
-    # ---- what documents hide: bounds of spans and places of keys, with the two ends of a span one after the other
+    # ---- what documents hide: bounds of spans and places of keys, the two sides of a span one after the other
 
     def ends(self, low, high):
-        """Return bounds `(entries, n_q)` in the form that `_hidden` takes, `(2 * entries, n_q, 1 or 2)`."""
+        """Bounds `(entries, n_q)` as `_hidden` takes them, `(2 * entries, n_q, 1 or 2)`."""
         if self.broadcasts:
             return ops.stack((low, high), 1).reshape(-1, self.problem.n_q, 1)
         low, high = ops.cast(low, ms.float32), ops.cast(high, ms.float32)
@@ -169,7 +169,7 @@ class Layout(nn.Cell):
             places = places.reshape(self.entries, 2, -1, 1, step.width)[:, 0]
             outside = ops.logical_or(ops.less(places, ends[:, 0]), ops.greater(places, ends[:, 1]))
             return ops.mul(ops.cast(outside, ms.float32), HIDDEN).reshape(-1, step.rows * step.width)
-        outside = _relu(_bmm_transpose_b(ends, places)).reshape(self.entries, 2, -1)  # how far outside, at each end
+        outside = _relu(_bmm_transpose_b(ends, places)).reshape(self.entries, 2, -1)  # by how far, at each end
         both = ops.neg(ops.ones((self.entries, 1, 2), ms.float32))
         return _bmm(both, outside).reshape(-1, step.rows * step.width)
 
