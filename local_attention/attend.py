@@ -41,7 +41,7 @@ class Problem:
     lse: bool = False  # whether the log-sum-exp is returned too
     offset: Optional[int] = 0  # the position of the first query among the keys
     origin: tuple = (0, 0)  # the first (group, position) within a larger problem; dropout counts from it
-    beside: int = 1  # heads that stand beside each other in a row of the output, where a backend writes it so
+    beside: int = 1  # how many heads are side by side in a row of the output, for backends that write it so
 
     @property
     def heads(self):
@@ -73,7 +73,7 @@ class Frame:
     dtype: Optional[ms.Type] = None  # the precision to compute in if it is not q's, as after a rotation in float32
     bias_is_constant: bool = False  # whether the bias needs no gradient
     lse: bool = False  # whether the log-sum-exp is returned too
-    tokens_first: bool = False  # whether the output of q `(b, heads, n, d)` is wanted as `(b, n, heads * d)`
+    tokens_first: bool = False  # whether to return the output of q `(b, heads, n, d)` as `(b, n, heads * d)`
 
 
 WHOLE = Frame()

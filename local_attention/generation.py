@@ -13,7 +13,7 @@ from . import checks
 from .backends import native
 from .cache import Rings, clock_and_rows
 
-# What MindSpore notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
+# MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {
     "current_phase", "sequence_modified", "_func_graph_flags", "__parse_method__", "__compile_cell_hook__"}
 
