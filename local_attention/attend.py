@@ -20,7 +20,7 @@ BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length"
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known of a call before its tensors have values. A backend is chosen and planned by it.
+    """What is known of a call before its tensors have values. The choice of a backend and its plan depend on it alone.
 
     A length, or the number of groups, is None in a graph that is compiled for any length.
     """
