@@ -9,10 +9,11 @@ broadcasting is cheap and dimensions should be multiples of 16, so there both ar
 import mindspore as ms
 from mindspore import ops
 
+from ..cells import InFloat32
 from . import any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
-from .spans import HIDDEN, bounds_of, finished, repeated, sees_something, spans, tanh, without_padding
+from .spans import HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
 
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
@@ -61,7 +62,9 @@ def run(constants, q, k, v, tensors):
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
-        q, mask = without_padding(q, mask, documents, problem.offset)
+        queries = documents[:, problem.offset:problem.offset + problem.n_q]
+        q = _zeroed(q, _everywhere(repeated(ops.logical_not(real(queries)), q.shape[0]), q))
+        mask = merge_masks(mask, real(documents))
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
@@ -71,7 +74,8 @@ def run(constants, q, k, v, tensors):
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
         hidden = repeated(ops.logical_not(mask), k.shape[0])
-        k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        everywhere = _everywhere(hidden, k)
+        k, block_v = _zeroed(k, everywhere), _zeroed(v, everywhere)
         v, block_k = block_v, k
         if blocks.masked:
             veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
@@ -99,7 +103,7 @@ def run(constants, q, k, v, tensors):
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
     if seen is not None:
-        out = ops.mul(out, seen)
+        out = _times(out, seen)
     if not blocks.with_lse:
         return out, None
     if bias is not None:
@@ -107,6 +111,34 @@ def run(constants, q, k, v, tensors):
     if seen is not None:
         lse = ops.masked_fill(lse, seen == 0, float("-inf"))
     return finished(problem, q, k, v, out, lse[..., 0], tensors)
+
+
+class _Zeroed(InFloat32):
+    """Zeros where something is hidden, by a mask of the same shape: to broadcast one, CPU keeps 16 bytes a number.
+    MindSpore's own gradient has one of the zero, too."""
+
+    def construct(self, x, hidden):
+        return ops.masked_fill(x, hidden, 0.)
+
+    def bprop(self, x, hidden, out, dout):
+        return ops.masked_fill(dout, hidden, 0.), hidden
+
+
+class _Times(InFloat32):
+    """A product with what has no gradient."""
+
+    def construct(self, x, factor):
+        return ops.mul(x, factor)
+
+    def bprop(self, x, factor, out, dout):
+        return ops.mul(dout, factor), factor
+
+
+_zeroed, _times = _Zeroed(), _Times()
+
+
+def _everywhere(hidden, x):
+    return ops.tile(hidden, (1, 1, x.shape[-1]))
 
 
 def _swap(x, outer, inner):
@@ -118,14 +150,15 @@ class Blocks(Layout):
     """Attention of scaled queries, one `Step` at a time. The log-sum-exp is computed only if it is needed."""
 
     def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
-        outs, lses = [], []
+        outs, lses, added = [], [], []
         for part in range(self.parts):
-            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            added = self._added(added, self._tiles(tiles, part), ends, places, part)
+            rows = self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
             out, lse = [], []
-            for step in self.steps:
+            for index in range(len(self.steps)):
+                step, row = self.steps[index], added[index]
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
-                row = self._row(tile[step.run], ends, places, part, step)
                 scores, _ = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 if self.with_lse:
@@ -146,17 +179,18 @@ class Blocks(Layout):
             row_sums = ops.add(row_sums, dlse)
         if not self.broadcasts:
             dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
-        dqs, dks, dvs, dtiles = [], [], [], []
+        dqs, dks, dvs, dtiles, added = [], [], [], [], []
         demb = ops.zeros(emb.shape, ms.float32)
         for part in range(self.parts):
-            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            added = self._added(added, self._tiles(tiles, part), ends, places, part)
+            rows = self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
             part_dout = self._part(dout, part, self.share)
             dq, dk, dv, dtile = [], [], [], []
-            for step in self.steps:
+            for index in range(len(self.steps)):
+                step, row = self.steps[index], added[index]
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
                 grad, value = self._queries(part_dout, step), self._take(part_v, step.keys, step.width)
-                row = self._row(tile[step.run], ends, places, part, step)
                 scores, slope = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
@@ -193,14 +227,21 @@ class Blocks(Layout):
         return (self._cat(dqs, 0), self._cat(dks, 0), dv if self.broadcasts else dv[..., :-1],
                 self._tiles_grad(tiles, dtiles), demb, veil, ends, places, seed)
 
-    def _row(self, tile, ends, places, part, step):
-        """What to add to a step's scores: for each of its blocks, or, in documents, for each of the entries' blocks."""
+    def _added(self, known, tile, ends, places, part):
+        """What to add to scores, for each step: one row to all its blocks, or, in documents, to each of an entry's
+        blocks its own. These are made once for the parts of an entry: `known` are those of the part before."""
         if not self.in_documents:
-            return tile
-        row = self._hidden(self._of_entries(ends, part), self._of_entries(places, part), step)
-        if self.share > 1:
-            row = ops.cat((row,) * self.share, -1)
-        return self.plus_row(row, tile)
+            return [tile[step.run] for step in self.steps]
+        if part % self.parts_of_entry > 0:
+            return known
+        ends, places = self._of_entries(ends, part), self._of_entries(places, part)
+        found = []
+        for step in self.steps:
+            row = self._hidden(ends, places, step)
+            if self.share > 1:
+                row = ops.cat((row,) * self.share, -1)
+            found.append(self.plus_row(row, tile[step.run]))
+        return found
 
     def _veil(self, veil, part, step):
         """Return what hides the masked keys of a step's blocks, `(blocks, 1, width)`, if it is added to scores."""

@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 from ..plan import make_plan
 from ..spec import WindowSpec
 from .dropout import column_hash, row_hash, seeded_rows
-from .spans import HIDDEN, SELF_SCORE, reach
+from .spans import HIDDEN, SELF_SCORE
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little compared with a long sequence
 GATHERED_AT_ONCE = 2**24  # elements of gathered keys; all of their gradients exist before they are summed
@@ -39,8 +39,8 @@ def planned(problem):
     gets a span of its own that contains its window wherever that starts; the running graph hides the rest."""
     if problem.documents == 0:
         return replace(problem.spec, prefix=0)
-    backward, forward, _ = reach(problem)
-    return WindowSpec(1, backward, forward, problem.spec.causal)
+    spec, forward = problem.spec, problem.spec.forward + problem.spec.bucket - 1
+    return WindowSpec(1, spec.backward + spec.bucket - 1, min(forward, 0) if spec.causal else forward, spec.causal)
 
 
 def schedule(problem):
@@ -92,7 +92,10 @@ class Layout(nn.Cell):
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
+        ends_with_query = problem.spec.causal and (problem.spec.forward >= 0 or problem.spec.bucket == 1)
+        self.sides = 1 if ends_with_query else 2  # at which documents hide what `planned` shows
         self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # of a part
+        self.parts_of_entry = max(1, self.parts // max(1, problem.documents))
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -135,43 +138,49 @@ class Layout(nn.Cell):
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
-    # ---- what documents hide: bounds of spans and places of keys, the two sides of a span one after the other
+    # ---- what documents hide: bounds of spans against places of keys, at one side of the span or at both
 
     def ends(self, low, high):
-        """Bounds `(entries, n_q)` as `_hidden` takes them, `(2 * entries, n_q, 1 or 2)`."""
+        """Bounds `(entries, n_q)` as `_hidden` takes them, `(sides * entries, n_q, 1 or 2)`."""
         if self.broadcasts:
-            return ops.stack((low, high), 1).reshape(-1, self.problem.n_q, 1)
+            return self._sides(ops.expand_dims(low, -1), ops.expand_dims(high, -1))
         low, high = ops.cast(low, ms.float32), ops.cast(high, ms.float32)
-        ones = ops.ones_like(low)
-        return ops.stack((ops.stack((low, ones), -1), ops.stack((ops.neg(high), ones), -1)), 1).reshape(
-            -1, self.problem.n_q, 2)
+        return self._sides(ops.stack((low, ops.ones_like(low)), -1), ops.stack((ops.neg(high), ops.ones_like(low)), -1))
 
     def places(self, mask):
         """Return places of keys in that form, for a mask `(entries, n_k)`: a masked key is before all others."""
         place = ops.sub(ops.mul(ops.cast(mask, ms.int32), self.after_each), 1)
         if self.broadcasts:
-            return ops.tile(ops.expand_dims(place, 1), (1, 2, 1)).reshape(-1, self.problem.n_k, 1)
+            return self._sides(ops.expand_dims(place, -1), ops.expand_dims(place, -1))
         place = ops.mul(ops.cast(place, ms.float32), FARTHER)
         far = ops.mul(ops.ones_like(place), FARTHER)
-        return ops.stack((ops.stack((far, ops.neg(place)), -1), ops.stack((far, place), -1)), 1).reshape(
-            -1, self.problem.n_k, 2)
+        return self._sides(ops.stack((far, ops.neg(place)), -1), ops.stack((far, place), -1))
+
+    def _sides(self, before, after):
+        if self.sides == 1:
+            return before
+        return ops.stack((before, after), 1).reshape(-1, before.shape[1], before.shape[2])
 
     def _of_entries(self, x, part):
         """Return the rows of the entries that a part belongs to."""
         entry = part * self.together * self.share * self.problem.documents // self.problem.groups
-        return _slice(x, (2 * entry, 0, 0), (2 * self.entries, x.shape[1], x.shape[2]))
+        return _slice(x, (self.sides * entry, 0, 0), (self.sides * self.entries, x.shape[1], x.shape[2]))
 
     def _hidden(self, ends, places, step):
         """Return 0 for keys that a query sees, else less than any score, `(entries * blocks, rows * width)`."""
         ends, places = self._take(ends, step.queries, step.rows), self._take(places, step.keys, step.width)
         if self.broadcasts:
-            ends = ends.reshape(self.entries, 2, -1, step.rows, 1)
-            places = places.reshape(self.entries, 2, -1, 1, step.width)[:, 0]
-            outside = ops.logical_or(ops.less(places, ends[:, 0]), ops.greater(places, ends[:, 1]))
+            ends = ends.reshape(self.entries, self.sides, -1, step.rows, 1)
+            places = places.reshape(self.entries, self.sides, -1, 1, step.width)[:, 0]
+            outside = ops.less(places, ends[:, 0])
+            if self.sides == 2:
+                outside = ops.logical_or(outside, ops.greater(places, ends[:, 1]))
             return ops.mul(ops.cast(outside, ms.float32), HIDDEN).reshape(-1, step.rows * step.width)
-        outside = _relu(_bmm_transpose_b(ends, places)).reshape(self.entries, 2, -1)  # by how far, at each end
-        both = ops.neg(ops.ones((self.entries, 1, 2), ms.float32))
-        return _bmm(both, outside).reshape(-1, step.rows * step.width)
+        outside = _relu(_bmm_transpose_b(ends, places))  # by how far
+        if self.sides == 1:
+            return ops.neg(outside).reshape(-1, step.rows * step.width)
+        outside = outside.reshape(self.entries, 2, -1)
+        return _bmm(ops.neg(ops.ones((self.entries, 1, 2), ms.float32)), outside).reshape(-1, step.rows * step.width)
 
     # ---- reordering
 

@@ -19,13 +19,15 @@ _real_div = ops.RealDiv()
 
 
 def document_bounds(segment_ids):
-    """Return int32 `(batch, n, 2)` from ids `(batch, n)`: a run of one id is a document, a negative id is padding."""
+    """Return `(batch, n, 2)`, int32, from ids `(batch, n)`: consecutive equal ids are a document, negative ids are
+    padding."""
     fused = _fused_bounds(segment_ids.shape)
     return _found_bounds(segment_ids) if fused is None else fused(segment_ids)
 
 
 class _FusedBounds(nn.Cell):
-    """Finds the bounds with the native library. Outside graphs, the plain operators take as long as the attention."""
+    """Finds the bounds with the native kernel's library. Outside graphs, the operators for this take as long as the
+    attention."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +74,8 @@ def bounds_of(documents, positions):
 
 
 def spans(spec, positions, first, last):
-    """Compute `WindowSpec.span` on tensors, cut at a document's `first` and `last`; buckets count from `first`."""
+    """Compute `WindowSpec.span` on tensors, cut at `first` and `last` of each position's document. Buckets count from
+    its first."""
     place = positions - first
     start = positions if spec.bucket == 1 else positions - place % spec.bucket
     low = ops.maximum(start - min(spec.backward, FAR), first)
@@ -110,13 +113,14 @@ def bias_entries(problem, positions, keys, first):
 
 
 def without_padding(q, mask, documents, offset):
-    """Queries that are padding as zeros, whatever they hold, and a mask that hides padding too."""
-    queries = documents[:, offset:offset + q.shape[1]]  # bounds are cut, as Ascend slices no bool
-    q = ops.masked_fill(q, repeated(ops.logical_not(_real(queries)), q.shape[0]), 0.)
-    return q, merge_masks(mask, _real(documents))
+    """Return q with zeros where queries are padding, whatever they hold, and a mask that hides padding too."""
+    queries = documents[:, offset:offset + q.shape[1]]  # slices the bounds, because Ascend cannot slice bool
+    q = ops.masked_fill(q, repeated(ops.logical_not(real(queries)), q.shape[0]), 0.)
+    return q, merge_masks(mask, real(documents))
 
 
-def _real(documents):
+def real(documents):
+    """Return which positions are in a document."""
     return documents[..., 0] <= documents[..., 1]
 
 
@@ -151,7 +155,8 @@ def tanh(x):
 
 
 def capped(q, k, softcap):
-    """Return the products of scaled queries and keys, `(g, rows, n_k)`, capped to `±softcap` if there is one."""
+    """Return the products of scaled queries and keys, `(g, rows, n_k)`, capped to `-softcap … softcap` if there is
+    one."""
     scores = ops.bmm(q, k.swapaxes(-1, -2))
     return scores if softcap is None else tanh(scores / softcap) * softcap
 
@@ -175,7 +180,8 @@ def softened(scores, seen):
 
 
 def merged(outs, lses):
-    """Merge the outputs `(..., n, d)` and log-sum-exps `(..., n)` over pieces of the keys into those over all keys."""
+    """Return the output and log-sum-exp over all keys from those of pieces of the keys: `(..., n, d)` and `(...,
+    n)`."""
     top = lses[0]
     for lse in lses[1:]:
         top = ops.maximum(top, lse)
