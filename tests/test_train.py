@@ -46,8 +46,7 @@ def losses(records):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
-    """A run that dies, and is interrupted again later, logs bit by bit what an undisturbed run logs once it is
-    resumed."""
+    """A run that dies, and is later interrupted, logs bit by bit what an undisturbed run logs, once it is resumed."""
     whole = run("whole", "--mode", mode)
 
     take_step = train.Trainer.train_step

@@ -1,10 +1,10 @@
-"""Blocks of queries against the keys they can see, in MindSpore's own operators: CPU, GPU and Ascend.
+"""Blocks of queries against the keys that they can see, by MindSpore's own operators: on CPU, GPU and Ascend.
 
 Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes the
-weights of each block again. On CPU, broadcasts are slow and matrix products are not, so there two things travel inside
-the products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient
-of softmax subtracts are one more entry of `dout`, met by a 1 in every value. GPU and Ascend broadcast at little cost
-and want dimensions that are multiples of 16: there both are added (`broadcasts`).
+weights of each block again. On CPU, broadcasting is slow and matrix products are fast. So there, two things are part of
+the products. The key mask is one more entry of every key, multiplied by a 1 in every query. The row sums that the
+gradient of softmax subtracts are one more entry of `dout`, multiplied by a 1 in every value. On GPU and Ascend,
+broadcasting is cheap and dimensions should be multiples of 16, so there both are added (`broadcasts`).
 """
 import mindspore as ms
 from mindspore import ops
@@ -28,12 +28,12 @@ _concat = ops.Concat(-1)
 
 
 def why_not(problem):
-    """Why it cannot run a problem, None where it can."""
+    """Return why it cannot run a problem, None if it can."""
     return "plans blocks by lengths, which a graph does not know here" if problem.any_length else None
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once."""
+    """Return how many scores are computed in all, and how many at once."""
     if without_plan(problem):
         return any_length.scores(problem)
     runs, together, steps = schedule(problem)
@@ -42,19 +42,19 @@ def scores(problem):
 
 
 def without_plan(problem):
-    """Whether `any_length` runs it: rows of a bias that start anew with each document are in no constant order."""
+    """Whether `any_length` runs it: if rows of a bias start anew with each document, their order is not constant."""
     return problem.documents > 0 and problem.bias_shape is not None
 
 
 def prepare(problem):
-    """The problem, and the Cell that works with its constants, or the constants of `any_length`."""
+    """Return the problem, and the Cell with its constants, or the constants of `any_length`."""
     if without_plan(problem):
         return problem, None, any_length.prepare(problem)
     return problem, Blocks(problem), None
 
 
 def run(constants, q, k, v, tensors):
-    """Around the blocks, what is cheap enough to be left to automatic differentiation."""
+    """Run the blocks, and around them the steps that are cheap enough for automatic differentiation."""
     problem, blocks, others = constants
     if blocks is None:
         return any_length.run(others, q, k, v, tensors)
@@ -72,7 +72,7 @@ def run(constants, q, k, v, tensors):
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
-    if mask is not None:  # masked keys read as zeros, whatever they hold, and carry a score that hides them
+    if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
         hidden = repeated(ops.logical_not(mask), k.shape[0])
         everywhere = _everywhere(hidden, k)
         k, block_v = _zeroed(k, everywhere), _zeroed(v, everywhere)
@@ -143,12 +143,12 @@ def _everywhere(hidden, x):
 
 
 def _swap(x, outer, inner):
-    """From groups in the order (outer, inner, ...) to groups in the order (inner, outer, ...)."""
+    """Reorder groups from (outer, inner, ...) to (inner, outer, ...)."""
     return x.reshape(outer, inner, -1).swapaxes(0, 1).reshape(x.shape)
 
 
 class Blocks(Layout):
-    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is there where it is needed."""
+    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is computed only if it is needed."""
 
     def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
         outs, lses, added = [], [], []
@@ -245,17 +245,17 @@ class Blocks(Layout):
         return found
 
     def _veil(self, veil, part, step):
-        """What hides masked keys of a step's blocks, `(blocks, 1, width)`, where it is added to scores."""
+        """Return what hides the masked keys of a step's blocks, `(blocks, 1, width)`, if it is added to scores."""
         if not (self.masked and self.broadcasts):
             return None
         return self._take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
 
     def _scores(self, step, query, key, row, emb, veil):
-        """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
+        """Return scores `(blocks, share * rows, width)`, and their derivative by the products, None if it is 1."""
         slope = None
         if self.softcap is None:
             scores = _bmm_transpose_b(query, key)
-        elif self.masked and not self.broadcasts:  # what hides a key is not capped
+        elif self.masked and not self.broadcasts:  # the score that hides a key is not capped
             d = self.problem.head_dim
             share = tanh(ops.mul(_bmm_transpose_b(query[..., :d], key[..., :d]), 1 / self.softcap))
             slope = ops.sub(1., ops.square(share))
@@ -271,7 +271,7 @@ class Blocks(Layout):
         return scores if veil is None else ops.add(scores, veil), slope
 
     def _plus(self, scores, row):
-        """A row added to each block, or, in documents, to each group of an entry its own."""
+        """Add a row to each block or, with documents, to each group the row of its entry."""
         if not self.in_documents:
             return self.plus_row(scores.reshape(scores.shape[0], -1), row).reshape(scores.shape)
         by_group = scores.reshape(self.together, -1)
@@ -281,18 +281,20 @@ class Blocks(Layout):
         return ops.add(by_group, row.reshape(by_group.shape)).reshape(scores.shape)
 
     def _by_head(self, x, step):
-        """Rows of heads that share a key head as those of blocks of their own."""
+        """Turn the rows of heads that share a key head into blocks of their own."""
         return x.reshape(-1, step.rows, x.shape[-1])
 
     def _keep(self, step, rows):
-        """Dropout's factors `(blocks, share * rows, width)`."""
+        """Return the dropout factors `(blocks, share * rows, width)`."""
         return keep_factors(self._queries(rows, step), step.columns, self.dropout)
 
 
 def _offsets_to_keys(x, step):
-    """From scores `(blocks, rows, offsets)` to `(blocks, rows, width)`: each row moved one place further than the last.
+    """Turn scores `(blocks, rows, offsets)` into `(blocks, rows, width)`: each row moves one place further than the
+    last.
 
-    Read with rows one shorter than they were written, a matrix moves by one more place with every row: no index needed.
+    If a matrix is read with rows one shorter than they were written, each row moves by one more place: no index is
+    needed.
     """
     blocks, rows, offsets = x.shape
     x = _concat((x, ops.zeros((blocks, rows, rows), ms.float32))).reshape(blocks, -1)
@@ -301,7 +303,7 @@ def _offsets_to_keys(x, step):
 
 
 def _keys_to_offsets(x, step, offsets):
-    """The transpose of `_offsets_to_keys`."""
+    """Compute the transpose of `_offsets_to_keys`."""
     blocks, rows, width = x.shape
     after = offsets + rows - 1 - step.shift - width
     if step.shift > 0:

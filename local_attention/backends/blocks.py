@@ -1,4 +1,4 @@
-"""From positions to blocks and back: the constants of a problem's blocks, and what moves tensors into their order."""
+"""From positions to blocks and back: the constants of a problem's blocks, and the methods that reorder tensors."""
 from dataclasses import replace
 from typing import NamedTuple, Optional
 
@@ -11,10 +11,10 @@ from ..spec import WindowSpec
 from .dropout import column_hash, row_hash, seeded_rows
 from .spans import HIDDEN, SELF_SCORE
 
-SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
-GATHERED_AT_ONCE = 2**24  # elements of gathered keys, whose gradients stand side by side before they are summed
-FARTHER = 2.**100  # what a place outside of a span counts: beyond `HIDDEN`, and exact in float32
-CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
+SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little compared with a long sequence
+GATHERED_AT_ONCE = 2**24  # elements of gathered keys; all of their gradients exist before they are summed
+FARTHER = 2.**100  # the cost of each place outside of a span: beyond `HIDDEN`, and exact in float32
+CHUNKS = 64  # about the largest number of chunks, so that the graph of a long sequence stays small
 
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
@@ -25,18 +25,18 @@ _relu = ops.ReLU()
 
 
 def broadcasts():
-    """Whether adding a row to each, or a number to each of a row, costs little."""
+    """Whether broadcasting is cheap: adding a row to each row, or a number to each of a row."""
     return ms.get_context("device_target") != "CPU"
 
 
 def key_heads(problem):
-    """How many key heads differ in more than their tensors: in the bias of the heads that share them."""
+    """Return how many key heads have query heads with different biases; 1 if all are alike."""
     return max(1, problem.heads // problem.share)
 
 
 def planned(problem):
-    """The spans that blocks are planned for. Windows of documents start anew anywhere, so there each query gets a span
-    of its own that holds them wherever they start; what of it is too much is hidden in the running graph."""
+    """Return the spans that blocks are planned for. Windows of documents start anywhere. So with documents, each query
+    gets a span of its own that contains its window wherever that starts; the running graph hides the rest."""
     if problem.documents == 0:
         return replace(problem.spec, prefix=0)
     spec, forward = problem.spec, problem.spec.forward + problem.spec.bucket - 1
@@ -44,13 +44,13 @@ def planned(problem):
 
 
 def schedule(problem):
-    """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
+    """Return the plan's runs, how many key groups are computed together, and their steps: (run, queries, keys)."""
     runs = make_plan(planned(problem), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
     largest = max(run.visible.size for run in runs) * problem.share
     gathered = sum(run.keys.size for run in runs) * problem.head_dim
     alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
-    entry = alike // max(1, problem.documents)  # of these those that share documents
+    entry = alike // max(1, problem.documents)  # those of them that share documents
     together = max(size for size in range(1, alike + 1)
                    if alike % size == 0 and (entry % size == 0 or size % entry == 0) and
                    (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
@@ -63,22 +63,22 @@ def schedule(problem):
 
 
 class Step(NamedTuple):
-    """Some blocks of a run, as one batched computation. An index of None takes the sequence as it stands."""
+    """Some blocks of a run, as one batched computation. An index of None takes the whole sequence, in order."""
     run: int
     rows: int
     width: int
     queries: Optional[Tensor]
     keys: Optional[Tensor]
-    columns: Optional[Tensor]  # hashes of the keys, where dropout needs them
+    columns: Optional[Tensor]  # hashes of the keys, for dropout
     shift: int  # a block's first key as an offset from its first query, counted from the first that it sees
 
 
 class Layout(nn.Cell):
-    """The constants that a problem takes, and moves between orders: `together` groups of keys and one `Step` at a time.
+    """The constants of a problem, and the methods that reorder: `together` groups of keys and one `Step` at a time.
 
-    Queries of heads that share a key head are further rows of its blocks. What moves them are methods: of a function
-    that has a branch and is called by a `construct` and by its `bprop`, a graph that is differentiated from outside of
-    graphs loses one of the two ("get_return() is null"); of a Cell too that is called by its name.
+    Queries of heads that share a key head are more rows of its blocks. The methods are no functions: if a function with
+    a branch is called by a `construct` and by its `bprop`, a graph that is differentiated from outside of graphs loses
+    one of the two ("get_return() is null"). So it does with a Cell that is called by its name.
     """
 
     def __init__(self, problem):
@@ -87,8 +87,8 @@ class Layout(nn.Cell):
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
         self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
         self.in_documents, self.broadcasts = problem.documents > 0, broadcasts()
-        self.masked = problem.batch > 0 and not self.in_documents  # there the bounds of spans have a part in masks
-        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # one row to each
+        self.masked = problem.batch > 0 and not self.in_documents  # with documents, masks depend on bounds
+        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # adds one row to each
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
@@ -115,7 +115,7 @@ class Layout(nn.Cell):
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
                 for run in self.runs]))
-        if self.dropout > 0:  # in the order that a bias has groups in
+        if self.dropout > 0:  # in the order of groups that a bias needs
             groups = np.arange(problem.groups).reshape(-1, self.heads, self.share).swapaxes(0, 1).reshape(-1)
             group, position = problem.origin
             queries = np.arange(problem.n_q) + problem.offset
@@ -130,7 +130,7 @@ class Layout(nn.Cell):
     def _step(self, number, queries, keys):
         problem = self.problem
         shift = int(keys[0, 0] - queries[0, 0]) - problem.offset + problem.spec.backward
-        if not self.runs[number].visible.any():  # such a block gathers some key, whatever its offset
+        if not self.runs[number].visible.any():  # such a block gathers any key, at any offset
             shift = 0
         columns = None
         if self.dropout > 0:
@@ -148,7 +148,7 @@ class Layout(nn.Cell):
         return self._sides(ops.stack((low, ops.ones_like(low)), -1), ops.stack((ops.neg(high), ops.ones_like(low)), -1))
 
     def places(self, mask):
-        """Places of keys likewise, of a mask `(entries, n_k)`: a masked key is before them all."""
+        """Return places of keys in that form, for a mask `(entries, n_k)`: a masked key is before all others."""
         place = ops.sub(ops.mul(ops.cast(mask, ms.int32), self.after_each), 1)
         if self.broadcasts:
             return self._sides(ops.expand_dims(place, -1), ops.expand_dims(place, -1))
@@ -162,12 +162,12 @@ class Layout(nn.Cell):
         return ops.stack((before, after), 1).reshape(-1, before.shape[1], before.shape[2])
 
     def _of_entries(self, x, part):
-        """Rows of the entries that a part is of."""
+        """Return the rows of the entries that a part belongs to."""
         entry = part * self.together * self.share * self.problem.documents // self.problem.groups
         return _slice(x, (self.sides * entry, 0, 0), (self.sides * self.entries, x.shape[1], x.shape[2]))
 
     def _hidden(self, ends, places, step):
-        """0 where a query sees a key and far below any score where it does not, `(entries * blocks, rows * width)`."""
+        """Return 0 for keys that a query sees, else less than any score, `(entries * blocks, rows * width)`."""
         ends, places = self._take(ends, step.queries, step.rows), self._take(places, step.keys, step.width)
         if self.broadcasts:
             ends = ends.reshape(self.entries, self.sides, -1, step.rows, 1)
@@ -182,17 +182,17 @@ class Layout(nn.Cell):
         outside = outside.reshape(self.entries, 2, -1)
         return _bmm(ops.neg(ops.ones((self.entries, 1, 2), ms.float32)), outside).reshape(-1, step.rows * step.width)
 
-    # ---- orders
+    # ---- reordering
 
     def _part(self, x, part, share=1):
-        """The groups that are worked on together as part number `part`."""
+        """Return the groups of part number `part`, which are computed together."""
         if self.parts == 1:
             return x
         count = self.together * share
         return _slice(x, (part * count, 0, 0), (count, x.shape[1], x.shape[2]))
 
     def _queries(self, x, step):
-        """Positions of queries as blocks of `share * rows`."""
+        """Turn positions of queries into blocks of `share * rows`."""
         x = self._take(x, step.queries, step.rows)
         if self.share > 1:
             x = x.reshape(self.together, self.share, -1, step.rows * x.shape[-1]).swapaxes(1, 2)
@@ -200,14 +200,14 @@ class Layout(nn.Cell):
         return x
 
     def _rows_back(self, x, step):
-        """Those blocks back to positions, a row for each group."""
+        """Turn such blocks back into positions, a row for each group."""
         last = x.shape[-1]
         if self.share > 1:
             x = x.reshape(self.together, -1, self.share, step.rows * last).swapaxes(1, 2)
         return x.reshape(self.together * self.share, -1, last)
 
     def _flat(self, x):
-        """Blocks of keys back to positions, a row for each group."""
+        """Turn blocks of keys back into positions, a row for each group."""
         return x.reshape(self.together, -1, x.shape[-1])
 
     def _in_order(self, parts):
@@ -215,7 +215,7 @@ class Layout(nn.Cell):
         return x if self.order is None else _gather(x, self.order, 1)
 
     def _scattered(self, parts):
-        """The sum, for each key, over all the blocks that gathered it."""
+        """Return the sum, for each key, over all the blocks that gathered it."""
         x = self._cat(parts, 1)
         if self.scatter is None:
             return x
@@ -223,7 +223,7 @@ class Layout(nn.Cell):
         return self._flat(x)
 
     def _tiles(self, tiles, part):
-        """What to add to a block's scores, for each run, by the heads that a part belongs to."""
+        """Return what to add to a block's scores, for each run, for the heads of a part."""
         first = part * self.heads // self.parts * self.share
         found = []
         for start, size in self.tile_ranges:
@@ -234,7 +234,7 @@ class Layout(nn.Cell):
         return found
 
     def _tiles_grad(self, tiles, dtiles):
-        """The sum over every step of a head's parts, run by run."""
+        """Return the sum over every step of a head's parts, run by run."""
         if self.problem.bias_shape is None:
             return ops.zeros(tiles.shape, ms.float32)
         heads = []
@@ -259,7 +259,7 @@ class Layout(nn.Cell):
         return seeded_rows(self._part(self.row_hash, part, self.share), seed)
 
     def _take(self, x, index, length):
-        """Positions of each group by index, as blocks of `length`."""
+        """Take positions of each group by index, as blocks of `length`."""
         if index is not None:
             x = _gather(x, index, 1)
         return x.reshape(-1, length, x.shape[-1])
