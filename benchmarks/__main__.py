@@ -1,14 +1,15 @@
-"""This package in turn with named peers: `python -m benchmarks attention --peer-python OTHER_ENV/bin/python`.
+"""Time this package in turn with named peers: `python -m benchmarks attention --peer-python OTHER_ENV/bin/python`.
 
-Each side has a process of its own. Answers are compared before anything is timed; then the sides are called in turn.
-Milliseconds are medians with the middle half's range behind them; a ratio is the median of those of neighbouring calls.
-Memory is the peak of a side's whole process. A peer that does not start is reported.
+Each side runs in its own process. Results are compared before anything is timed; then the sides are called in turn.
+Times are medians in milliseconds, followed by the interquartile range. A ratio is the median of the ratios of
+neighbouring calls. Memory is the peak of a side's whole process. A peer that does not start is reported.
 
-The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and both), `long` (16,384 tokens), `options`
-(this package alone: a mask, a bias, windows in place of moving spans, dropout, each against none), `sliding` (128 keys
-each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights), `decode` (128 tokens after 512),
-`models` (what today's models want: grouped heads, documents, softcap, sinks, a prefix, the log-sum-exp, each against
-our call without it; grouped heads against SDPA, documents against compiled FlexAttention).
+The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and forward with backward), `long` (16,384
+tokens), `options` (only this package: a mask, a bias, windows instead of moving spans, dropout, each against a call
+without it), `sliding` (128 keys each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights),
+`decode` (128 tokens after 512), `models` (options of today's models: grouped heads, documents, softcap, sinks, a
+prefix, the log-sum-exp, each against our call without it; grouped heads against SDPA, documents against compiled
+FlexAttention).
 """
 import argparse
 import json
@@ -37,10 +38,10 @@ class Side:
     def __init__(self, python, folder, **spec):
         self.name, self.output = spec["name"], pathlib.Path(folder) / f"{spec['name']}-{len(os.listdir(folder))}.npz"
         spec = {**spec, "outputs": str(self.output)}
-        # see the README, "On CPU": threads that wait by spinning take cores that others could work on
+        # see docs/performance.md, "What to set": threads that wait by spinning take cores from others
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "MS_DEV_HOST_BLOCKING_RUN": "1"}
         if python != sys.executable:
-            del environment["PYTHONPATH"]  # not our namesake
+            del environment["PYTHONPATH"]  # the peer's package has our import name
         self.process = subprocess.Popen(
             [python, str(ROOT / "benchmarks" / "side.py"), json.dumps(spec)], cwd=folder, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -55,7 +56,7 @@ class Side:
         return float(self.process.stdout.readline())
 
     def close(self):
-        """Ends the process; its peak memory in bytes."""
+        """End the process; return its peak memory in bytes."""
         self.process.stdin.close()
         memory = int(self.process.stdout.readline())
         self.process.wait(timeout=60)
@@ -74,7 +75,7 @@ def spread(times):
 
 
 def compare(what, ours, theirs, repeat, tolerance):
-    """A line and a record of one comparison; both sides are ended."""
+    """Make one comparison, print it and return its record. Both sides are ended."""
     try:
         if tolerance is not None:
             verify(ours, theirs, tolerance)
@@ -90,7 +91,7 @@ def compare(what, ours, theirs, repeat, tolerance):
 
 
 class Runner:
-    """Comparisons of one run, on inputs in one folder."""
+    """The comparisons of one run, with inputs in one folder."""
 
     def __init__(self, args, folder):
         self.args, self.folder, self.records = args, folder, []
@@ -99,7 +100,7 @@ class Runner:
         return Side(python, self.folder, name=name, **spec)
 
     def attention(self, what, peers, repeat=None, **spec):
-        """Our attention against each peer; None for a peer is our own attention on the standard workload."""
+        """Compare our attention with each peer; a peer of None is our own attention on the standard workload."""
         spec = {**STANDARD, "backend": self.args.backend, "mode": self.args.mode, **spec}
         inputs = pathlib.Path(self.folder) / f"inputs-{'-'.join(map(str, spec['shape']))}.npy"
         if not inputs.exists():
@@ -115,7 +116,7 @@ class Runner:
                 except RuntimeError:
                     ours.close()
                     raise
-                # sdpa sees the whole past and our own plain call other keys: costs to compare, not answers
+                # sdpa sees the whole past, and our plain call other keys: only the costs are comparable
                 tolerance = None if name in (None, "sdpa") else 1e-3
                 self.records.append(compare(f"{what}, {'forward+backward' if spec['backward'] else 'forward'}", ours,
                                             theirs, repeat or self.args.repeat, tolerance))
@@ -123,7 +124,7 @@ class Runner:
                 print(f"{what}: {error}", flush=True)
 
     def windowed(self, what, peer, repeat=None, tolerance=None, **spec):
-        """Our `windowed_attention` against a peer of PyTorch's, or, where that is a dict, against our own of other
+        """Compare our `windowed_attention` with a PyTorch peer or, if `peer` is a dict, with itself at those
         settings."""
         spec = {**WINDOWED, "backend": self.args.backend, "mode": self.args.mode, **spec}
         try:
@@ -148,7 +149,7 @@ class Runner:
 
 
 def matmul_rate():
-    """Multiply-adds a second of MindSpore's own product of two large matrices."""
+    """Return the multiply-adds per second of MindSpore's matmul of two large matrices."""
     import time
 
     import mindspore as ms
@@ -164,14 +165,14 @@ def matmul_rate():
 
 
 def of_matmul_rate(record, shape, window, backward):
-    """What share of the matmul rate goes into the products of the window: two forward, seven with backward."""
+    """Return the share of the matmul rate that the products of the window reach: two forward, seven with backward."""
     groups, n, head_dim = shape[0] * shape[1], *shape[2:]
     seen = sum(min(i, window) + 1 for i in range(n))
     return groups * seen * head_dim * (7 if backward else 2) / (record["ms"] / 1e3) / matmul_rate()
 
 
 def plot(records, file):
-    """Time and memory against the sequence length."""
+    """Plot time and memory against the sequence length."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("ms", "GiB"), ("ms, forward + backward", "GiB, peak")):
@@ -190,7 +191,7 @@ def plot(records, file):
 
 
 def scaling(runner):
-    """Alone where the peer would need more memory than a machine of this size has."""
+    """Time us alone where the peer would need more memory than such a machine has."""
     for k in range(11, 18):
         shape = (1, 8, 2**k, 64)
         if k <= 14:
@@ -209,7 +210,7 @@ def scaling(runner):
 
 
 def models(runner, backward):
-    """Each option of today's models against our call without it, and against a peer where one has it."""
+    """Compare each option of today's models with our call without it, and with a peer that has it."""
     runner.windowed("8 heads on 2", dict(key_heads=8), key_heads=2, backward=backward)
     for option in ("softcap", "sinks", "prefix", "lse"):
         runner.windowed(f"with {option}", dict(options=()), options=[option], backward=backward)
@@ -270,7 +271,7 @@ def main():
             elif workload == "train":
                 runner.model("training step", 1e-2, args.repeat, kind="train", batch=(2, 1025))
             elif workload == "decode":
-                runner.model("128 tokens after 512", None, 7,  # held to our own without a cache: the peer's cache errs
+                runner.model("128 tokens after 512", None, 7,  # checked by our uncached tokens: the peer's cache errs
                              kind="decode", prompt=512, new=128)
         if args.plot:
             plot(runner.records, args.plot)

@@ -1,6 +1,6 @@
-"""Peak memory of a process that generates, at more and more tokens: `python benchmarks/decode_memory.py 1000 10000`.
+"""Peak memory of a process that generates more and more tokens: `python benchmarks/decode_memory.py 1000 10000`.
 
-One model and one prompt; what grows is the number of tokens alone.
+There is one model and one prompt; only the number of tokens grows.
 """
 import resource
 import sys
@@ -17,11 +17,11 @@ MIB = 2**20
 
 def main():
     counts = sorted(map(int, sys.argv[1:])) or [1000, 10000]
-    ms.runtime.launch_blocking()  # as a script that owns its process may: see train.py
+    ms.runtime.launch_blocking()  # a script that owns its process may do so: see train.py
     model = LocalTransformer(num_tokens=256, max_seq_len=64 + counts[-1], dim=128, depth=2, heads=4, dim_head=32,
                              local_attn_window_size=64)
     prime = Tensor(np.arange(64, dtype=np.int32)[None])
-    model.generate(prime, 100, temperature=0.)  # compiled
+    model.generate(prime, 100, temperature=0.)  # compiles
     for count in counts:
         start = time.perf_counter()
         model.generate(prime, count, temperature=0.)

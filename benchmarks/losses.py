@@ -1,7 +1,7 @@
-"""The same weights, batches and optimizer in both packages: `python benchmarks/losses.py OTHER_ENV/bin/python`.
+"""Train both packages with the same weights, batches and optimizer: `python benchmarks/losses.py OTHER_ENV/bin/python`.
 
-Prints the two curves of training losses of a LocalTransformer, step by step, and how far apart they get. The other
-environment is one with torch and the PyTorch package local-attention.
+Prints the two curves of training losses of a LocalTransformer, step by step, and their largest difference. The other
+environment has torch and the PyTorch package local-attention.
 """
 import os
 import pathlib
@@ -17,14 +17,14 @@ SETTINGS = dict(num_tokens=256, dim=64, depth=3, heads=4, dim_head=16, max_seq_l
 
 
 def batches():
-    """Bytes of this file's neighbours: real text, of which there is something to learn."""
+    """Return bytes of the files in this folder: real text, from which a model can learn."""
     text = b"".join(path.read_bytes() for path in sorted(pathlib.Path(__file__).parent.glob("*.py")))
     starts = np.random.default_rng(0).integers(0, len(text) - LENGTH, (STEPS, BATCH))
     return np.array([[np.frombuffer(text, np.uint8, LENGTH, start) for start in row] for row in starts], np.int64)
 
 
 def peer(folder):
-    """Writes the weights it starts from, then the losses."""
+    """Write the initial weights, then the losses."""
     import torch
     from local_attention import LocalTransformer
     torch.manual_seed(0)
@@ -68,7 +68,8 @@ def main():
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # not our namesake
+        # the peer's package has our import name
+        elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run([sys.argv[1], os.path.abspath(__file__), "--peer", name], cwd=name, env=elsewhere, check=True)
         theirs, mine = np.load(folder / "losses.npy"), np.array(ours(folder))
     print("step   PyTorch   MindSpore")

@@ -1,8 +1,9 @@
-"""One side of a comparison in a process of its own: for each line it is sent, one call and its milliseconds.
+"""One side of a comparison in its own process: for each line on its input, it makes one call and prints the
+milliseconds.
 
-Run by `python -m benchmarks`, never by hand. The side `here` needs MindSpore and this package; `lucidrains` needs torch
-and the PyTorch package local-attention, which has our import name and so an environment of its own; `flex` and `sdpa`
-need torch.
+`python -m benchmarks` runs it; it is not run by hand. The side `here` needs MindSpore and this package; `lucidrains`
+needs torch and the PyTorch package local-attention, which has our import name and so needs its own environment; `flex`
+and `sdpa` need torch.
 """
 import json
 import pathlib
@@ -17,7 +18,7 @@ MODEL = dict(num_tokens=256, dim=512, depth=6, heads=8, max_seq_len=1024, causal
 
 
 def here(spec):
-    """Our attention: LocalAttention with a window, sliding_window_attention with a span."""
+    """Return our call: LocalAttention with a window, sliding_window_attention with a span."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
@@ -65,7 +66,7 @@ def here(spec):
 
 
 def torch_attention(spec):
-    """The call of a peer on (q, k, v), causal where it is given a window."""
+    """Return a peer's call on (q, k, v), causal if it gets a window."""
     import torch
     if spec["name"] == "lucidrains":
         from local_attention import LocalAttention
@@ -100,7 +101,7 @@ def tokens(shape):
 
 
 def here_model(spec):
-    """A training step, or tokens decoded after a prompt, compiled."""
+    """Return a training step, or decoding of tokens after a prompt, compiled."""
     import mindspore as ms
     from mindspore import Tensor, nn
 
@@ -167,7 +168,7 @@ def main():
         start = time.perf_counter()
         call()
         print((time.perf_counter() - start) * 1e3, flush=True)
-    status = pathlib.Path("/proc/self/status").read_text()  # getrusage's peak has the starting process's own in it
+    status = pathlib.Path("/proc/self/status").read_text()  # getrusage's peak includes the starting process's
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024, flush=True)
 
 

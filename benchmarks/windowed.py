@@ -3,7 +3,7 @@ import numpy as np
 
 
 def document_lengths(n):
-    """Documents of 64 to 1,024 tokens, that fill a row of n."""
+    """Return lengths of documents, 64 to 1,024 tokens, that fill a row of n."""
     lengths, rng = [], np.random.default_rng(3)
     while sum(lengths) < n:
         lengths.append(min(int(rng.integers(64, 1025)), n - sum(lengths)))
@@ -11,7 +11,7 @@ def document_lengths(n):
 
 
 def inputs_of(spec):
-    """q, k, v and the output's gradient."""
+    """Return q, k, v and the output's gradient."""
     batch, heads, n, head_dim = spec["shape"]
     rng = np.random.default_rng(0)
     queries, keys = spec.get("queries", n), (batch, spec["key_heads"], n, head_dim)
@@ -20,7 +20,7 @@ def inputs_of(spec):
 
 
 def here(spec):
-    """Our call, of the options that are named."""
+    """Return our call with the named options."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
@@ -57,7 +57,8 @@ def here(spec):
 
 
 def peer(spec):
-    """PyTorch's SDPA under a mask of the window, or compiled FlexAttention with blocks of window and documents."""
+    """Return PyTorch's SDPA under a mask of the window, or compiled FlexAttention with blocks of window and
+    documents."""
     import torch
     n, window = spec["shape"][2], spec["window"]
     q, k, v, dout = (torch.from_numpy(x).requires_grad_(spec["backward"]) for x in inputs_of(spec))

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from local_attention.spec import WindowSpec  # noqa: E402
 
 WINDOW, LENGTH, QUERY = 4, 16, 9
-PANELS = (  # title, spec: the first four look one window back, and one forward where they may
+PANELS = (  # title, spec; the first four look one window back, and those that may, one forward
     ("window-aligned, causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=0, causal=True)),
     ("window-aligned, not causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=WINDOW, causal=False)),
     ("exact, causal", WindowSpec(bucket=1, backward=WINDOW, forward=0, causal=True)),
@@ -25,7 +25,7 @@ COLOURS = ListedColormap(["#eef0f3", "#8fb3d9", "#f2a541", "#1f3b5c"])
 
 
 def cells(spec):
-    """What each (query, key) is drawn as: one query's span stands out, and every query's own key."""
+    """Return how each (query, key) is drawn: the span of one query, and every query's own key, are highlighted."""
     positions = np.arange(LENGTH)
     seen = np.where(spec.visible(positions, positions), SEEN, HIDDEN)
     seen[QUERY] = np.where(seen[QUERY] == SEEN, SEEN_BY_QUERY, HIDDEN)

@@ -9,12 +9,12 @@ from mindspore import Tensor, communication, nn
 from local_attention import LocalTransformer
 from local_attention.parallel import AverageGradients
 
-SLICE = 256  # tokens of a process: a multiple of the window
+SLICE = 256  # tokens of each process, a multiple of the window
 WINDOW = 64
 
 
 def main():
-    ms.set_seed(0)  # the same weights everywhere
+    ms.set_seed(0)  # the same weights in every process
     communication.init()
     rank, ranks = communication.get_rank(), communication.get_group_size()
     model = LocalTransformer(num_tokens=256, dim=64, depth=2, heads=2, dim_head=32, local_attn_window_size=WINDOW,

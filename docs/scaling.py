@@ -1,11 +1,11 @@
-"""What a long sequence costs over many ranks: `measure` on this machine, `predict` from what was measured.
+"""The cost of a long sequence over many ranks: `measure` it on this machine, `predict` it from measurements.
 
     msrun --worker_num=2 --local_worker_num=2 --join=True --log_dir=logs docs/scaling.py measure
     python docs/scaling.py predict
 
-`measure` times a step of training of one layer, forward and backward, of which every rank holds a slice, for a short
-and for a long slice; on Linux it reads from the loopback device how many bytes went over the wire, and from the process
-what a token kept in memory. `predict` is arithmetic. docs/scaling.md says where its numbers come from.
+`measure` times a training step of one layer, forward and backward, for a short and for a long slice on every rank. On
+Linux, it also reads how many bytes the loopback device received, and how much memory the process kept for a token.
+`predict` is arithmetic. docs/scaling.md says where its numbers come from.
 """
 import argparse
 import json
@@ -18,23 +18,24 @@ LAYER = {"dim": 512, "heads": 8, "dim_head": 64, "local_attn_window_size": 512}
 
 
 def halo_bytes(item=4):
-    """Bytes that go from one rank to a neighbour for one layer: keys and values of a window on the way forward, their
-    gradients on the way back. Neither the length of the sequence nor the number of ranks is in it."""
+    """Return the bytes that go from one rank to a neighbour for one layer: keys and values of a window forward, their
+    gradients backward. They depend neither on the length of the sequence nor on the number of ranks."""
     return 2 * 2 * LAYER["heads"] * LAYER["dim_head"] * LAYER["local_attn_window_size"] * item
 
 
 def layer_weights():
-    """Of the projections, and of a feed-forward of four times the width."""
+    """Return the number of weights of the projections, and of a feed-forward of four times the width."""
     dim, inner = LAYER["dim"], int(LAYER["dim"] * 8 / 3)
     return 4 * dim * LAYER["heads"] * LAYER["dim_head"] + 3 * dim * inner
 
 
 def step_parts(own, ranks, settings):
-    """Seconds of a rank's step: work on its own tokens, exchanges with neighbours, the average of all gradients."""
+    """Return the seconds of a rank's step: work on its own tokens, exchanges with neighbours, the average of all
+    gradients."""
     work = settings.layers * own * settings.token_seconds
     exchange = settings.layers * (halo_bytes() / settings.bandwidth + 2 * settings.latency)
     gradients = 2 * (ranks - 1) / ranks * settings.layers * layer_weights() * 4 / settings.bandwidth
-    return work, exchange, gradients + 2 * (ranks - 1) * settings.latency  # a ring: so many messages, one by one
+    return work, exchange, gradients + 2 * (ranks - 1) * settings.latency  # a ring: so many messages, one after another
 
 
 def predict(settings):
@@ -50,7 +51,7 @@ def predict(settings):
 
 
 def wire_bytes():
-    """Bytes that the loopback device has received so far, 0 where that cannot be told."""
+    """Return the bytes that the loopback device has received so far, 0 if unknown."""
     path = Path("/proc/net/dev")
     lines = [line for line in path.read_text().splitlines() if line.strip().startswith("lo:")] if path.exists() else []
     return int(lines[0].split(":")[1].split()[0]) if lines else 0

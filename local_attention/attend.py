@@ -1,4 +1,4 @@
-"""The one channel: checked tensors in, a backend chosen once a problem, the same out of every backend."""
+"""The one function that all attention goes through. It chooses a backend once for each problem."""
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,46 +20,46 @@ BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length"
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything about a call that is known before its values are: what a backend is chosen and planned by.
+    """What is known of a call before its tensors have values. A backend is chosen and planned by it.
 
-    A length, or the number of groups, is None in a graph that is compiled for all of them.
+    A length, or the number of groups, is None in a graph that is compiled for any length.
     """
     spec: WindowSpec
     scoring: Scoring
-    groups: Optional[int]  # of queries: batch entries times heads, heads fastest
+    groups: Optional[int]  # of the queries: batch entries times heads, heads fastest
     n_q: Optional[int]
     n_k: Optional[int]
     head_dim: int
     dtype: str = "Float32"
-    share: int = 1  # how many query heads, one after the other, read the same key head
-    batch: Optional[int] = 0  # rows of the key mask, 0 where there is none
-    documents: Optional[int] = 0  # rows of the documents' bounds, 0 where all of a sequence is one
+    share: int = 1  # how many consecutive query heads read the same key head
+    batch: Optional[int] = 0  # rows of the key mask, 0 without one
+    documents: Optional[int] = 0  # rows of the documents' bounds, 0 without documents
     bias_shape: Optional[tuple] = None  # (heads, period, columns)
-    bias_is_constant: bool = False  # whether no gradient of it is wanted
-    sinks: int = 0  # heads that have one, 0 where there is none
-    by_offset: bool = False  # whether embeddings of the offsets from query to key are scored
+    bias_is_constant: bool = False  # whether the bias needs no gradient
+    sinks: int = 0  # the number of heads with a sink, 0 without sinks
+    by_offset: bool = False  # whether there are embeddings of the offsets from query to key
     lse: bool = False  # whether the log-sum-exp is returned too
     offset: Optional[int] = 0  # the position of the first query among the keys
-    origin: tuple = (0, 0)  # which group and position of a larger problem dropout counts the first ones here as
-    beside: int = 1  # heads that are to stand beside each other in a row of the output, where a backend writes it so
+    origin: tuple = (0, 0)  # the first (group, position) within a larger problem; dropout counts from it
+    beside: int = 1  # heads that stand beside each other in a row of the output, where a backend writes it so
 
     @property
     def heads(self):
-        """How many heads differ in more than their tensors."""
+        """The number of heads that have a bias of their own; 1 without a bias."""
         return self.bias_shape[0] if self.bias_shape else 1
 
     @property
     def bias_period(self):
-        """After how many positions the bias repeats."""
+        """The number of positions after which the bias repeats."""
         return self.bias_shape[1] if self.bias_shape else 1
 
     @property
     def any_length(self):
-        """Whether something that is planned by is not known."""
+        """Whether any size that a plan depends on is unknown."""
         return None in (self.groups, self.n_q, self.n_k, self.batch, self.documents)
 
     def bias_index(self, queries, keys):
-        """Where in a head's flattened bias the score of a query and a key, given by position, finds its entry."""
+        """Return the index, in a head's flattened bias, of the entry for a query and a key at these positions."""
         _, period, columns = self.bias_shape
         column = keys - (queries // period * period - self.spec.backward)
         return queries % period * columns + np.clip(column, 0, columns - 1)
@@ -67,11 +67,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Frame:
-    """Which part of a larger problem a call is, and what is wanted of it."""
-    offset: Optional[int] = 0  # the position of the first query among the keys; None: the last query is at the last
-    origin: tuple = (0, 0)  # the group and the position that the first ones are of the whole: what dropout counts by
-    dtype: Optional[ms.Type] = None  # the precision called for, where it is not q's: of what was rotated in float32
-    bias_is_constant: bool = False  # whether no gradient of the bias is wanted
+    """Which part of a larger problem a call computes, and what it should return."""
+    offset: Optional[int] = 0  # the position of the first query among the keys; None: the last query is at the last key
+    origin: tuple = (0, 0)  # the first (group, position) within the larger problem; dropout counts from it
+    dtype: Optional[ms.Type] = None  # the precision to compute in if it is not q's, as after a rotation in float32
+    bias_is_constant: bool = False  # whether the bias needs no gradient
     lse: bool = False  # whether the log-sum-exp is returned too
     tokens_first: bool = False  # whether the output of q `(b, heads, n, d)` is wanted as `(b, n, heads * d)`
 
@@ -80,14 +80,16 @@ WHOLE = Frame()
 
 
 def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None):
-    """The tensors that come with q, k and v, in the one order in which they travel, None for those that do not.
+    """Return the tensors that accompany q, k and v as one tuple, in a fixed order; those that a call does not have are
+    None.
 
-    mask: bool `(batch, n_k)`, True = a real key; `batch` divides the groups. documents: int32 `(batch, n_k, 2)`, of
-    each position the first and the last of its document, as `document_bounds` makes them. bias: `(heads, period,
-    columns)`, added to the scaled products: the query at position `i` takes row `i % period`, the key at `j` column
+    mask: bool `(batch, n_k)`, True = a real key; `batch` divides the number of groups. documents: int32 `(batch, n_k,
+    2)`, the first and the last position of each position's document, made by `document_bounds`. bias: `(heads, period,
+    columns)`, added to the scaled products: the query at position `i` uses row `i % period`, and the key at `j` column
     `j - (i - i % period - backward)`; in a document, positions count from its start. sinks: `(heads,)`, a score in each
-    softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)` with a bucket of 1: row r is scored against q,
-    unscaled, and added for the key at `i + r - backward`. seed: int32 `(1,)`, what dropout is a function of.
+    softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)`, for a bucket of 1: the product of row r and
+    the unscaled q is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what
+    dropout drops.
     """
     return mask, documents, bias, sinks, rel_pos_emb, seed
 
@@ -95,7 +97,7 @@ def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, s
 ALONE = beside()
 
 
-# ---- who runs what
+# ---- choosing a backend
 
 
 _default = [None]
@@ -103,14 +105,15 @@ _default = [None]
 
 class use_backend:
     """
-    What `backend=None` means from here on, for all Cells and functions, the fused layers of models included.
+    Set what `backend=None` means from here on, for all Cells and functions, including the fused layers of models.
 
-    As a call it holds for good, in a `with` for its block. Under ``"dense"`` everything is plain operators, which a
-    compiled function can differentiate twice. A function that was compiled before keeps what it was compiled with.
+    A plain call holds until the next one; in a `with` statement, it holds for the block. Under ``"dense"`` everything
+    runs by plain operators, which a compiled function can differentiate twice. A function that was compiled earlier
+    keeps the backend that it was compiled with.
 
     Args:
         backend (str): ``"ascend"`` , ``"native"`` , ``"blocked"`` , ``"any_length"`` or ``"dense"`` ; ``None`` is the
-            fastest that can.
+            fastest one that can run a call.
 
     Raises:
         ValueError: If there is no such backend.
@@ -137,12 +140,12 @@ class use_backend:
 
 
 def refusals(problem):
-    """Why each backend cannot run a problem, None for one that can."""
+    """Return why each backend cannot run a problem, None for those that can."""
     return {name: module.why_not(problem) for name, module in BACKENDS.items()}
 
 
 def choose(problem, backend=None):
-    """The name of the backend that runs a problem: the one asked for, else the first that can."""
+    """Return the name of the backend that runs a problem: the requested one, else the first that can."""
     backend = backend or _default[0]
     if backend is None:
         reasons = refusals(problem)
@@ -167,14 +170,14 @@ _once, _twice = Once(twice=False), Once(twice=True)
 
 
 class _Run(Float32):
-    """A backend's function as a Cell: float32 in, float32 out."""
+    """Runs a backend's function as a Cell, in float32."""
 
     def construct(self, run, constants, q, k, v, tensors):
         return run(constants, q, k, v, tensors)
 
 
 class _RunAsGiven(AsGiven):
-    """A backend's function as a Cell, for one that takes dtypes as they are."""
+    """Runs a backend's function as a Cell, with the dtypes of its inputs, for backends that take them as they are."""
 
     def construct(self, run, constants, q, k, v, tensors):
         return run(constants, q, k, v, tensors)
@@ -215,20 +218,22 @@ def _chosen(spec, scoring, frame, q_shape, k_shape, dtype, mask_shape, documents
 
 
 def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
-    """Attention of `q (..., n_q, d)` over `k, v (..., n_k, d)`, every query over the keys that `spec` shows it.
+    """Compute attention of `q (..., n_q, d)` over the keys of `k, v (..., n_k, d)` that `spec` shows to each query.
 
     Args:
-        q, k, v (Tensor): float32, float16 or bfloat16, of any leading axes, heads fastest; k and v have as many heads
-            as q or a divisor of them. The softmax is in float32.
+        q, k, v (Tensor): float32, float16 or bfloat16, with any leading axes, heads fastest. k and v have as many heads
+            as q, or a divisor of that number. The softmax is in float32.
         spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
         scoring (Scoring): How a score is made.
-        tensors (tuple): What comes with q, k and v, as `beside` puts it. A seed that dropout needs is drawn.
+        tensors (tuple): The optional tensors of the call, as `beside` returns them. If dropout needs a seed and there
+            is none, one is drawn.
         frame (Frame): Which part of a larger problem this is.
-        backend (str): By name, or None for the fastest that can.
+        backend (str): The name of a backend; None is the fastest one that can run the call.
 
     Returns:
-        Tensor of q's shape, or as `frame` wants it, and dtype; zeros, with zero gradient, for a query that sees no real
-        key. With `frame.lse` a tuple of it and the log-sum-exp, float32 of q's shape without the last axis.
+        Tensor of q's shape, or as `frame` asks for it, and of q's dtype; a query that sees no real key gets zeros, with
+        zero gradient. With `frame.lse`, a tuple of this and the log-sum-exp, float32, of q's shape without the last
+        axis.
     """
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
@@ -243,7 +248,7 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
     dtype = q.dtype
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
-    flatten = not any_axes and len(shape) != 3  # on CPU a reshape is a copy
+    flatten = not any_axes and len(shape) != 3  # on CPU a reshape copies
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
@@ -267,12 +272,13 @@ def _flat(x):
 
 
 def _in_float32(x):
-    """A backward pass runs outside the Cell that keeps the forward one in float32, and so needs its inputs in it."""
+    """Cast to float32. A backward pass runs outside the Cell that keeps the forward pass in float32, so it needs
+    float32 inputs."""
     return None if x is None else ops.cast(x, ms.float32)
 
 
 class _FourBytes(Float32):
-    """Four numbers, each below 256, as digits of an int32: by an operator that has kernels everywhere."""
+    """Draws four random bytes and returns them as one int32, by an operator that has a kernel on every device."""
 
     def __init__(self):
         super().__init__()
@@ -287,20 +293,22 @@ _four_bytes = _FourBytes()
 
 
 def draw_seed(salt=0):
-    """A seed for one call, int32 `(1,)`, from MindSpore's global one.
+    """Draw a seed for one call, int32 `(1,)`, from MindSpore's global seed.
 
-    All draws in one graph give the same number at a step: what drops in several places needs a `new_salt` for each.
+    In one step, all draws of a graph give the same number. So each place that drops needs its own `new_salt`.
     """
     return ops.bitwise_xor(_four_bytes(), salt)
 
 
 def new_salt(dropout):
-    """A number for a Cell that drops, of the generator that `mindspore.set_seed` seeds too."""
+    """Return a random int for a Cell with dropout, from the generator that `mindspore.set_seed` also seeds; 0 without
+    dropout."""
     return int(np.random.randint(2**31)) if dropout else 0
 
 
 def explain(problem, backend=None):
-    """In words: which backend runs a problem, why each other one does not, what it works on, and what compiles anew."""
+    """Describe which backend runs a problem, why the others do not, how much it computes, and what causes a new
+    compilation."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
     elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k // problem.share) * problem.head_dim
@@ -318,7 +326,7 @@ def explain(problem, backend=None):
 
 
 def _options(problem):
-    """What a call has beside a span, in words."""
+    """Return the options of a problem beside its span, in words."""
     scoring = problem.scoring
     named = {
         f"{problem.share} query heads to a key head": problem.share > 1, "a key mask": problem.batch != 0,

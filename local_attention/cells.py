@@ -1,8 +1,9 @@
-"""What Cells of this package stand on: those that stay in float32, and those that are differentiated once.
+"""Base classes of the package's Cells: those that stay in float32, and those that can be differentiated only once.
 
-At O1, `amp` writes the class of a Cell anew from its source, with the functions that its `construct` calls, which lose
-the names of their own modules; what base classes have, it takes as it is. So a public Cell's class has its constructor
-and, where there are projections, a `construct` that calls these, which O1 casts, and methods of a base class.
+At O1, `amp` rewrites the class of a Cell from its source, together with the functions that its `construct` calls, and
+these lose the names of their own modules. It does not rewrite base classes. So the class of a public Cell has only its
+constructor and, if there are projections, a `construct`: this calls the projections, which O1 casts, and methods of a
+base class.
 """
 import sys
 
@@ -15,7 +16,7 @@ from mindspore.ops import constexpr
 class Float32(nn.Cell):
     """A Cell that stays in float32 where `to_float` or `amp` casts the model around it.
 
-    Outside a graph, every operator under a `to_float(float16)` Cell gets float16, whatever was cast to what before.
+    Outside a graph, every operator under a `to_float(float16)` Cell gets float16 inputs, even after an explicit cast.
     """
 
     def __init__(self):
@@ -29,7 +30,7 @@ class Float32(nn.Cell):
 
 
 class AsGiven(nn.Cell):
-    """A Cell whose operators get what they are given, whatever `to_float` or `amp` casts around it."""
+    """A Cell whose operators get their inputs as they are, whatever `to_float` or `amp` casts around it."""
 
     def __init__(self):
         super().__init__()
@@ -37,8 +38,8 @@ class AsGiven(nn.Cell):
 
 
 class InFloat32(nn.Cell):
-    """What `Float32` is, for Cells with a gradient of their own and inputs in float32: a graph casts nothing inside of
-    them, and with `to_float` it would take their gradients for float32 where the model is not."""
+    """Like `Float32`, for Cells with a gradient of their own and float32 inputs. A graph casts nothing inside them.
+    With `to_float`, it would treat their gradients as float32 even where the model is not."""
 
     def __init__(self):
         super().__init__()
@@ -60,12 +61,12 @@ def _refuse_in_graphs():
 
 @constexpr
 def _refuse_outside_graphs():
-    """Where a bprop runs in the forward pass of another gradient, and is recorded, it is going to be differentiated."""
-    if PyNativeExecutor_.get_instance().requires_grad():  # so too, for once, after an exception within a gradient
+    """Refuse a bprop that is recorded while another gradient's forward pass runs: it is going to be differentiated."""
+    if PyNativeExecutor_.get_instance().requires_grad():  # also true, once, after an exception within a gradient
         frame = sys._getframe()
         while frame is not None and frame.f_code.co_name not in ("__infer__", "_pynative_forward_run"):
             frame = frame.f_back
-        if frame is not None and frame.f_code.co_name != "__infer__":  # which is a compiler's
+        if frame is not None and frame.f_code.co_name != "__infer__":  # `__infer__` is a compiler's
             _refuse()
 
 
@@ -82,16 +83,17 @@ _last = _Last()
 
 
 def last(dout):
-    """A gradient as it is, on its way into a bprop that has none itself."""
+    """Return a gradient unchanged, on its way into a bprop that cannot be differentiated itself."""
     _refuse_outside_graphs()
     return _last(dout)
 
 
 class Once(InFloat32):
-    """What a backend of plain operators gives, as it is, with a gradient that has none itself.
+    """Returns the output of a backend of plain operators unchanged, with a gradient that cannot be differentiated
+    itself.
 
-    Outside a graph, MindSpore takes the gradients of its own products for constants: those of them would be zeros. In a
-    graph they have some, `twice`, unless they are written by hand.
+    Outside a graph, MindSpore treats the gradients of its own products as constants, so their gradients would be zero.
+    In a graph they have gradients, `twice`, unless they are written by hand.
     """
 
     def __init__(self, twice):

@@ -1,6 +1,7 @@
-"""Argument rules and their messages, one place for all of them.
+"""The rules of arguments and their messages, all in one place.
 
-Every rule raises before anything is computed, in one form: whose argument it is, its name, the rule, what arrived.
+Every rule raises before anything is computed. All messages have one form: whose argument it is, its name, the rule, and
+what was given.
 """
 import inspect
 import numbers
@@ -21,7 +22,8 @@ def type_error(owner, name, rule, got):
 
 
 def integer(owner, name, value, minimum):
-    """An int of at least `minimum`, 0 and 1 being spoken of as non-negative and positive."""
+    """Check that a value is an int of at least `minimum`. The message says "non-negative" for 0 and "positive" for
+    1."""
     rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise type_error(owner, name, rule, value)
@@ -65,29 +67,30 @@ def non_negative_number(owner, name, value):
 
 
 def rate(owner, name, value):
-    """A dropout rate: what would drop everything is not one."""
+    """Check that a value is a dropout rate in [0, 1). A rate of 1 would drop everything, and is refused."""
     if not 0 <= number(owner, name, value) < 1:
         raise value_error(owner, name, "a rate in [0, 1)", value)
     return float(value)
 
 
 def settings(cell):
-    """For a Cell's `extend_repr`: the arguments of its constructor that it keeps under their names, less those that are
-    as by default."""
+    """Return the text of a Cell's `extend_repr`: the arguments of its constructor that are also its attributes, without
+    those that have their default value."""
     arguments = inspect.signature(type(cell).__init__).parameters.values()
     kept = [(one, getattr(cell, one.name)) for one in arguments if hasattr(cell, one.name)]
     return ", ".join(f"{one.name}={value!r}" for one, value in kept if one.default is one.empty or value != one.default)
 
 
 def dtype_name(dtype):
-    """MindSpore's name of a dtype; once mindtorch is imported, str says `mindspore.float32` of it."""
+    """Return MindSpore's name of a dtype. After mindtorch is imported, `str` returns `mindspore.float32` instead."""
     name = str(dtype)
     return {"mindspore.float32": "Float32", "mindspore.float16": "Float16", "mindspore.bfloat16": "BFloat16",
             "mindspore.int32": "Int32", "mindspore.int64": "Int64", "mindspore.bool": "Bool"}.get(name, name)
 
 
 def described(x):
-    """What can be checked of a tensor without its values, a constant in a graph: (shape, dtype); None as it is."""
+    """Return what can be checked of a tensor without its values, `(shape, dtype)`, which is a constant in a graph.
+    Return anything else as it is."""
     if x is None:
         return None
     if isinstance(x, Tensor):
@@ -96,7 +99,7 @@ def described(x):
 
 
 def tensor(owner, name, got, dtypes, shape=None, rule=None):
-    """A tensor, as `described`, of one of some dtypes and, where given, of a shape; returns the shape."""
+    """Check the dtype of a tensor, as `described`, and its shape if one is given; return its shape."""
     if not (isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], tuple)):
         raise type_error(owner, name, "a Tensor", got)
     dtype, where = dtype_name(got[1]), ""
@@ -111,8 +114,9 @@ def tensor(owner, name, got, dtypes, shape=None, rule=None):
 
 
 def alike(owner, q, k, v):
-    """Queries, keys and values, as `described`, of one dtype and shape, but for fewer heads, a divisor of q's, in the
-    axis before the last two of k and v; returns q's shape and how many of its heads share one of theirs."""
+    """Check queries, keys and values, as `described`: one dtype and one shape, except that k and v may have fewer
+    heads, a divisor of q's, in the third axis from the end. Return q's shape and how many query heads share a key
+    head."""
     shape = tensor(owner, "q", q, FLOATS)
     if len(shape) < 2 or 0 in shape[-2:]:
         raise value_error(owner, "q", "of shape (..., n, d) with n and d of at least 1", shape)
@@ -127,7 +131,7 @@ def alike(owner, q, k, v):
 
 
 def shared(q_shape, k_shape):
-    """How many heads of q share one of k, if shapes differ in the number of heads alone; None where they do not."""
+    """Return how many query heads share a key head if the two shapes differ only in the number of heads; else None."""
     if k_shape == q_shape:
         return 1
     if len(q_shape) < 3 or len(k_shape) != len(q_shape) or None in (q_shape[-3], k_shape[-3]):
@@ -139,7 +143,7 @@ def shared(q_shape, k_shape):
 
 
 def segment_ids(owner, got, batch, n):
-    """Ids of documents, as `described`, `(batch, n)`."""
+    """Check the ids of documents, as `described`, of shape `(batch, n)`; return their shape."""
     shape = tensor(owner, "segment_ids", got, ("Int32", "Int64"))
     if len(shape) != 2 or shape[1] != n or (batch is not None and shape[0] != batch):
         raise value_error(owner, "segment_ids", f"of shape ({'batch' if batch is None else batch}, {n})", shape)
@@ -147,7 +151,7 @@ def segment_ids(owner, got, batch, n):
 
 
 def sinks(owner, got, heads):
-    """Sinks of heads, as `described`."""
+    """Check the sinks, as `described`, one for each head."""
     return tensor(owner, "sinks", got, FLOATS, (heads,), f"of shape ({heads},), one for each head")
 
 
@@ -156,27 +160,27 @@ def softcap(owner, value):
 
 
 def together(owner, one, other):
-    """Two options, `(name, whether it is given)`, of which no more than one may be."""
+    """Check that at most one of two options is given; each is `(name, whether it is given)`."""
     if one[1] and other[1]:
         raise ValueError(f"For '{owner}', '{one[0]}' and '{other[0]}' cannot go together, but got both.")
 
 
 def fraction(owner, name, value):
-    """A share of a whole, nothing and all of it included."""
+    """Check that a value is in [0, 1], both ends included."""
     if not 0 <= number(owner, name, value) <= 1:
         raise value_error(owner, name, "a number in [0, 1]", value)
     return float(value)
 
 
 def key_mask(owner, got, shape):
-    """A mask, as `described`, of a batch of sequences; returns the shape of these."""
+    """Check the mask, as `described`, of a batch of sequences of a shape; return that shape."""
     if got is not None:
         tensor(owner, "mask", got, ("Bool",), shape)
     return shape
 
 
 def tokens(owner, name, got, mask):
-    """Token sequences and their mask, as `described`; returns the batch and length."""
+    """Check token sequences and their mask, as `described`; return `(batch, length)`."""
     shape = tensor(owner, name, got, INTEGERS)
     if len(shape) != 2 or 0 in shape:
         raise value_error(owner, name, "of shape (batch, n), not empty", shape)

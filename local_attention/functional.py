@@ -1,5 +1,5 @@
-"""Attention as functions: over any window in the words of today's models, over a span to the left and right, and pieces
-of it put together."""
+"""Attention as functions: over any window, in the terms of today's models; over a span to the left and right; and
+merging of partial attention."""
 import math
 
 import mindspore as ms
@@ -20,14 +20,14 @@ def _seed_tensor(seed):
 
 
 def _seed(seed):
-    """int32 `(1,)`, or None where one is to be drawn."""
+    """Return a seed as int32 `(1,)`, or None if one has to be drawn."""
     if seed is None:
         return None
     return ops.cast(seed, ms.int32).reshape(1) if isinstance(seed, Tensor) else _seed_tensor(seed)
 
 
 def _check_seed(owner, seed):
-    """The rules of a seed, an int or a Tensor as `described`."""
+    """Check a seed, an int or a Tensor as `described`."""
     if isinstance(seed, tuple):
         shape = checks.tensor(owner, "seed", seed, checks.INTEGERS)
         if shape not in ((), (1,)):
@@ -40,7 +40,7 @@ check_seed = constexpr(_check_seed)
 
 
 def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend):
-    """The rules of what is no tensor, and of a seed, an int or a Tensor as `described`."""
+    """Check the options that are not tensors, and a seed, an int or a Tensor as `described`."""
     if scale is not None:
         checks.number(owner, "scale", scale)
     checks.softcap(owner, softcap)
@@ -51,7 +51,7 @@ def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backen
 
 
 def _check_known(owner, dropout_rate, backend, *shapes):
-    """What cannot be had where a graph does not know a length."""
+    """Refuse what is impossible in a graph that does not know a length."""
     if any(None in shape for shape in shapes):
         if dropout_rate > 0:
             raise checks.value_error(owner, "dropout_rate", "0 in a graph for every length", dropout_rate)
@@ -72,7 +72,7 @@ def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
 @constexpr
 def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale, softcap, dropout_rate, seed,
                       return_lse, backend):
-    """The rules of a call."""
+    """Check the arguments of a call."""
     owner = "windowed_attention"
     if not isinstance(spec, WindowSpec):
         raise checks.type_error(owner, "spec", "a WindowSpec", spec)
@@ -107,40 +107,41 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
 def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=None, sinks=None, scale=None,
                        softcap=None, dropout_rate=0., seed=None, return_lse=False, backend=None):
     r"""
-    Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the words of today's models.
+    Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the terms of today's models.
 
-    Cost and memory are linear in the sequence, for a window that does not grow with it. Every option goes with every
-    other, save where an error says so.
+    Cost and memory are linear in the sequence if the window does not grow with it. All options can be combined, except
+    where an error says so.
 
     Args:
         q (Tensor): :math:`(b, h, n_q, d)`, float32, float16 or bfloat16. The queries stand at the last :math:`n_q`
             positions of the keys, as with a cache: :math:`n_q \le n_k`.
         k, v (Tensor): :math:`(b, h_{kv}, n_k, d)` of the same dtype. :math:`h_{kv}` divides :math:`h`: query head
-            :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`, and neither is repeated in memory.
+            :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. Keys and values are not repeated in
+            memory.
         spec (WindowSpec): Which keys a query sees.
-        mask (Tensor): bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
-        segment_ids (Tensor): int :math:`(b, n_k)`: consecutive tokens of one id are a document, and the result is that
-            of a call on each document by itself: windows, rows of the bias and the prefix start anew. A negative id is
-            padding: seen by nobody, and it sees nothing. Default: ``None`` .
-        attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores: row = place of the
-            query in its bucket, column = place of the key in what the bucket sees; for a moving span, a number for each
-            offset. Default: ``None`` .
-        sinks (Tensor): :math:`(h,)`, a score that joins the softmax of every query of its head and has no value
+        mask (Tensor): Padding mask, bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
+        segment_ids (Tensor): int :math:`(b, n_k)`. Consecutive tokens with the same id are a document. The result is
+            that of a separate call on each document: windows, rows of the bias and the prefix start anew. A negative
+            id is padding: it sees nothing, and no query sees it. Default: ``None`` .
+        attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores. The row is the place
+            of the query in its bucket, the column the place of the key in what the bucket sees. With a bucket of 1,
+            there is a number for each offset. Default: ``None`` .
+        sinks (Tensor): :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no value
             (gpt-oss). Default: ``None`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
             (Gemma 2). Default: ``None`` .
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
-        seed (Union[int, Tensor]): What the dropped weights are a function of; ``None`` draws one from MindSpore's
-            global seed. Default: ``None`` .
+        seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
+            one. Default: ``None`` .
         return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
-        backend (str): What computes it, by name; ``None`` is the fastest that can. Default: ``None`` .
+        backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
-        Tensor of the shape and dtype of `q`. A query that sees no key gets zeros with zero gradient, with a sink too.
+        Tensor of the shape and dtype of `q`. A query that sees no key gets zeros with zero gradient, also with a sink.
 
-        With `return_lse` a tuple of it and the natural logarithm of the sum of the exponentials of what the softmax ran
-        over, sink included, float32 :math:`(b, h, n_q)`; -inf where that is nothing. It has a gradient.
+        With `return_lse`, a tuple of this and the log-sum-exp of the scores in the softmax, including the sink, float32
+        :math:`(b, h, n_q)`. It is a natural logarithm, it is -inf for an empty softmax, and it has a gradient.
 
     Raises:
         TypeError: If an argument is of another type or dtype.
@@ -185,21 +186,21 @@ def _check_pieces(outs, lses):
 
 def merge_attentions(outs, lses):
     r"""
-    Attention to all keys from attention to some of them each.
+    Merge pieces of attention, each over some of the keys, into attention over all of these keys.
 
-    With :math:`lse = \log \sum_i e^{lse_i}`, the output is :math:`\sum_i e^{lse_i - lse} out_i`. Pieces share their
-    queries; no key is in two of them, and a sink is in one.
+    With :math:`lse = \log \sum_i e^{lse_i}`, the output is :math:`\sum_i e^{lse_i - lse} out_i`. All pieces have the
+    same queries. No key may be in two pieces, and a sink only in one.
 
     Args:
-        outs (tuple[Tensor]): Of each piece the output, :math:`(..., n, d)`.
-        lses (tuple[Tensor]): And its log-sum-exp, :math:`(..., n)`, as :func:`windowed_attention` returns both.
+        outs (tuple[Tensor]): The output of each piece, :math:`(..., n, d)`.
+        lses (tuple[Tensor]): The log-sum-exp of each piece, :math:`(..., n)`. :func:`windowed_attention` returns both.
 
     Returns:
         Tuple of the output, of the dtype of `outs`, and the log-sum-exp, float32.
 
     Raises:
-        TypeError: If these are no tuples of Tensors.
-        ValueError: If their numbers or shapes do not agree.
+        TypeError: If `outs` or `lses` is not a tuple of Tensors.
+        ValueError: If their lengths or shapes do not agree.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -237,7 +238,8 @@ def _all_described(pieces):
 @constexpr
 def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed, scale, softcap, sinks, segment_ids,
                      return_lse, backend):
-    """The rules of a call: its number of groups, its span within the sequence, and the mask's shape and tiling."""
+    """Check the arguments of a call; return its number of groups, its span within the sequence, and the mask's shape
+    and how to tile it."""
     owner = "sliding_window_attention"
     checks.non_negative_int(owner, "window_size_left", left)
     checks.non_negative_int(owner, "window_size_right", right)
@@ -266,8 +268,8 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed
 
 
 def _mask_shape(owner, got, leading, n, share):
-    """A mask's shape without the axes that all of its rows are alike in, and how often to repeat each axis of it, so
-    that its rows divide the groups."""
+    """Return a mask's shape without the leading axes in which all of its rows are the same, and how often to repeat
+    each remaining axis, so that the number of rows divides the groups."""
     groups, wanted = None if None in leading else math.prod(leading), (*leading, n)
     if len(got) == 1 and got[0] == n:
         return (1, n), (1, 1)
@@ -282,7 +284,7 @@ def _mask_shape(owner, got, leading, n, share):
     if None in got:
         raise checks.value_error(owner, "mask", "of shape (b, n) in a graph for every length", got)
     rows = len(leading)
-    while rows > 0 and got[rows - 1] == 1:  # alike in the last of the leading axes: a row for all of them
+    while rows > 0 and got[rows - 1] == 1:  # the same along the last leading axis: one row for all of it
         rows -= 1
     count = math.prod(leading[:rows])
     if share > 1 and groups // share % count:
@@ -292,7 +294,7 @@ def _mask_shape(owner, got, leading, n, share):
 
 
 def _repeated(mask, shape, repeats):
-    """A mask as `(rows, n)`."""
+    """Return a mask as `(rows, n)`."""
     if unknown(shape):
         return mask
     mask = mask.reshape(shape)
@@ -312,7 +314,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     r"""
     Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
 
-    That is `window_size_left + window_size_right` keys, the query's own the first of the right ones: a
+    That is `window_size_left + window_size_right` keys. The query's own key is the first of the right ones: a
     `window_size_right` of 1 is causal, and with 0 the query does not see itself. `left=2, right=2` on 5 tokens:
 
     .. code-block::
@@ -326,27 +328,28 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     Cost and memory are linear in the sequence.
 
     Args:
-        q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16; k and v may have
+        q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16. k and v may have
             fewer heads, a divisor of q's. The softmax is computed in float32.
-        mask (Tensor): bool, True = a real key: :math:`(n)`, :math:`(b, n)` by batch, where `b` divides the product of
-            q's leading axes, or of one axis less than q and broadcastable to :math:`(..., n)`. Default: ``None`` .
-        rel_pos_emb (Tensor): :math:`(left + right, d)`; row :math:`r` is scored against q, unscaled, and added for the
-            key at offset :math:`r - left` from the query. Default: ``None`` .
+        mask (Tensor): Padding mask, bool, True = a real key. Its shape is :math:`(n)`; or :math:`(b, n)`, where `b`
+            divides the product of q's leading axes; or it has one axis less than q and broadcasts to :math:`(..., n)`.
+            Default: ``None`` .
+        rel_pos_emb (Tensor): :math:`(left + right, d)`. The product of row :math:`r` and the unscaled query is added to
+            the score of the key at offset :math:`r - left` from the query. Default: ``None`` .
         window_size_left (int): Keys seen before the query. Default: ``128`` .
-        window_size_right (int): Keys seen from the query on, itself among them. Default: ``128`` .
+        window_size_right (int): Keys seen from the query on, including its own. Default: ``128`` .
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
-        seed (Union[int, Tensor]): What the dropped weights are a function of; ``None`` draws one from MindSpore's
-            global seed. Default: ``None`` .
+        seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
+            one. Default: ``None`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
-        softcap (float): As :func:`windowed_attention` has it. Default: ``None`` .
-        sinks (Tensor): :math:`(h,)`, as there; `h` is the axis before the last two of q. Default: ``None`` .
+        softcap (float): As in :func:`windowed_attention`. Default: ``None`` .
+        sinks (Tensor): :math:`(h,)`, as there; `h` is the third axis of q from the end. Default: ``None`` .
         segment_ids (Tensor): int :math:`(b, n)`, as there. Default: ``None`` .
         return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
-        backend (str): What computes it, by name; ``None`` is the fastest that can. Default: ``None`` .
+        backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
         Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient. With
-        `return_lse` a tuple of it and the log-sum-exp, float32 :math:`(..., n)`.
+        `return_lse`, a tuple of this and the log-sum-exp, float32 :math:`(..., n)`.
 
     Raises:
         TypeError: If an argument is of another type or dtype.
@@ -370,7 +373,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         return (q, ops.zeros(q.shape[:-1], ms.float32)) if return_lse else q
     if mask is not None:
         mask = _repeated(mask, *mask_shape)
-    if rel_pos_emb is not None:  # rows of offsets that no key of this sequence is at do nothing
+    if rel_pos_emb is not None:  # embeddings of offsets that no key of this sequence has do nothing
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
     spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)

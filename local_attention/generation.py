@@ -1,4 +1,4 @@
-"""Generation: sampling, and a token at a time of a model that is handed in, whatever keeps its cache."""
+"""Generation: sampling, and decoding a token at a time from a given model, whatever keeps its cache."""
 import operator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -13,7 +13,7 @@ from . import checks
 from .backends import native
 from .cache import Rings, clock_and_rows
 
-# What MindSpore keeps of a Cell's calls, from the beginning on, and once it has compiled the Cell in Graph mode.
+# What MindSpore notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {
     "current_phase", "sequence_modified", "_func_graph_flags", "__parse_method__", "__compile_cell_hook__"}
 
@@ -24,7 +24,7 @@ def _kept_count(thres, vocabulary):
 
 @constexpr
 def _kept(thres, logits):
-    """How many logits are kept."""
+    """Check the arguments of `top_k`; return how many logits are kept."""
     checks.fraction("top_k", "thres", thres)
     shape = checks.tensor("top_k", "logits", logits, checks.FLOATS)
     if 0 in shape or not shape:
@@ -41,29 +41,30 @@ def top_k(logits, thres=0.9):
         thres (float): The share, in [0, 1], that is dropped. Default: ``0.9`` .
 
     Returns:
-        Tensor of the shape and dtype of `logits`. Exactly that many are kept, where logits are equal too.
+        Tensor of the shape and dtype of `logits`. Exactly that many are kept, also among equal logits.
     """
     values, indices = ops.topk(logits, _kept(thres, checks.described(logits)))
     return ops.tensor_scatter_elements(ops.full_like(logits, float("-inf")), indices, values, -1)
 
 
 def sample(logits, temperature, thres):
-    """A token for each row of float32 logits: the largest of logits with Gumbel noise, which is a draw by softmax.
+    """Sample a token for each row of float32 logits: the largest logit plus Gumbel noise, which is a draw from the
+    softmax.
 
-    In NumPy, whose global generator `mindspore.set_seed` seeds too: tokens are on the host anyway, and for one row of
-    logits an operator costs more to launch than to run.
+    This is NumPy, whose global generator `mindspore.set_seed` also seeds. Tokens are on the host anyway, and for one
+    row of logits, launching an operator costs more than running it.
     """
     count = _kept_count(thres, logits.shape[-1])
     kept = np.argpartition(-logits, count - 1)[:, :count]
     values = np.take_along_axis(logits, kept, -1)
     if temperature > 0:
-        largest = values.max(-1, keepdims=True)  # so that no temperature, however small, makes two infinities
+        largest = values.max(-1, keepdims=True)  # so that even the smallest temperature does not make two infinities
         values = (values - largest) / temperature + np.random.gumbel(size=values.shape)
     return np.take_along_axis(kept, values.argmax(-1)[:, None], -1)[:, 0]
 
 
 def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
-    """The rules of `generate`, and its prompts as `runs`."""
+    """Check the arguments of `generate`; return its prompts as `runs`."""
     owner = f"{model.cls_name}.generate"
     if model.num_tokens is None:
         raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
@@ -84,7 +85,7 @@ def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, 
 
 
 def runs(owner, mask, shape):
-    """Where the tokens of each row begin and how many they are, one run each: two arrays."""
+    """Return where the tokens of each row begin and how many there are, as two arrays; they must be contiguous."""
     if mask is None:
         return np.zeros(shape[0], np.int64), np.full(shape[0], shape[1])
     mask = mask.asnumpy()
@@ -104,24 +105,26 @@ def longest_window(model):
 
 
 def padded(model, n):
-    """A length of at least n: one for many n, as each new length is planned, and in Graph mode compiled, anew."""
-    if not model.global_takes_cache:  # nothing is known of what such a layer sees
+    """Return a length of at least n, the same for many n: each new length is planned, and in Graph mode compiled,
+    anew."""
+    if not model.global_takes_cache:  # it is unknown what such a layer sees
         return n
     step = min(longest_window(model), 1 << int(n - 1).bit_length())
     return min(-(-n // step) * step, model.max_seq_len)
 
 
 def whole_logits(model, tokens, ends):
-    """Logits of the token after the first `ends` of each row of `tokens`, by a call on the last `max_seq_len`."""
+    """Return the logits after the first `ends` tokens of each row of `tokens`, by a call on the last `max_seq_len`
+    tokens."""
     starts = np.maximum(0, ends - model.max_seq_len)
     lengths = ends - starts
     even = (lengths == lengths[0]).all()
-    if not (even or model.global_takes_mask or model.global_takes_cache):  # such a layer would see the padding
+    if not (even or model.global_takes_mask or model.global_takes_cache):  # this layer would see the padding
         return np.concatenate([whole_logits(model, tokens[row:row + 1], ends[row:row + 1])
                                for row in range(len(ends))])
     places = np.arange(padded(model, lengths.max()))
     seen = np.take_along_axis(tokens, starts[:, None] + places, 1)
-    unneeded = model.causal and (even or model.global_takes_cache)  # what is causal does not see what comes after it
+    unneeded = model.causal and (even or model.global_takes_cache)  # a causal model does not see what comes later
     logits = model(Tensor(seen), None if unneeded else Tensor(places < lengths[:, None]))
     return as_array(logits)[np.arange(len(ends)), lengths - 1]
 
@@ -131,10 +134,11 @@ def as_array(logits):
 
 
 def next_logits(model, token, position, rings, sizes, *flat):
-    """A step of decoding: logits of the token after `token (b, 1)` at a `position`, as caches have it, and the caches
-    of global layers as flat as they came, behind the model's biases.
+    """Compute a step of decoding: return the logits after `token (b, 1)` at a `position`, in the form of caches, and
+    the caches of global layers. `flat` has the model's biases, then the caches of global layers.
 
-    Flat, as a tuple that goes into a compiled function is a constant of it, and every token would compile anew.
+    All are flat, because a tuple that is passed to a compiled function is a constant of it: every token would compile
+    anew.
     """
     clock, rows = clock_and_rows(position)
     layers, start = [], len(model.bias_distances)
@@ -174,15 +178,15 @@ def _collect(values, parts, places, met):
 
 
 class State:
-    """What a model is made of: its Cells, their settings and Parameters, where the data of these is, and the backend
-    that is wanted.
+    """What a model consists of: its Cells, their settings and Parameters, the addresses of their data, and the
+    requested backend.
 
-    `Parameter.set_data` and what is built on it, such as loading a checkpoint, put other data in the place of a
-    Parameter's, and a compiled function goes on with the former; optimizers and `ops.assign` change the data itself.
+    `Parameter.set_data`, and what uses it, such as loading a checkpoint, replace the data of a Parameter, while a
+    compiled function keeps using the old data. Optimizers and `ops.assign` change the data in place.
     """
 
     def __init__(self, model):
-        self.parts, self.places = [native.wanted[0]], []  # the parts themselves: an identity could come back
+        self.parts, self.places = [native.wanted[0]], []  # not their ids, which are reused once a part is freed
         _collect((model,), self.parts, self.places, set())
 
     def __eq__(self, other):
@@ -191,10 +195,12 @@ class State:
 
 
 class Steps:
-    """The compiled steps of a model, one for each kind of batch, as long as it is what they were compiled of.
+    """The compiled steps of a model, one for each kind of batch, valid as long as the model is what they were compiled
+    from.
 
-    Functions around the model, as a Cell with a compiled method is compiled to that method wherever it is called later.
-    Rings outlive steps: what MindSpore has compiled, it holds with its Parameters until the process ends.
+    They are functions around the model: a Cell with a compiled method would be compiled to that method wherever it is
+    called later. Rings outlive steps, because MindSpore keeps whatever it compiled, and its Parameters, until the
+    process ends.
     """
 
     def __init__(self):
@@ -204,7 +210,7 @@ class Steps:
         return Steps()
 
     def after(self, model, layers):
-        """`next_logits`, compiled at its first call, its rings filled with the caches of a prompt."""
+        """Return `next_logits`, compiled at its first call, with its rings filled with the caches of a prompt."""
         state = State(model)
         if self.state is None or state != self.state:
             self.state, self.steps = state, {}
@@ -224,13 +230,14 @@ _numbers = numbers()
 
 
 def _compiled(function):
-    """A function by a name of its own: MindSpore warns of one that was compiled before, for another model."""
+    """Compile a function under a unique name. Otherwise MindSpore warns that it was compiled before, for another
+    model."""
     function.__name__ += f"_{next(_numbers)}"
     return ms.jit(function)
 
 
 def filled_rings(caches, prefix):
-    """Rings for such caches, and what fills them."""
+    """Return rings for such caches, and a function that fills them."""
     rings = Rings(caches, prefix)
 
     def fill(*caches):
@@ -239,17 +246,17 @@ def filled_rings(caches, prefix):
 
 
 def compiled_step(model, rings, sizes):
-    """`next_logits` with the rings that it keeps; of so many tensors are the caches of global layers."""
+    """Return `next_logits` with its rings; `sizes` are the numbers of tensors in the caches of global layers."""
     def step(token, position, *flat):
         return next_logits(model, token, position, rings, sizes, *flat)
-    if hasattr(model, "amp_strategy"):  # of `amp` at "auto", which MindSpore gives to the model's own calls
+    if hasattr(model, "amp_strategy"):  # set by `amp` at "auto"; MindSpore applies it to the model's own calls
         step.amp_strategy = model.amp_strategy
     return _compiled(step)
 
 
 @contextmanager
 def evaluating(model):
-    """A model in evaluation, and after that each of its Cells in the mode that it was in."""
+    """Switch a model to evaluation; afterwards, return each of its Cells to its former mode."""
     modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
     trains = any(training for _, training in modes)
     if trains:
@@ -262,7 +269,7 @@ def evaluating(model):
 
 
 def eval_decorator(function):
-    """A function of a model, and of whatever else, that runs with the model in evaluation."""
+    """Make a function, whose first argument is a model, run with the model in evaluation."""
     @wraps(function)
     def inner(model, *args, **kwargs):
         with evaluating(model):
@@ -271,7 +278,7 @@ def eval_decorator(function):
 
 
 def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
-    """What `LocalTransformer.generate` gives: tokens of each row moved to the left, and then one at a time."""
+    """Implement `LocalTransformer.generate`: move the tokens of each row to the left, then generate one at a time."""
     begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)
     given, rows = prime.asnumpy(), np.arange(len(lengths))
     even = (lengths == lengths[0]).all()

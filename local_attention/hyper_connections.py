@@ -1,12 +1,12 @@
-r"""Hyper-connections: several residual streams beside each other in place of one.
+r"""Hyper-connections: several parallel residual streams instead of one.
 
-Every half of a layer works on a weighted sum of the streams, its output is added to each of them with a weight, and
-the streams themselves are mixed. All these weights are learned numbers plus a learned function of the token:
+Every half of a layer works on a weighted sum of the streams. Its output is added to each stream with a weight, and the
+streams themselves are mixed. All these weights are learned numbers plus a learned function of the token:
 
     D. Zhu et al., "Hyper-Connections", 2024, https://arxiv.org/abs/2409.19606
 
-in the form that the PyTorch package `hyper-connections` 0.4.11 by Phil Wang (MIT licence) gives `local-attention`. They
-drop nothing and compute the same in training and in evaluation.
+The form is the one that the PyTorch package `hyper-connections` 0.4.11 by Phil Wang (MIT licence) gives
+`local-attention`. They drop nothing and compute the same in training and in evaluation.
 """
 import mindspore as ms
 import numpy as np
@@ -21,28 +21,28 @@ _matmul, _product, _product_of_transposed = ops.MatMul(), ops.BatchMatMul(), ops
 
 
 def expand(x, count):
-    """Streams `(b, n, count, d)`, each of which is `x (b, n, d)`."""
+    """Return streams `(b, n, count, d)`, each of which is `x (b, n, d)`."""
     b, n, dim = x.shape
     ones = ops.ones((b * n, count, 1), x.dtype)
-    return _product(ones, x.reshape(b * n, 1, dim)).reshape(b, n, count, dim)  # whose gradient sums by a product too
+    return _product(ones, x.reshape(b * n, 1, dim)).reshape(b, n, count, dim)  # its gradient sums by a product too
 
 
 def reduce(streams):
-    """The sum `(b, n, d)` of streams `(b, n, count, d)`."""
+    """Return the sum `(b, n, d)` of streams `(b, n, count, d)`."""
     b, n, count, dim = streams.shape
     ones = ops.ones((b * n, 1, count), streams.dtype)
     return _product(ones, streams.reshape(b * n, count, dim)).reshape(b, n, dim)
 
 
 def add_output(streams, out, beta):
-    """Streams `(b, n, count, d)` plus `out (b, n, d)`, times `beta (b * n, count, 1)`."""
+    """Add to streams `(b, n, count, d)` the product of `out (b, n, d)` and `beta (b * n, count, 1)`."""
     b, n, dim = out.shape
-    out = ops.cast(out, streams.dtype)  # a layer may have been cast to half precision, and what goes past it not
+    out = ops.cast(out, streams.dtype)  # a layer may be cast to half precision while its residual stream is not
     return streams + _product(beta, out.reshape(b * n, 1, dim)).reshape(streams.shape)
 
 
 class _Norm(nn.Cell):
-    """Holds the weight of an RMSNorm, less 1; what is computed with it is part of :class:`HyperConnection`."""
+    """Holds the weight of an RMSNorm, minus 1. :class:`HyperConnection` computes with it."""
 
     def __init__(self, dim):
         super().__init__()
@@ -51,16 +51,16 @@ class _Norm(nn.Cell):
 
 class HyperConnection(Float32):
     r"""
-    What a half of a layer takes from the residual streams, and gives back to them.
+    The weights with which a half of a layer reads from the residual streams, and writes back to them.
 
     For each token, with its streams as rows :math:`H (s, d)` and RMSNorm of each row:
 
     .. math::
         [\alpha, \beta] = \tanh(norm(H) [F_\alpha, f_\beta]) \cdot [c_\alpha, c_\beta] + [A, b]
 
-    of which column 0 of :math:`\alpha (s, 1 + s)` makes the input of the half, :math:`\alpha_0^T H`, the others the
-    streams that go past it, :math:`\alpha_{1 \dots s}^T H`, and :math:`\beta (s)` is how much of the output each of
-    these gets. Initially :math:`F, f` are 0, the input is one stream, drawn at random, and all streams get the output.
+    Column 0 of :math:`\alpha (s, 1 + s)` makes the input of the half, :math:`\alpha_0^T H`. The other columns make the
+    streams that bypass it, :math:`\alpha_{1 \dots s}^T H`. :math:`\beta (s)` is how much of the output is added to each
+    of these. Initially :math:`F, f` are 0, the input is one stream, drawn at random, and all streams get the output.
 
     Args:
         count (int): Number of streams, s.
@@ -80,10 +80,10 @@ class HyperConnection(Float32):
     def __init__(self, count, dim):
         super().__init__()
         self.count, self.dim = count, dim
-        drawn = np.eye(count)[:, np.random.randint(count, size=1)]  # of the generator that `mindspore.set_seed` seeds
+        drawn = np.eye(count)[:, np.random.randint(count, size=1)]  # `mindspore.set_seed` seeds this, too
         self.static_alpha = Parameter(Tensor(np.concatenate([drawn, np.eye(count)], 1), ms.float32), "static_alpha")
         self.dynamic_alpha_fn = Parameter(ops.zeros((dim, 1 + count), ms.float32), "dynamic_alpha_fn")
-        # of shape (1,), as `ops.clip_by_global_norm` makes that the shape of a scalar's gradient
+        # shape (1,), because `ops.clip_by_global_norm` gives the gradient of a scalar that shape
         self.dynamic_alpha_scale = Parameter(Tensor([0.01], ms.float32), "dynamic_alpha_scale")
         self.static_beta = Parameter(ops.ones((count,), ms.float32), "static_beta")
         self.dynamic_beta_fn = Parameter(ops.zeros((dim,), ms.float32), "dynamic_beta_fn")
@@ -97,8 +97,8 @@ class HyperConnection(Float32):
         b, n, count, dim = streams.shape
         rows = ops.cast(streams, ms.float32).reshape(-1, dim)
         squares = _matmul(ops.square(rows), ops.ones((dim, 1), ms.float32))
-        inverse = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
-        gain = (self.norm.gamma + 1.) * dim ** 0.5  # of the norm, put into a small matrix and not the many rows
+        inverse = ops.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
+        gain = (self.norm.gamma + 1.) * dim ** 0.5  # the norm's, multiplied into a small matrix instead of many rows
         functions = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape(-1, 1)), 1) * gain.reshape(-1, 1)
         scales = ops.cat((ops.tile(self.dynamic_alpha_scale, (1 + count,)), self.dynamic_beta_scale))
         static = ops.cat((self.static_alpha, self.static_beta.reshape(-1, 1)), 1)
@@ -112,9 +112,10 @@ class HyperConnection(Float32):
 
 
 class HyperConnections(nn.Cell):
-    """The hyper-connections of a model: two of each layer, and one of each layer with a number in `global_layers`.
+    """The hyper-connections of a model: two for each layer, and one for each layer whose number is in `global_layers`.
 
-    A tree of their own, and not around what they connect, so that this has the same name with them and without.
+    They are a separate tree, instead of wrapping what they connect, so that the rest of the model keeps its parameter
+    names.
     """
 
     def __init__(self, count, dim, depth, global_layers=()):

@@ -6,8 +6,8 @@ from mindspore.ops import constexpr
 from . import checks, parallel
 from .attend import Problem, check_backend, explain, new_salt
 from .backends.spans import SELF_SCORE
-from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - where upstream has it too
-from .windows import Windowed, Windows, l2norm  # noqa: F401 - l2norm likewise
+from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - upstream has it here too
+from .windows import Windowed, Windows, l2norm  # noqa: F401 - for the same reason
 
 TOKEN_SELF_ATTN_VALUE = SELF_SCORE
 LARGEST = {"Float32": (2 - 2.**-23) * 2.**127, "Float16": 65504., "BFloat16": (2 - 2.**-7) * 2.**127,
@@ -15,7 +15,7 @@ LARGEST = {"Float32": (2 - 2.**-23) * 2.**127, "Float16": 65504., "BFloat16": (2
 
 
 def default(value, instead):
-    """A value, or where it is None another."""
+    """Return a value, or another one if it is None."""
     return instead if value is None else value
 
 
@@ -26,12 +26,12 @@ def _lowest(got):
 
 
 def max_neg_value(tensor):
-    """The most negative finite number of a tensor's dtype."""
+    """Return the most negative finite number of a tensor's dtype."""
     return _lowest(checks.described(tensor))
 
 
 def pad_to_multiple(tensor, multiple, dim=-1, value=0):
-    """Pad an axis (counted from the end) at its end to a multiple: `(whether it was needed, the tensor)`."""
+    """Pad an axis at its end to a multiple; return `(whether it was needed, the tensor)`."""
     missing = -tensor.shape[dim] % multiple
     if missing == 0:
         return False, tensor
@@ -41,7 +41,8 @@ def pad_to_multiple(tensor, multiple, dim=-1, value=0):
 
 
 def look_around(x, backward=1, forward=0, pad_value=-1, dim=2):
-    """Beside each window of `x (b, windows, n, ...)` its neighbours: `(b, windows, (backward + 1 + forward) * n, ...)`.
+    """Put the neighbours of each window of `x (b, windows, n, ...)` beside it: `(b, windows, (backward + 1 + forward) *
+    n, ...)`.
 
     Windows that do not exist are filled with `pad_value`; `dim` is the axis that grows.
     """
@@ -58,8 +59,8 @@ class LocalAttention(Windowed):
 
     Query :math:`i` of window :math:`w = \lfloor i / W \rfloor` sees the keys from the start of window
     :math:`w - look\_backward` to the end of window :math:`w + look\_forward`; with `exact_windowsize`, the keys
-    :math:`i - W \cdot look\_backward` to :math:`i + W \cdot look\_forward`, both included. When `causal`, none after
-    :math:`i`. ``print(attn.spec.show(16))`` draws it. Cost and memory are linear in the sequence.
+    :math:`i - W \cdot look\_backward` to :math:`i + W \cdot look\_forward`, both included. When `causal`, it sees no
+    key after :math:`i`. ``print(attn.spec.show(16))`` draws the mask. Cost and memory are linear in the sequence.
 
     The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
 
@@ -69,56 +70,57 @@ class LocalAttention(Windowed):
         look_backward (int): Windows seen before the query's own. Default: ``1`` .
         look_forward (int): Windows seen after it; ``None`` is 0 when causal and 1 otherwise. Default: ``None`` .
         dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
-        shared_qk (bool): Whether queries and keys are the same vectors: keys are L2-normalised, and a query attends
-            to itself only where it has nothing else. Default: ``False`` .
-        rel_pos_emb_config (tuple): Earlier form of `dim`: its first entry. Default: ``None`` .
-        dim (int): Head dimension, which turns rotary position embedding on. Default: ``None`` .
+        shared_qk (bool): Whether queries and keys are the same vectors. Keys are L2-normalised, and a query attends
+            to itself only if it sees nothing else. Default: ``False`` .
+        rel_pos_emb_config (tuple): Earlier form of `dim`, which is its first entry. Default: ``None`` .
+        dim (int): Head dimension; it turns rotary position embedding on. Default: ``None`` .
         autopad (bool): Whether any sequence length is accepted, not only multiples of the window. Default: ``False`` .
         exact_windowsize (bool): Whether every query sees the same number of keys. Default: ``False`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         use_rotary_pos_emb (bool): Whether `dim` turns rotary embedding on. Default: ``True`` .
-        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
-        xpos_scale_base (float): In positions; ``None`` is :math:`\lfloor W/2 \rfloor`. Default: ``None`` .
-        prefix (int): How many positions at the start of a sequence every query sees, wherever its window is; when
-            `causal`, those at or after them. Default: ``0`` .
+        use_xpos (bool): Whether rotary embedding, if it is on, is xpos. Default: ``False`` .
+        xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is :math:`\lfloor W/2 \rfloor`.
+            Default: ``None`` .
+        prefix (int): How many positions at the start of a sequence every query sees, wherever its window is. When
+            `causal`, a query sees none of them after itself. Default: ``0`` .
         softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
-            (Gemma 2); ``None`` leaves them. Default: ``None`` .
-        backend (str): What computes it, by name: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None``
-            is the fastest that can. Default: ``None`` .
-        sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are one rank's slice of sequences that
-            the ranks of a communication group hold together, in the order of their ranks: ``True`` is all ranks, a
-            str the name of a group of `mindspore.communication.create_group`. Keys, values, mask and documents of the
-            neighbours are exchanged as far as spans reach, of as many heads as k has, and gradients on the way back.
-            Documents need `exact_windowsize` then, and go without `attn_bias`. All ranks call it with slices of
-            one length `n`. It is a multiple of W, with `autopad` too, and at least :math:`W \cdot look\_backward` and
-            :math:`W \cdot look\_forward`. In one compiled function, two calls of which neither depends on the other
-            may be ordered differently on different ranks: put those into two. Default: ``False`` .
+            (Gemma 2); ``None`` caps nothing. Default: ``None`` .
+        backend (str): The name of a backend: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None`` is
+            the fastest one that can run the call. Default: ``None`` .
+        sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are this rank's slice of sequences that
+            the ranks of a communication group hold together, in the order of the ranks. ``True`` is all ranks, a str
+            the name of a group made by `mindspore.communication.create_group`. Neighbours exchange keys, values, mask
+            and documents as far as spans reach, for as many heads as k has; backward, they exchange gradients.
+            Documents then need `exact_windowsize` and exclude `attn_bias`. All ranks call it with slices of one
+            length `n`, a multiple of W (with `autopad` too) and at least :math:`W \cdot look\_backward` and
+            :math:`W \cdot look\_forward`. Two independent calls in one compiled function may run in different orders
+            on different ranks: put them into two functions. Default: ``False`` .
 
     Inputs:
         - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
           dtype: float32, float16 or bfloat16. k and v may have fewer heads, a divisor of q's: query head `i` of `h`
           reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. The softmax is computed in float32.
-        - **mask** (Tensor) - bool :math:`(batch, n)`, True = a real key; `batch` divides the product of the leading
-          axes. Default: ``None`` .
-        - **input_mask** (Tensor) - Another name of `mask`, which goes before it. Default: ``None`` .
-        - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores:
-          row = place of the query in its window, column = place of the key in the window's span. With
+        - **mask** (Tensor) - Padding mask, bool :math:`(batch, n)`, True = a real key; `batch` divides the product of
+          the leading axes. Default: ``None`` .
+        - **input_mask** (Tensor) - Another name of `mask`; if both are given, `mask` is used. Default: ``None`` .
+        - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores.
+          The row is the place of the query in its window, the column the place of the key in the window's span. With
           `exact_windowsize` also :math:`(h, 1, W \cdot (look\_backward + look\_forward) + 1)`, a number for each
           offset. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
-        - **segment_ids** (Tensor) - int :math:`(batch, n)`: consecutive tokens of one id are a document, and the result
-          is that of a call on each by itself. A negative id is padding: seen by nobody, and it sees nothing.
-          Default: ``None`` .
-        - **sinks** (Tensor) - :math:`(h,)`, a score that joins the softmax of every query of its head and has no value
-          (gpt-oss). Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(batch, n)`. Consecutive tokens with the same id are a document. The
+          result is that of a separate call on each document. A negative id is padding: it sees nothing, and no query
+          sees it. Default: ``None`` .
+        - **sinks** (Tensor) - :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no
+          value (gpt-oss). Default: ``None`` .
 
     Outputs:
         Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.
-        ValueError: If an argument is out of its range, shapes do not agree, the sequence is no multiple of the window
-            without `autopad`, or, with `sequence_parallel`, there is no such group or a slice is too short.
+        ValueError: If an argument is out of its range; if shapes do not agree; if the sequence is not a multiple of the
+            window, without `autopad`; or if, with `sequence_parallel`, there is no such group or a slice is too short.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -182,26 +184,26 @@ class LocalAttention(Windowed):
             self.rotary_dim = dim
             self.rel_pos = SinusoidalEmbeddings(dim, scale_base=xpos_scale_base, use_xpos=use_xpos)
         self.use_rotary_pos_emb = use_rotary_pos_emb
-        self.use_xpos = use_xpos and self.rel_pos is not None  # it is a kind of rotary embedding
+        self.use_xpos = use_xpos and self.rel_pos is not None  # xpos is a kind of rotary embedding
 
     def extend_repr(self):
         return checks.settings(self)
 
     def explain(self, n, dtype=None, mask=False, attn_bias=False, *, segment_ids=False, sinks=False, share=1):
-        """In words: the backend that would run a sequence of n, why no other would, and what one key head of it costs.
+        """Describe which backend would run a sequence of n, why the others would not, and what one key head costs.
 
         Args:
             n (int): Sequence length.
             dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
             mask (bool): Whether the call has a mask. Default: ``False`` .
             attn_bias (bool): Whether the call has a bias. Default: ``False`` .
-            segment_ids (bool): Whether the call has documents; they are counted as one. Default: ``False`` .
+            segment_ids (bool): Whether the call has documents; costs are those of one document. Default: ``False`` .
             sinks (bool): Whether the call has sinks. Default: ``False`` .
             share (int): How many query heads share a key head. Default: ``1`` .
 
         Returns:
-            str, a line for each backend, the options, the multiply-adds, the bytes of scores and of inputs and output,
-            and what a compiled function compiles anew for.
+            str, a line for each backend, the options, the multiply-adds, the bytes of the scores and of the inputs and
+            the output, and what makes a compiled function compile again.
         """
         owner = "LocalAttention.explain"
         checks.positive_int(owner, "n", n)

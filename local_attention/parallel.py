@@ -1,10 +1,10 @@
-"""Sequences longer than one device: every rank of a group holds one slice, in the order of the ranks.
+"""Sequence parallelism: every rank of a group holds one slice of the sequences, in the order of the ranks.
 
-A slice needs the keys, values, mask and ids of documents of its neighbours that its outermost queries see, the halo,
-and nothing else of them: what is exchanged depends neither on the length of the sequence nor on the number of ranks.
-(Three numbers of each rank, once a model, say where documents began.) Collectives are executed in one order by all
-ranks. A compiler may reorder what does not depend on each other, so each collective here works on data, and depends on
-the one before it.
+A slice needs from its neighbours only the halo: the keys, values, mask and ids of documents that its outermost queries
+see. So the amount exchanged depends neither on the length of the sequence nor on the number of ranks. (Once per model,
+each rank also sends three numbers that say where documents began.) All ranks must execute collectives in one order, and
+a compiler may reorder operations that do not depend on each other. So each collective here works on data, and depends
+on the one before it.
 """
 from dataclasses import dataclass
 from functools import lru_cache, cache
@@ -26,7 +26,7 @@ class Group:
     size: int
 
     def before(self, rows):
-        """How many rows of the previous rank there are beside this one's, if there is one."""
+        """Return how many rows of the previous rank come before this rank's own: 0 if there is no previous rank."""
         return rows if self.rank > 0 else 0
 
     def after(self, rows):
@@ -34,9 +34,9 @@ class Group:
 
 
 def group_of(owner, argument, name):
-    """The group of a name, or of all ranks where that is True or None."""
+    """Return the group of a name, or of all ranks for True or None."""
     known = name if isinstance(name, str) else communication.GlobalComm.WORLD_COMM_GROUP
-    if communication.GlobalComm.INITED:  # before that, every process is told that it is the first of one
+    if communication.GlobalComm.INITED:  # before that, MindSpore tells every process that it is the first of one
         try:
             return Group(known, communication.get_rank(known), communication.get_group_size(known))
         except (RuntimeError, ValueError):
@@ -46,14 +46,14 @@ def group_of(owner, argument, name):
 
 
 def sequence_group(owner, sequence_parallel):
-    """The group that `sequence_parallel` means, None for none: of all ranks, or of those of a group by name."""
+    """Return the group that `sequence_parallel` means: of all ranks, or the one of that name; None for no group."""
     if not isinstance(sequence_parallel, (bool, str)):
         raise checks.type_error(owner, "sequence_parallel", "a bool or the name of a communication group",
                                 sequence_parallel)
     if sequence_parallel is False:
         return None
     group = group_of(owner, "sequence_parallel", sequence_parallel)
-    if _platform() is _PairSums:  # by all ranks in one order, here and not in the middle of a first call
+    if _platform() is _PairSums:  # by all ranks in one order, here rather than during a first call
         for first in sorted((group.rank - 1, group.rank), key=lambda first: first % 2):
             if 0 <= first < group.size - 1:
                 _pair(group.name, first)
@@ -62,19 +62,19 @@ def sequence_group(owner, sequence_parallel):
 
 @cache
 def _pair(name, first):
-    """The group of two neighbours, made once."""
+    """Make the group of two neighbours, once."""
     pair = f"{name}.neighbours.{first}"
     communication.create_group(pair, communication.get_process_group_ranks(name)[first:first + 2])
     return pair
 
 
-# ---- the exchange with the neighbours, one function on every platform
+# ---- the exchange with the neighbours: the same call on every platform
 
 
 class _PairSums(nn.Cell):
-    """The exchange where reductions are all there is: with each neighbour, the sum over the two of a buffer in which
-    each fills its own part. Ranks whose number is even begin with the next one, odd ones with the previous one, so
-    that no rank waits for more than one other exchange."""
+    """The exchange where reductions are the only collectives. With each neighbour, the two sum a buffer of which each
+    fills its own part. Ranks with an even number begin with the next rank, those with an odd number with the previous
+    one. So no rank waits for more than one other exchange."""
 
     def __init__(self, group, up, down):
         super().__init__()
@@ -101,7 +101,8 @@ class _PairSums(nn.Cell):
                             self.slice(of_next, (self.down,), (self.up,))))
 
     def _with_next(self, mine, last):
-        """What the two put in, what goes down first; without a next rank something of that shape, which is not read."""
+        """Return what the two put in, first what goes down; without a next rank, something of that shape that is not
+        read."""
         if not self.has_next:
             return last
         if self.down == 0:
@@ -121,7 +122,7 @@ class _PairSums(nn.Cell):
 
 
 class _AllToAll(nn.Cell):
-    """The exchange where a rank can send to some of the others alone. Written for Ascend, where it has not been run;
+    """The exchange where a rank can send to only some of the others. Written for Ascend, where it has not been run;
     tested with an emulation of the operator."""
 
     def __init__(self, group, up, down):
@@ -132,8 +133,8 @@ class _AllToAll(nn.Cell):
         if group.rank < group.size - 1:
             sent[group.rank + 1], received[group.rank + 1] = down, up
         self.sent, self.received = tuple(sent), tuple(received)
-        self.count, self.some_come = sum(sent), sum(received) > 0  # on Ascend no graph with a bprop in it sums a tuple
-        self.start = 0 if group.rank > 0 else up  # what would go to a rank that is not there is not sent
+        self.count, self.some_come = sum(sent), sum(received) > 0  # on Ascend, no graph with a bprop can sum a tuple
+        self.start = 0 if group.rank > 0 else up  # a part for a rank that does not exist is not sent
         self.missing_before, self.missing_after = down - group.before(down), up - group.after(up)
         self.all_to_all = ops.AlltoAllV(group=group.name)
         self.slice, self.concat = ops.Slice(), ops.Concat(0)
@@ -156,10 +157,10 @@ def _platform():
 
 
 def exchange(group, up, down):
-    """A Cell from what goes to the neighbours to what comes from them, flat and of one length on every rank.
+    """Return a Cell that sends data to the neighbours and returns theirs, flat and of one length on every rank.
 
-    Its input is `up` elements for the previous rank and `down` for the next one, its output `down` elements of the
-    previous rank and `up` of the next one. What concerns a rank that does not exist is not to be read.
+    Its input is `up` elements for the previous rank and `down` for the next one; its output is `down` elements of the
+    previous rank and `up` of the next one. Elements of a rank that does not exist must not be read.
     """
     return _platform()(group, up, down)
 
@@ -168,19 +169,19 @@ def exchange(group, up, down):
 
 
 class _Halo(nn.Cell):
-    """Keys and values `(groups, n, d)` and what else is known of keys `(batch, n)`, all of one dtype, with rows of the
-    neighbours too.
+    """Adds rows of the neighbours to keys and values `(groups, n, d)` and to other data of the keys `(batch, n)`, all
+    of one dtype.
 
-    The gradients of those rows go back to whose they are. Without anything else `batch` is 0, and what is given as it
-    comes back.
+    The gradients of these rows go back to the ranks that own them. Without other data, `batch` is 0, and the tensor in
+    its place is returned unchanged.
     """
 
     def __init__(self, group, shape, batch, backward, forward):
         super().__init__()
         self.groups, self.n, self.head_dim = shape
         self.batch, self.backward, self.forward = batch, backward, forward
-        self.before, self.after = group.before(backward), group.after(forward)  # rows that come, and rows whose
-        self.first, self.last = group.before(forward), group.after(backward)  # gradients come back
+        self.before, self.after = group.before(backward), group.after(forward)  # rows that come, and rows
+        self.first, self.last = group.before(forward), group.after(backward)  # whose gradients come back
         self.row = 2 * self.groups * self.head_dim
         self.there = exchange(group, forward * (self.row + batch), backward * (self.row + batch))
         self.back = exchange(group, backward * self.row, forward * self.row)
@@ -216,7 +217,7 @@ class _Halo(nn.Cell):
         return dk, dv, ops.zeros(more.shape, more.dtype)
 
     def _edges(self, tensors, n, first, last):
-        """The first rows of tensors of n rows and their last ones, flat."""
+        """Return the first rows of tensors of n rows, then their last ones, flat."""
         parts = []
         for start, rows in ((0, first), (n - last, last)):
             if rows > 0:
@@ -225,7 +226,7 @@ class _Halo(nn.Cell):
         return self.join(parts)
 
     def _keys(self, flat, start, rows):
-        """Keys and values of one neighbour."""
+        """Return the keys and values of one neighbour."""
         size, shape = self.groups * rows * self.head_dim, (self.groups, rows, self.head_dim)
         return (self.slice(flat, (start,), (size,)).reshape(shape),
                 self.slice(flat, (start + size,), (size,)).reshape(shape))
@@ -239,7 +240,7 @@ class _Halo(nn.Cell):
         return self.slice(x, (0, start, 0), (x.shape[0], rows, x.shape[2]))
 
     def _add(self, x, rows, start):
-        """x with `rows` added from row `start` on."""
+        """Return x with `rows` added to it from row `start` on."""
         parts, after = [rows], self.n - start - rows.shape[1]
         if start > 0:
             parts = [ops.zeros((self.groups, start, self.head_dim), x.dtype)] + parts
@@ -250,7 +251,7 @@ class _Halo(nn.Cell):
 
 @constexpr
 def _sent_as(dtype):
-    """On CPU, collectives do not know bfloat16."""
+    """Return the dtype to send: on CPU, collectives have no bfloat16."""
     return ms.float32 if dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU" else dtype
 
 
@@ -258,7 +259,7 @@ _halo = constexpr(lru_cache(maxsize=64)(_Halo))
 
 
 def _digits(ids, dtype):
-    """Whole numbers `(batch, n)` as their bytes `(count * batch, n)`, which any dtype of floats holds exactly."""
+    """Return integers `(batch, n)` as their bytes `(count * batch, n)`, which every float dtype holds exactly."""
     parts = []
     for place in range(_bytes(ids.dtype)):
         parts.append(ops.bitwise_and(ops.bitwise_right_shift(ids, 8 * place), 255))
@@ -266,11 +267,11 @@ def _digits(ids, dtype):
 
 
 def _number(digits, dtype):
-    """The numbers that bytes, as `_digits` has them, are of."""
+    """Return the integers of the bytes that `_digits` made."""
     parts = ops.cast(ops.cast(digits, ms.float32), dtype).reshape(_bytes(dtype), -1, digits.shape[1])
     last = parts[_bytes(dtype) - 1]
-    ids = last - 256 * ops.cast(last > 127, dtype)  # which has the sign
-    for place in range(_bytes(dtype) - 2, -1, -1):  # GPU shifts no numbers by one for all, outside of graphs
+    ids = last - 256 * ops.cast(last > 127, dtype)  # it has the sign
+    for place in range(_bytes(dtype) - 2, -1, -1):  # outside graphs, GPU cannot shift all numbers by one amount
         ids = ids * 256 + parts[place]
     return ids
 
@@ -281,9 +282,9 @@ def _bytes(dtype):
 
 
 def with_halo(group, k, v, mask, segment_ids, backward, forward):
-    """`k, v (groups, n, d)`, a bool mask and ids of documents, `(batch, n)` each or None, with the rows of the
-    neighbours that a span reaches: `backward` before the own ones and `forward` after them, where there is such a rank.
-    Also how many are before."""
+    """Add the rows of the neighbours that a span reaches to `k, v (groups, n, d)`, a bool mask and ids of documents,
+    `(batch, n)` each or None: `backward` rows before the own ones and `forward` after them, where that rank exists.
+    Also return how many rows come before."""
     if group.size == 1 or backward + forward == 0:
         return k, v, mask, segment_ids, 0
     dtype = _sent_as(k.dtype)
@@ -307,7 +308,8 @@ def with_halo(group, k, v, mask, segment_ids, backward, forward):
 
 
 def places(group, segment_ids):
-    """Of each of `(b, n)` ids the place of its token in its document, which may have begun on any rank before."""
+    """Return the place of each token in its document, for ids `(b, n)`. The document may have begun on any earlier
+    rank."""
     b, n = segment_ids.shape
     first = document_bounds(segment_ids)[..., 0]
     own = ops.arange(0, n, 1).reshape(1, n) - first
@@ -316,9 +318,9 @@ def places(group, segment_ids):
     ids = ops.stop_gradient(segment_ids)
     edges = ops.stack((ids[:, 0], ids[:, n - 1], ops.cast(own[:, n - 1], ids.dtype)), 0)
     heads, tails, last = _every_rank(group, edges.reshape(1, -1)).reshape(group.size, 3, b).unbind(1)
-    goes_on = ops.logical_and(heads[1:] == tails[:-1], heads[1:] >= 0)  # from the rank before
+    goes_on = ops.logical_and(heads[1:] == tails[:-1], heads[1:] >= 0)  # a document continues from the rank before
     goes_on = ops.cat((ops.zeros((1, b), ms.bool_), goes_on))
-    # where the document of a rank's last token began; 0 where that was not on this rank
+    # where the document of each rank's last token began; 0 if before this rank
     began = ops.arange(n - 1, group.size * n, n).reshape(-1, 1) - last
     began = ops.masked_fill(began, ops.logical_and(goes_on, last == n - 1), 0)
     before = group.rank * n - ops.amax(began[:max(group.rank, 1)], 0)
@@ -327,7 +329,8 @@ def places(group, segment_ids):
 
 
 def _every_rank(group, mine):
-    """`(1, n)` whole numbers of each rank, side by side; on CPU, groups have sums alone."""
+    """Return the integers `(1, n)` of every rank side by side. They are summed, because groups on CPU have no other
+    collective."""
     digits, n = _digits(mine, ms.float32), mine.shape[1]
     parts = [digits]
     if group.rank > 0:
@@ -342,8 +345,8 @@ _next_tokens = constexpr(lru_cache(maxsize=64)(lambda group, count: exchange(gro
 
 
 def next_tokens(group, x, ignore_index):
-    """The token, or the id, after each of `x (b, n)`, the first of the next rank after the last: int. After the very
-    last there is none, and `ignore_index` stands for it."""
+    """Return the token, or the id, after each of `x (b, n)`: int. The last one comes from the next rank. After the last
+    of the whole sequence there is none, and `ignore_index` stands there."""
     last = ops.full_like(x[:, :1], ignore_index)
     if group.size > 1:
         first = _digits(x[:, :1], ms.float32)
@@ -353,7 +356,8 @@ def next_tokens(group, x, ignore_index):
 
 
 def without_last(group, mask, b, n):
-    """A mask that hides the very last token, which a loss predicts from the others: `(b, n)`, `mask` or all ones."""
+    """Return a mask `(b, n)` that also hides the last token of the whole sequence, which a loss predicts from the
+    others. Without `mask`, all other tokens are real."""
     last = _last(group, b, n)
     return last if mask is None else ops.logical_and(mask, last)
 
@@ -366,8 +370,8 @@ def _last(group, b, n):
 
 
 class MeanOfRanks(nn.Cell):
-    """The mean of what the ranks of a group hold. Each differentiates its own: gradients averaged over the ranks, as
-    `nn.DistributedGradReducer` does, are those of the mean."""
+    """Computes the mean of what the ranks of a group hold. Each rank differentiates its own part: gradients averaged
+    over the ranks, as by `nn.DistributedGradReducer`, are the gradients of the mean."""
 
     def __init__(self, group):
         super().__init__()
@@ -385,11 +389,11 @@ class MeanOfRanks(nn.Cell):
 
 class AverageGradients(nn.Cell):
     r"""
-    The mean of gradients over the ranks of a group.
+    Average gradients over the ranks of a group.
 
-    All gradients travel in one buffer, and so in one collective, after every exchange that they come from: unlike with
-    `nn.DistributedGradReducer`, it may be compiled together with the gradients of a model with `sequence_parallel`. A
-    compiler is free to order collectives that do not depend on each other, on each rank in another way.
+    All gradients travel in one buffer, and so in one collective, which runs after every exchange that they depend on.
+    So, unlike `nn.DistributedGradReducer`, it may be compiled together with the gradients of a model with
+    `sequence_parallel`. (A compiler may order independent collectives differently on each rank.)
 
     Args:
         group (str): The name of a communication group; ``None`` is all ranks. Default: ``None`` .

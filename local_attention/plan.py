@@ -1,17 +1,17 @@
-"""From a span to blocks: which queries are worked on together, and the keys each block gathers. NumPy only."""
+"""From spans to blocks: which queries are computed together, and which keys each block gathers. NumPy only."""
 from dataclasses import dataclass
 
 import numpy as np
 
-SMALLEST, BLOCK = 32, 128  # queries worked on together: few keys gathered in vain, yet enough to do for a matmul
+SMALLEST, BLOCK = 32, 128  # queries in a block: few enough to gather few needless keys, enough to keep a matmul busy
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Blocks of queries that see their keys in one and the same pattern.
+    """Blocks of queries that all see their keys in the same pattern.
 
     `queries (blocks, rows)` and `keys (blocks, width)` are indices, all within the sequence; `visible (rows, width)`
-    says which of its block's keys a row sees.
+    says which keys of its block a row sees.
     """
     queries: np.ndarray
     keys: np.ndarray
@@ -19,12 +19,13 @@ class Run:
 
     @property
     def scores(self):
-        """How many scores one head of this run computes."""
+        """The number of scores that one head of this run computes."""
         return self.queries.size * self.keys.shape[1]
 
 
 def block_size(span, unit):
-    """Queries in a block, given how many keys a query sees: a multiple or a divisor of `unit`, that patterns repeat."""
+    """Return how many queries a block has, given how many keys a query sees: a multiple or a divisor of `unit`, so that
+    patterns repeat."""
     target = min(max(span // 2, SMALLEST), BLOCK) if span < 16 * BLOCK else span // 8
     if unit <= target:
         return target // unit * unit
@@ -33,9 +34,10 @@ def block_size(span, unit):
 
 
 def make_plan(spec, n_q, n_k, offset=0, period=1):
-    """The runs that cover `n_q` queries, which stand at `offset … offset + n_q - 1` of the `n_k` keys' sequence.
+    """Return the runs that cover `n_q` queries, which stand at `offset … offset + n_q - 1` of the `n_k` keys' sequence.
 
-    `period` is after how many positions a bias repeats; two blocks share a run only at the same place within it.
+    `period` is the number of positions after which a bias repeats. Blocks share a run only if they start at the same
+    place within a period.
     """
     unit = max(spec.bucket, period)
     rows = block_size(min(spec.backward + spec.bucket + spec.forward, n_k), unit)

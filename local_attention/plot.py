@@ -1,4 +1,4 @@
-"""Pictures of who may see whom and of who looks at whom; matplotlib, which is optional, is imported as one is drawn."""
+"""Pictures of masks and of attention weights. matplotlib is optional, and imported only to draw."""
 import functools
 import inspect
 
@@ -13,20 +13,20 @@ from .spec import WindowSpec
 
 def attention_weights(model, *inputs):
     """
-    The weights that every :class:`LocalAttention` , :class:`MultiHeadLocalAttention` and :class:`LocalSelfAttention` in
-    a model gives its keys, in one call of it without dropout.
+    Return the attention weights of every :class:`LocalAttention` , :class:`MultiHeadLocalAttention` and
+    :class:`LocalSelfAttention` in a model, in one call of the model without dropout.
 
     Args:
-        model (Cell): A Cell with one of these somewhere in it, or one itself.
-        inputs (Tensor): What it is called with.
+        model (Cell): One of these Cells, or a Cell that contains one.
+        inputs (Tensor): The inputs of the call.
 
     Returns:
-        list of arrays :math:`(..., n, n)`, one for each call of one of these in their order; a row, of one query, sums
-        to 1, or to 0 where it sees nothing.
+        list of arrays :math:`(..., n, n)`, one for each call of such a Cell, in order. A row is one query and sums to
+        1, or to 0 if the query sees nothing.
 
     Raises:
         TypeError: If `model` is not a Cell.
-        ValueError: If there is none of these in it.
+        ValueError: If `model` contains none of these Cells.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -64,7 +64,7 @@ def attention_weights(model, *inputs):
 
 
 def _of_values(cell, given):
-    """A call as a function of its values alone, and values of their shape."""
+    """Return a call as a function of its values alone, and the values."""
     if isinstance(cell, LocalAttention):
         def attend(v):
             return cell(**{**given, "v": v})
@@ -75,8 +75,8 @@ def _of_values(cell, given):
 
 
 def _weights(attend, v):
-    """With values that are 1 for one key and 0 for others, the output is the weights: of as many keys as a head is wide
-    at a time."""
+    """Compute attention weights: if values are 1 for one key and 0 for the others, the output is the weight of that
+    key. Each call gives the weights of as many keys as a head is wide."""
     n, width = v.shape[-2:]
     columns = []
     for start in range(0, n, width):
@@ -90,7 +90,7 @@ def plot_mask(spec, n, axes=None):
     Draw which keys (columns) each query (row) of an `n`-token sequence sees.
 
     Args:
-        spec (WindowSpec): As `attn.spec` is.
+        spec (WindowSpec): Which keys a query sees, for example `attn.spec`.
         n (int): Length of the sequence.
         axes (matplotlib.axes.Axes): Where to draw; ``None`` is a figure of its own. Default: ``None`` .
 
@@ -115,15 +115,14 @@ def plot_mask(spec, n, axes=None):
 
 def plot_weights(weights, names=None):
     """
-    Draw weights, a row of pictures for each call and a column for each head: query by key, darker for more.
+    Draw attention weights, a row of pictures for each call and a column for each head: query by key, darker for more.
 
-    Colours go with the square root of a weight, so that small ones show; what no head of a call sees is white. Lines
-    are at the first and the last key that each query sees.
+    Colours follow the square root of a weight, so that small ones show. Keys that no head of a call sees are white.
+    Lines mark the first and the last key that each query sees.
 
     Args:
-        weights (list): As `attention_weights` gives them; of a batch, the first sequence is drawn.
-        names (list): What each call is called above its pictures; ``None`` is "layer 1" and so on.
-            Default: ``None`` .
+        weights (list): The result of `attention_weights`; only the first sequence of a batch is drawn.
+        names (list): The title of each call; ``None`` is "layer 1" and so on. Default: ``None`` .
 
     Returns:
         matplotlib.figure.Figure.
@@ -165,7 +164,7 @@ def plot_weights(weights, names=None):
 
 
 def _draw_edges(axes, seen):
-    """Lines at the first and the last column that is True in each row, along the edges of pixels."""
+    """Draw lines at the first and the last column that is True in each row, along the edges of pixels."""
     rows, columns = seen.shape
     first, last = np.argmax(seen, 1) - 0.5, columns - 0.5 - np.argmax(seen[:, ::-1], 1)
     for edge in (first, last):
@@ -174,7 +173,7 @@ def _draw_edges(axes, seen):
 
 
 def _figure(rows, columns, size):
-    """A figure outside of pyplot, which would keep it, and axes in rows."""
+    """Return a figure with axes in rows. It is made without pyplot, which would keep it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

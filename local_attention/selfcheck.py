@@ -1,8 +1,8 @@
-"""Whether a machine computes what it should: `python -m local_attention.selfcheck [--device CPU|GPU|Ascend]`.
+"""Check that this machine computes right results: `python -m local_attention.selfcheck [--device CPU|GPU|Ascend]`.
 
-Every backend that can run there, forward and backward, against a definition in float64 and against `dense` there; then
-a training step, decoding and times. It exits 0 only if all that could run was right. What to send with a report is what
-it prints, or `--json FILE`.
+Every backend that can run here is compared, forward and backward, with a definition in float64 and with `dense` on this
+machine; then follow training steps, decoding and times. It exits with 0 only if everything that could run was right.
+Send what it prints, or the file of `--json FILE`, with a report.
 """
 import argparse
 import json
@@ -21,13 +21,13 @@ from local_attention.backends import native
 from local_attention.selfcheck_cases import BATCH, CASES, D, DROPOUT, HEADS, N, reference
 
 PRECISIONS = {"CPU": ("float32", "float16", "bfloat16"), "GPU": ("float32", "float16"),
-              "Ascend": ("float32", "float16", "bfloat16")}  # GPU: MindSpore has no cast to bfloat16 there
-LIMITS = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}  # of errors, beside the largest value or 1
+              "Ascend": ("float32", "float16", "bfloat16")}  # on GPU, MindSpore has no cast to bfloat16
+LIMITS = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}  # of errors, relative to the largest value or 1
 REFUSED = "cannot run this call: it "
 
 
 def computed(case, backend, precision, compiled):
-    """The same of a backend."""
+    """Return the output, the log-sum-exp and the gradients of a case, computed by a backend."""
     inputs = [Tensor(x) if name == "sinks" else Tensor(x).astype(getattr(ms, precision))
               for name, x in case.floats.items()]
     mask, ids = (Tensor(case.given[name]) if name in case.given else None for name in ("mask", "segment_ids"))
@@ -51,7 +51,8 @@ def computed(case, backend, precision, compiled):
 
 
 def distance(got, wanted):
-    """The largest difference, beside the largest value or 1; infinite where there is none."""
+    """Return the largest difference, relative to the largest value or 1; infinite for a NaN, or if shapes or infinities
+    differ."""
     worst = 0.
     for a, b in zip(got, wanted):
         if a.shape != b.shape or np.isnan(a).any() or (np.isfinite(a) != np.isfinite(b)).any():
@@ -61,23 +62,24 @@ def distance(got, wanted):
     return worst
 
 
-# ---- each a function that gives an error, and is said to be right where it is below a limit
+# ---- every check is a function that returns an error, which is right if it is below a limit
 
 
 class Report:
-    """Rows of what ran, as they are printed."""
+    """The rows of what ran; prints each as it is added."""
 
     def __init__(self):
         self.rows = []
         print(f"{'what':26}{'backend':12}{'how':20}{'error':>10}{'from dense':>12}{'seconds':>9}")
 
     def check(self, what, backend, how, limit, function):
-        """One row. `function` gives the error and the distance from dense; a refusal in words is no failure."""
+        """Add one row. `function` returns the error and the distance from dense. A backend that refuses with a reason
+        is no failure."""
         start, error, apart, note = time.perf_counter(), None, None, ""
         try:
             error, apart = function()
             right = error <= limit and (apart is None or apart <= 2 * limit)
-        except Exception as exception:  # whatever it is, the others are still to run
+        except Exception as exception:  # whatever it is, the other checks must run
             text = str(exception).strip() or repr(exception)
             _, refused, note = text.partition(REFUSED)
             right = None if refused else False
@@ -122,19 +124,19 @@ def check_cases(report, device, quick):
 
 
 def _never(backend):
-    """Why a backend runs nothing on this machine, None where it may."""
+    """Return why a backend runs nothing on this machine, None if it may run something."""
     try:
         x = ops.zeros((1, 1, 8, 16), ms.float16)
         windowed_attention(x, x, x, WindowSpec(1, 3, 0, True), backend=backend)
     except ValueError as exception:
         return str(exception).partition(REFUSED)[2] or str(exception)
-    except Exception:  # it does run, and is wrong: the cases say so
+    except Exception:  # it runs, and fails: the cases will show it
         return None
     return None
 
 
 def check_any_length():
-    """A graph that is compiled once for all lengths, against another for one."""
+    """Compare a graph that is compiled once for any length with one that is not."""
     rng = np.random.default_rng(0)
     x = [Tensor(rng.standard_normal((BATCH, HEADS, N, D)).astype(np.float32)) for _ in range(3)]
     attn = LocalAttention(8, causal=True, autopad=True, dim=D)
@@ -157,7 +159,7 @@ def a_model():
 
 
 def steps(backend, compiled):
-    """Losses of some steps of Adam, and the parameters after them."""
+    """Return the losses of four steps of Adam, and the last gradients."""
     tokens = Tensor(np.random.default_rng(0).integers(0, 61, (BATCH, 33)).astype(np.int32))
     with use_backend(backend):
         model = a_model()
@@ -177,14 +179,14 @@ def steps(backend, compiled):
 
 
 def check_training(compiled):
-    """The fastest way against dense, from the same weights; and the loss falls."""
+    """Compare training by the fastest backends with dense, from the same weights; the loss must fall."""
     got, wanted = steps(None, compiled), steps("dense", False)
     fell = got[0][-1] < got[0][0]
     return distance(got, wanted) if fell else float("inf"), None
 
 
 def check_decoding(precision):
-    """Greedy, a token at a time with a cache, against the whole sequence anew each time: how many tokens differ."""
+    """Compare greedy decoding with a cache to decoding without; return the share of tokens that differ."""
     model = a_model()
     if precision != "float32":
         model.to_float(getattr(ms, precision))
@@ -196,7 +198,7 @@ def check_decoding(precision):
 
 
 def times(report, device):
-    """Compiled, of (1, 8, 2048, 64) with a window of 512."""
+    """Time compiled attention of (1, 8, 2048, 64) with a window of 512."""
     spec, rng = WindowSpec.from_sliding_window(512), np.random.default_rng(0)
     precision = "float16" if device == "Ascend" else "float32"
     x = [Tensor(rng.standard_normal((1, 8, 2048, 64)).astype(np.float32)).astype(getattr(ms, precision))
@@ -227,7 +229,7 @@ def _to_time(spec, backend):
 
 
 def machine(device):
-    """What a report starts with."""
+    """Return the versions and the machine, the head of a report."""
     there = dict(local_attention=local_attention.__version__, mindspore=ms.__version__, numpy=np.__version__,
                  python=platform.python_version(), system=platform.platform(), device=device)
     if device == "CPU" and native.library()[0]:
@@ -235,7 +237,7 @@ def machine(device):
     elif device != "CPU":
         try:
             there["device"] = f"{device}, {ms.hal.get_device_name(0)}"
-        except Exception:  # a name is not worth a failure
+        except Exception:  # a missing name is not worth a failure
             pass
     return there
 
@@ -249,7 +251,7 @@ def main(arguments=None):
     if options.device:
         ms.set_device(options.device)
     device = ms.get_context("device_target")
-    ms.set_context(pynative_synchronize=True)  # an error surfaces where it was made
+    ms.set_context(pynative_synchronize=True)  # so that an error surfaces where it was caused
     there = machine(device)
     print("\n".join(f"{name}: {value}" for name, value in there.items()))
     report, start = Report(), time.perf_counter()

@@ -1,6 +1,6 @@
-"""What `local_attention.selfcheck` checks: calls, and what they give by a definition in float64.
+"""What `local_attention.selfcheck` checks: calls, and their results by a definition in float64.
 
-It stands beside the tests' own definition, which goes by one query at a time, since tests are not installed.
+The tests have a definition of their own, which works on one query at a time, but tests are not installed.
 """
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ BATCH, HEADS, N, D = 2, 4, 37, 16
 
 @dataclass
 class Case:
-    """A call of `windowed_attention`: arrays, in values that bfloat16 all but holds, and numbers."""
+    """A call of `windowed_attention`: arrays, with values that bfloat16 nearly holds, and numbers."""
     name: str
     spec: WindowSpec
     kv_heads: int = HEADS
@@ -58,7 +58,7 @@ DROPOUT = Case("dropout", WindowSpec(8, 8, 0, True), more=dict(dropout_rate=.3, 
 
 
 def reference(case):
-    """In float64, from `WindowSpec.visible` and the order in which a score is made: output, sums, gradients."""
+    """Compute output, log-sum-exp and gradients in float64, from `WindowSpec.visible` and the order of `Scoring`."""
     q, k, v = (case.floats[name].astype(np.float64) for name in "qkv")
     share, offset, spec = HEADS // case.kv_heads, N - case.n_q, case.spec
     k, v = k.repeat(share, 1), v.repeat(share, 1)
@@ -66,7 +66,7 @@ def reference(case):
     for row in range(BATCH):
         ids = case.given["segment_ids"][row] if case.documents else np.zeros(N, int)
         edges = [0, *np.flatnonzero(np.diff(ids)) + 1, N]
-        for start, end in zip(edges[:-1], edges[1:]):  # in each document positions count from its start
+        for start, end in zip(edges[:-1], edges[1:]):  # in each document, positions count from its start
             place, document = np.arange(end - start), np.s_[row, start:end, start:end]
             seen[document] = spec.visible(place, place) & (ids[start] >= 0)
             start_of_bucket = place // spec.bucket * spec.bucket
@@ -82,7 +82,7 @@ def reference(case):
         slope = 1 - (scores / softcap) ** 2
     if case.bias:
         scores = scores + case.floats["attn_bias"].astype(np.float64).reshape(HEADS, -1)[:, entry].swapaxes(0, 1)
-    weights = np.exp(scores) * seen  # scores are small here
+    weights = np.exp(scores) * seen  # without a maximum, because scores are small here
     of_sink = np.exp(case.floats["sinks"].astype(np.float64))[:, None] if case.sinks else np.zeros((HEADS, 1))
     total = weights.sum(-1) + of_sink
     with np.errstate(divide="ignore"):

@@ -22,22 +22,22 @@ def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask,
 
 
 class _Heads(nn.Cell):
-    """What MultiHeadLocalAttention does between its projections: a base class, so that MindSpore's O1 leaves it as it
-    is, as `cells` says."""
+    """What MultiHeadLocalAttention does between its projections. In a base class, so that MindSpore's O1 does not
+    rewrite it (see `cells`)."""
 
     def _check(self, name_q, name_kv, inputs_q, inputs_kv, mask, seed, segment_ids):
-        """The rules of a call."""
+        """Check the inputs of a call."""
         _checked_inputs(self.cls_name, self.in_features, name_q, name_kv, checks.described(inputs_q),
                         checks.described(inputs_kv), checks.described(mask), checks.described(segment_ids))
         check_seed(self.cls_name, checks.described(seed))
 
     def _attend(self, q, k, v, mask, seed, segment_ids):
-        """Attention of what is projected, `(b, n, heads * d)`."""
+        """Compute attention of projected inputs, `(b, n, heads * d)`."""
         out = self.attend(self.heads(q), self.heads(k), self.heads(v), mask, seed, segment_ids)
         return out.swapaxes(1, 2).reshape(q.shape)
 
     def attend(self, q, k, v, mask=None, seed=None, segment_ids=None):
-        """The same, `(b, heads, n, d)`."""
+        """Compute attention of `(b, heads, n, d)`."""
         rate = self.dropout_rate if self.training else 0.
         if rate > 0 and seed is None:
             seed = draw_seed(self.salt)
@@ -51,11 +51,11 @@ class _Heads(nn.Cell):
 
 class MultiHeadLocalAttention(_Heads):
     r"""
-    Multi-head sliding-window cross-attention: queries from one sequence, keys and values from another of its length.
+    Multi-head sliding-window cross-attention: queries from one sequence, keys and values from another of equal length.
 
     Args:
         in_features (int): Size of the last axis of the inputs.
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         qkv_features (int): Size of all heads' queries together, a multiple of `num_heads`; ``None`` is `in_features`.
             Default: ``None`` .
         out_features (int): Size of the last axis of the output; ``None`` is `in_features`. Default: ``None`` .
@@ -140,7 +140,7 @@ class LocalSelfAttention(MultiHeadLocalAttention):
 
     Args:
         in_features (int): Size of the last axis of the input.
-        num_heads (int): Heads.
+        num_heads (int): Number of heads.
         qkv_features (int): Size of all heads' queries together; ``None`` is `in_features`. Default: ``None`` .
         out_features (int): Size of the last axis of the output; ``None`` is `in_features`. Default: ``None`` .
         window_size_left (int): Keys seen before the query. Default: ``128`` .

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and how a score is made: numbers, from which every mask, plan and picture is derived."""
+"""Which keys a query sees, and how a score is made, as numbers. Every mask, plan and picture is derived from them."""
 from dataclasses import dataclass
 from typing import Optional
 
@@ -15,16 +15,16 @@ class WindowSpec:
     The span of keys that each query of a sequence sees.
 
     With :math:`start = \lfloor i / bucket \rfloor \cdot bucket`, query :math:`i` sees the keys from
-    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and besides them the first `prefix`
-    keys of the sequence; none after :math:`i` when `causal`. Keys outside the sequence do not exist.
+    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and the first `prefix` keys of the
+    sequence. When `causal`, it sees no key after :math:`i`. Keys outside the sequence do not exist.
 
     Args:
-        bucket (int): How many consecutive queries share a span, in positions. 1 is a span that moves with the query.
+        bucket (int): How many consecutive queries share a span. With 1, the span moves with the query.
         backward (int): Keys before the start of the bucket, in positions.
         forward (int): Keys after the end of the bucket, in positions. -1 with a bucket of 1 hides the query's own key.
         causal (bool): Whether a query sees no key after itself.
         prefix (int): How many keys at the start of the sequence every query sees, wherever its span is (StreamingLLM,
-            Xiao et al., 2023). One that the span holds too is seen once. Default: ``0`` .
+            Xiao et al., 2023). A key that is also in the span counts once. Default: ``0`` .
 
     Raises:
         TypeError: If a count is not an int or `causal` is not a bool.
@@ -58,32 +58,35 @@ class WindowSpec:
         checks.non_negative_int("WindowSpec", "prefix", self.prefix)
 
     def span(self, i):
-        """The first and the last key of the span of query `i`, both included; `i` is an int or an array of them."""
+        """Return the first and the last key of the span of query `i`, both included; `i` is an int or an array of
+        ints."""
         start = i // self.bucket * self.bucket
         first, last = start - self.backward, start + self.bucket - 1 + self.forward
         return first, np.minimum(last, i) if self.causal else last
 
     def visible(self, queries, keys):
-        """Bool array `(len(queries), len(keys))`: whether the query at one position sees the key at another."""
+        """Return a bool array `(len(queries), len(keys))`: whether the query at one position sees the key at
+        another."""
         queries, keys = np.asarray(queries)[:, None], np.asarray(keys)[None, :]
         first, last = self.span(queries)
         in_prefix = (keys >= 0) & (keys < self.prefix) & ((keys <= queries) | (not self.causal))
         return (first <= keys) & (keys <= last) | in_prefix
 
     def show(self, n):
-        """The mask of an `n`-token sequence, drawn: a row for each query, a column for each key."""
+        """Draw the mask of an `n`-token sequence: a row for each query, a column for each key."""
         positions = np.arange(checks.positive_int("WindowSpec.show", "n", n))
         return "\n".join(" ".join("■" if seen else "·" for seen in row) for row in self.visible(positions, positions))
 
     @classmethod
     def from_sliding_window(cls, sliding_window):
-        """Hugging Face's `sliding_window`: causal, that many keys in all, the query's own among them."""
+        """Return Hugging Face's `sliding_window`: causal, with so many keys in all, including the query's own."""
         window = checks.positive_int("WindowSpec.from_sliding_window", "sliding_window", sliding_window)
         return cls(bucket=1, backward=window - 1, forward=0, causal=True)
 
     @classmethod
     def from_flash(cls, window_size, causal=False):
-        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 is no limit."""
+        """Return flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 means no
+        limit."""
         owner = "WindowSpec.from_flash"
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
             raise checks.type_error(owner, "window_size", "a pair (left, right)", window_size)
@@ -94,16 +97,17 @@ class WindowSpec:
 
     @classmethod
     def from_chunks(cls, chunk_size):
-        """Llama 4's `attention_chunk_size`: causal, and nothing before the chunk that the query is in."""
+        """Return Llama 4's `attention_chunk_size`: causal, and a query sees nothing before its own chunk."""
         return cls(checks.positive_int("WindowSpec.from_chunks", "chunk_size", chunk_size), 0, 0, causal=True)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the score of a query and a key becomes a weight, but for what tensors add to it.
+    """How the product of a query and a key becomes an attention weight, apart from the tensors of a call.
 
-    In this order: `scale` times their product; capped to `softcap * tanh(score / softcap)`; bias and embeddings of the
-    offset; -5e4 for a query's own key where `hide_self`; masks; softmax; weights dropped at the rate `dropout`.
+    The steps, in this order: multiply by `scale`; cap to `softcap * tanh(score / softcap)`; add the bias and the
+    embeddings of offsets; set the score of a query's own key to -5e4 if `hide_self`; apply the masks; softmax; drop
+    weights at the rate `dropout`.
     """
     scale: float
     softcap: Optional[float] = None

@@ -1,5 +1,5 @@
-"""What a language model does between its embeddings' tables and its logits: the rules of a call, places and labels, and
-the blocks in turn."""
+"""What a language model does between its embedding tables and its logits: check a call, make positions and labels, and
+run the blocks in turn."""
 import copy
 import inspect
 
@@ -19,8 +19,9 @@ from .mha import LocalMHA, check_cacheable, checked_block
 
 
 def _seen(size, max_seq_len, causal, by_distance):
-    """What a layer of a window sees, as LocalMHA's arguments; without one, a single window as long as a sequence, or,
-    as a bias of distances is then a single row, a span that moves and reaches as far."""
+    """Return LocalMHA's arguments for a layer's window. A layer without one sees everything: by a single window as long
+    as a sequence, or, with a bias of distances, by a span that moves and reaches as far, so that the bias is a single
+    row."""
     if size is not None:
         return dict(window_size=size)
     if by_distance:
@@ -29,7 +30,8 @@ def _seen(size, max_seq_len, causal, by_distance):
 
 
 def _takes(layer):
-    """Whether a global layer takes a mask and documents, and keeps a cache; one that is not there does it all."""
+    """Return whether a global layer takes a mask, takes documents, and keeps a cache. True for all without a global
+    layer."""
     if layer is None:
         return True, True, True
     taken = inspect.signature(layer.construct).parameters
@@ -39,8 +41,8 @@ def _takes(layer):
 
 @constexpr
 def _checked_shape(owner, out, shape):
-    """The rule of what a global layer returns, a tensor as `checks.described`, and its shape: used, as in a graph, what
-    is not used may come after what it should come before."""
+    """Check that a global layer returned a tensor, as `checks.described`, of `shape`; return that shape. The caller
+    uses the shape, because in a graph an unused check may run too late."""
     is_tensor = isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], tuple)
     if not is_tensor or out[0] != shape:
         raise checks.value_error(owner, "global_attn_layer", "a Cell that returns a Tensor of its input's shape "
@@ -49,7 +51,8 @@ def _checked_shape(owner, out, shape):
 
 
 def _form(cache):
-    """How many layers a model's cache has, its biases as `form`, and how many tokens it has seen; None of others."""
+    """Return the number of layers of a model's cache, its biases as `form`, and how many tokens it has seen; None for
+    anything else."""
     if isinstance(cache, tuple) and len(cache) == 3 and isinstance(cache[0], tuple):
         return len(cache[0]), form(cache[1]), cache[2]
     return None
@@ -74,7 +77,7 @@ def _check_cached_call(owner, n, cache, kind, depth, return_loss):
 
 @constexpr
 def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, return_cache, group):
-    """The rules of a call: its batch, and the length of what goes through the layers."""
+    """Check a call; return the batch, and the length of what goes through the layers."""
     checks.boolean(owner, "return_loss", return_loss)
     checks.boolean(owner, "return_cache", return_cache)
     if num_tokens is None:
@@ -102,13 +105,13 @@ def _checked_call(owner, num_tokens, max_seq_len, dim, x, mask, return_loss, ret
 
 @constexpr
 def _positions(b, start, stop, max_seq_len):
-    """Positions; the one that a loss may have too many, of a token that nothing is made of, is as good as any."""
+    """Return positions. With a loss there may be one too many, for a token that predicts nothing, so it is clipped."""
     return Tensor(np.tile(np.minimum(np.arange(start, stop, dtype=np.int32), max_seq_len - 1), (b, 1)))
 
 
 @constexpr
 def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced, exact, biased):
-    """The rules of documents in a model."""
+    """Check the documents of a call of a model."""
     checks.segment_ids(owner, segment_ids, *shape)
     for name, given in (("sequence_parallel' without 'exact_windowsize", not exact),
                         ("use_dynamic_pos_bias' with 'sequence_parallel", biased)):
@@ -119,20 +122,20 @@ def _checked_documents(owner, segment_ids, shape, global_takes_segments, sliced,
 
 
 def _within(before, after, labels, ignore_index):
-    """Labels that are left out where they are padding, or of another document than the token before them."""
+    """Return labels that are ignored where they are padding, or of another document than the token before them."""
     outside = ops.logical_or(after != before, after < 0)
     labels, outside = ops.cast(labels, ms.int32), ops.cast(outside, ms.int32)
-    return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU fills no int32 under a mask
+    return ops.add(labels, ops.mul(outside, ops.sub(ignore_index, labels)))  # GPU has no masked fill of int32
 
 
 def _given_back(x, out, beta):
-    """A residual connection, or hyper-connection: what went past a part of a layer, and its output."""
+    """Add the output of a part of a layer to the residual stream, or to the streams of hyper-connections."""
     return x + out if beta is None else add_output(x, out, beta)
 
 
 class CrossEntropy(Float32):
-    """The mean of -log softmax over the labels, of all ranks of a group, that are not `ignore_index`; 0 where all are.
-    """
+    """Computes the mean of -log softmax over the labels of all ranks of a group that are not `ignore_index`; 0 if all
+    are."""
 
     def __init__(self, ignore_index, group=None):
         super().__init__()
@@ -149,21 +152,21 @@ class CrossEntropy(Float32):
 
 
 class Stack(nn.Cell):
-    """The part of a LocalTransformer that is left as it is where MindSpore's O1 opens the model, as `cells` says."""
+    """The part of LocalTransformer that MindSpore's O1 does not rewrite (see `cells`)."""
 
     def _add_layers(self, attention, feed_forward, global_attn_layer, global_numbers, by_distance):
-        """The blocks: `attention` and `feed_forward` are the arguments of each, but for what its window is; with a bias
-        `by_distance` or not."""
+        """Make the blocks. `attention` and `feed_forward` are the arguments of each block, without its window;
+        `by_distance` says whether there is a bias of distances."""
         self.layers = nn.CellList([nn.CellList([
             LocalMHA(**{**attention, **_seen(size, self.max_seq_len, attention["causal"], by_distance)}),
             FeedForward(**feed_forward)]) for size in self.window_sizes])
-        # what the bias of each window that differs is asked for, and which of these a layer's is
+        # the different sizes of the layers' biases, and for each layer which of these is its own
         distances = [attn.attn_fn.windows.distances for attn, _ in self.layers] if by_distance else []
         self.bias_distances = tuple(dict.fromkeys(distances))
         self.bias_places = tuple(map(self.bias_distances.index, distances))
         first = self.layers[0][0].attn_fn
         self.causal, self.windows, self.group = first.causal, first.windows, first.group
-        # where among the caches, after those of the local blocks, that of each layer's global layer is; 0 without one
+        # for each layer, where its global layer's cache is among all caches, after those of local blocks; 0 without one
         self.global_places = tuple(self.depth + global_numbers.index(number) if number in global_numbers else 0
                                    for number in range(self.depth))
         self.global_layers = nn.CellList([copy.deepcopy(global_attn_layer) if place else nn.Identity()
@@ -176,8 +179,8 @@ class Stack(nn.Cell):
             self.hyper_connections = HyperConnections(self.num_residual_streams, self.dim, self.depth, global_numbers)
 
     def recompute(self, **options):
-        """Every block recomputed, each for itself: of a whole model that returns its loss, MindSpore makes a gradient
-        with a cycle in it."""
+        """Recompute every block on its own (gradient checkpointing). If a whole model that returns its loss is
+        recomputed, MindSpore makes a gradient with a cycle in it."""
         for number in range(self.depth):
             attn, ff = self.layers[number]
             attn.recompute(**options)
@@ -186,7 +189,7 @@ class Stack(nn.Cell):
                 self.global_layers[number].recompute(**options)
 
     def _checked(self, x, mask, cache, return_loss, return_cache, segment_ids):
-        """x after the rules of a call, as in LocalMHA, its batch, and the length of what goes through the layers."""
+        """Check a call as LocalMHA does; return x, its batch, and the length of what goes through the layers."""
         b, n = _checked_call(self.cls_name, self.num_tokens, self.max_seq_len, self.dim, checks.described(x),
                              checks.described(mask), return_loss, return_cache, self.group)
         if cache is not None or return_cache:
@@ -200,15 +203,15 @@ class Stack(nn.Cell):
         return x, b, n
 
     def _with_labels(self, x, mask, segment_ids, b, n):
-        """What goes through the layers where a loss is asked for, and the labels."""
+        """Return what goes through the layers if a loss is requested, and the labels."""
         if self.group is None:
             labels = x[:, 1:]
-            mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as numbers
+            mask = None if mask is None else ops.cast(ops.cast(mask, ms.int32)[:, :-1], ms.bool_)  # sliced as integers
             if segment_ids is not None:
                 labels = _within(segment_ids[:, :-1], segment_ids[:, 1:], labels, self.ignore_index)
                 segment_ids = segment_ids[:, :-1]
             return x[:, :-1], mask, segment_ids, labels
-        # slices stay of one length: the very last token has no label, and none may see it
+        # slices keep one length: the last token of all has no label, and no other may see it
         labels = parallel.next_tokens(self.group, x, self.ignore_index)
         if segment_ids is not None:
             after = parallel.next_tokens(self.group, ops.depend(segment_ids, labels), -1)
@@ -219,12 +222,12 @@ class Stack(nn.Cell):
         return ops.depend(x, labels), mask, segment_ids, labels
 
     def _embedded(self, x, segment_ids, b, seen, n):
-        """Vectors of tokens, the first of which comes after `seen` others."""
+        """Return the embeddings of tokens, the first of which comes after `seen` others."""
         if segment_ids is not None and self.group is not None:
             places = parallel.places(self.group, segment_ids)
             return self.token_emb(ops.depend(x, places)) + self.pos_emb(places)
         start = seen if self.group is None else self.group.rank * n
-        if unknown((b, n)):  # which max_seq_len has to be at least: a compiled graph does not look
+        if unknown((b, n)):  # it must not exceed max_seq_len, which a compiled graph does not check
             places = ops.arange(0, x.shape[1], 1)[None]
         else:
             places = _positions(b, start, start + n - seen, self.max_seq_len)
@@ -233,15 +236,15 @@ class Stack(nn.Cell):
         return self.token_emb(x) + self.pos_emb(places)
 
     def _biases(self):
-        """The biases of the windows that differ."""
+        """Return the biases of the different windows."""
         biases = ()
         for queries, keys, after in self.bias_distances:
             biases += (self.dynamic_pos_bias(queries, keys, after),)
         return biases
 
     def _through_layers(self, x, mask, biases, layers, return_cache, segment_ids=None):
-        """Every block in turn, with its cache where there are `layers` of them, and the caches that come next: those of
-        the local blocks, and after them those of the global layers."""
+        """Run every block in turn, with its cache if `layers` are given. Return the output and the next caches: those
+        of the local blocks, then those of the global layers."""
         caches, global_caches = [], []
         if self.hyper_connections is not None:
             x = expand(x, self.num_residual_streams)
@@ -272,7 +275,8 @@ class Stack(nn.Cell):
         return x, tuple(caches + global_caches)
 
     def _taken(self, x, number, part):
-        """What a part of a layer (0: local, 1: feed-forward, 2: global) works on, and what its output is added to."""
+        """Return the input of a part of a layer (0: local, 1: feed-forward, 2: global), and what its output is added
+        to."""
         if self.hyper_connections is None:
             return x, x, None
         if part == 2:

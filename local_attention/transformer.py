@@ -13,7 +13,7 @@ from .stack import CrossEntropy, Stack
 
 
 def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
-    """The rules of global layers: the numbers, from 0, of the layers that one stands before, in order."""
+    """Check the global layers; return the numbers, from 0 and in order, of the layers that have one before them."""
     if layer is None:
         if numbers is not None:
             raise checks.value_error(owner, "layers_insert_global_attn", "None without 'global_attn_layer'", numbers)
@@ -37,7 +37,7 @@ def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
 
 
 def _window_sizes(owner, given, depth, sequence_parallel):
-    """The window of each layer, None for one that sees all there is."""
+    """Return the window of each layer, None for a layer that sees everything."""
     if not isinstance(given, (tuple, list)):
         return (checks.positive_int(owner, "local_attn_window_size", given),) * depth
     if len(given) != depth:
@@ -64,58 +64,59 @@ class LocalTransformer(Stack):
         depth (int): Number of layers.
         causal (bool): Whether a token sees none after itself. Default: ``True`` .
         local_attn_window_size (Union[int, tuple]): Positions in a window; a tuple has one for each layer, ``None`` in
-            it for a layer that sees all of `max_seq_len`, within `causal`. Default: ``512`` .
+            it for a layer that sees all of `max_seq_len`, as far as `causal` allows. Default: ``512`` .
         dim_head (int): Dimension of a head. Default: ``64`` .
         heads (int): Number of heads. Default: ``8`` .
         ff_mult (float): Width of the feed-forward, see :class:`FeedForward`. Default: ``4`` .
         attn_dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
-        ff_dropout (float): The same of feed-forward activations. Default: ``0.`` .
-        ignore_index (int): The label that the loss leaves out. Default: ``-1`` .
-        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
-        xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
-        use_dynamic_pos_bias (bool): Whether a learned bias of the distance, one for all layers, takes the place of
-            rotary embedding, xpos included. Default: ``False`` .
-        global_attn_layer (Cell): From vectors :math:`(b, n, dim)` to as many, with a residual connection around it;
-            attention to all tokens, a memory, anything. Copies of it, each with parameters of its own, stand before
-            local layers. If its `construct` takes `mask`, it is given the model's; if it takes `cache` and
-            `return_cache` as :class:`LocalMHA` does, the model can be decoded with a cache, of which this layer's part
-            is a tuple of Tensors. Default: ``None`` .
+        ff_dropout (float): The same for feed-forward activations. Default: ``0.`` .
+        ignore_index (int): The label that the loss ignores. Default: ``-1`` .
+        use_xpos (bool): Whether rotary embedding, if it is on, is xpos. Default: ``False`` .
+        xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is half the window. Default: ``None`` .
+        use_dynamic_pos_bias (bool): Whether a learned bias of the distance, shared by all layers, replaces rotary
+            embedding, including xpos. Default: ``False`` .
+        global_attn_layer (Cell): A Cell from vectors :math:`(b, n, dim)` to vectors of the same shape, for example
+            attention to all tokens or a memory. Copies of it, each with its own parameters and with a residual
+            connection around it, stand before local layers. If its `construct` takes `mask`, it gets the model's. If
+            it takes `cache` and `return_cache` as :class:`LocalMHA` does, the model can decode with a cache; this
+            layer's part of the cache is a tuple of Tensors. Default: ``None`` .
         layers_insert_global_attn (tuple): The numbers, from 1 to `depth`, of the layers with such a copy before them;
             ``None`` is all of them. Default: ``None`` .
         num_residual_streams (int): Above 1, the residual connections become hyper-connections of that many streams
             (Zhu et al., 2024). Default: ``1`` .
-        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`. With `sequence_parallel`,
-            which the latter describes, rank :math:`r` holds the tokens :math:`r n` to :math:`r n + n - 1`: inputs and
-            outputs are that slice, the loss is the mean over the labels of all ranks, and gradients are those of one
-            process once averaged over the ranks: within a compiled step by
-            :class:`local_attention.parallel.AverageGradients`, outside of one also by `nn.DistributedGradReducer`.
-            There is no cache then and no `generate`. Dropout of attention weights is that of one process where the
-            global seed is; that of the feed-forward each rank draws for itself.
+        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`. With `sequence_parallel`
+            (see :class:`LocalAttention`), rank :math:`r` holds the tokens :math:`r n` to :math:`r n + n - 1`. Inputs
+            and outputs are that slice, and the loss is the mean over the labels of all ranks. Gradients averaged over
+            the ranks are those of one process. A compiled step averages them by
+            :class:`local_attention.parallel.AverageGradients`; outside of one, `nn.DistributedGradReducer` works too.
+            There is no cache then, and no `generate`. Dropout of attention weights is that of one process with the
+            same global seed; each rank draws the dropout of its feed-forward itself.
 
     Inputs:
         - **x** (Tensor) - int :math:`(b, n)`, each in [0, `num_tokens`), or float :math:`(b, n, dim)` when `num_tokens`
           is ``None`` .
-        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
-        - **cache** - What an earlier call returned, of a causal model without a mask: `x` is the whole sequence so
-          far, and what was not in it then is computed. Default: ``None`` .
+        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **cache** - The cache that an earlier call of a causal model without a mask returned. `x` is the whole
+          sequence so far, and only its new tokens are computed. Default: ``None`` .
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
-          alone: positions start anew, and no loss is taken across an edge. A negative id is padding. Not with a cache,
-          nor with a global layer whose `construct` does not take it. Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
+          if it were alone: positions start anew, and no label is in another document than the token before it. A
+          negative id is padding. Not with a cache, nor with a global layer whose `construct` does not take it.
+          Default: ``None`` .
 
     Outputs:
         Tensor, logits of shape :math:`(b, n, num\_tokens)`, or :math:`(b, n, dim)` when `num_tokens` is ``None`` .
 
-        With a cache, the rows of the new tokens alone. With `return_cache` a tuple of it and the cache.
+        With a cache, only the rows of the new tokens. With `return_cache`, a tuple of the output and the cache.
 
-        With `return_loss` a scalar in float32: the cross-entropy of each token after the first given those before it,
-        averaged over those that are not `ignore_index`. Where all are, it is 0 with zero gradient, and not NaN.
+        With `return_loss`, a scalar in float32: the cross-entropy of each token after the first, given those before it,
+        averaged over those that are not `ignore_index`. If all are, it is 0 with zero gradient, not NaN.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.
         ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
-            or a loss is asked of a model without tokens or of fewer than 2.
+            or a loss is requested from a model without tokens or for fewer than 2 tokens.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -195,30 +196,30 @@ class LocalTransformer(Stack):
     def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None,
                  callback=None):
         r"""
-        Continue sequences, each as if it were alone, a token at a time; past `max_seq_len` the model sees the last
-        `max_seq_len` tokens, of which the first are then its prefix, if it has one.
+        Continue sequences a token at a time, each as if it were alone. Past `max_seq_len`, the model sees the last
+        `max_seq_len` tokens; if it has a prefix, the first of these are the prefix then.
 
-        Whatever has changed since the last call counts: weights, however they were set, Cells and their settings. What
-        an optimizer or `ops.assign` changes costs nothing, other changes a compilation.
+        Every change since the last call takes effect: of weights, however they were set, of Cells and of their
+        settings. A change by an optimizer or by `ops.assign` costs nothing, any other costs a compilation.
 
         Args:
-            prime (Tensor): int :math:`(b, n)`, `n` at least 1: what is continued.
-            seq_len (int): How many tokens are generated.
-            temperature (float): What logits are divided by before they are sampled from; at 0 the likeliest token is
-                taken. Default: ``1.`` .
+            prime (Tensor): The sequences to continue, int :math:`(b, n)`, `n` at least 1.
+            seq_len (int): How many tokens to generate.
+            temperature (float): Logits are divided by it before sampling; 0 takes the likeliest token.
+                Default: ``1.`` .
             filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
                 Default: ``0.9`` .
-            use_kv_cache (bool): Whether a causal model computes each token once, in a step that is compiled once for a
-                batch size, as long as all fit in `max_seq_len`; not where a global layer keeps no cache, nor in rows of
-                unequal length where that is another Cell than :class:`LocalMHA`. Default: ``True`` .
-            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`, which are one run in each row, padded
-                before, after or both. Default: ``None`` .
-            callback (function): Called with the number of tokens generated so far after each of them.
+            use_kv_cache (bool): Whether a causal model computes each token only once, as long as all tokens fit in
+                `max_seq_len`. The step is compiled once for a batch size. There is no cache if a global layer keeps
+                none, nor with rows of unequal length if it is not a :class:`LocalMHA`. Default: ``True`` .
+            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
+                with padding before, after or both. Default: ``None`` .
+            callback (function): Called after each token with the number of tokens generated so far.
                 Default: ``None`` .
 
         Returns:
             Tensor of shape :math:`(b, seq\_len)` and the dtype of `prime`: the new tokens. `mindspore.set_seed` makes
-            them the same again.
+            them reproducible.
 
         Raises:
             TypeError: If an argument is of another type or dtype.

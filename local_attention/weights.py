@@ -1,11 +1,11 @@
 """Weights from and to the PyTorch package: one table of names, used in both directions.
 
-As functions on a model, `load_torch_weights` and `export_torch_weights`; as a command on files, without a model::
+`load_torch_weights` and `export_torch_weights` work on a model; the command works on files, without a model::
 
     python -m local_attention.weights model.safetensors model.ckpt
     python -m local_attention.weights model.ckpt model.safetensors --reverse
 
-PyTorch's side is a .safetensors, .npz, .pt or .pth file, MindSpore's a .ckpt; PyTorch is needed for .pt and .pth alone.
+PyTorch's side is a .safetensors, .npz, .pt or .pth file, MindSpore's a .ckpt. Only .pt and .pth files need PyTorch.
 """
 import argparse
 import os
@@ -26,11 +26,12 @@ from .rotary import SinusoidalEmbeddings
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer
 
 INV_FREQ = "attn_fn.rel_pos.inv_freq"
-NUMBERS = "fiub"  # NumPy's kinds of dtypes that hold them
+NUMBERS = "fiub"  # NumPy's kinds of numeric dtypes
 
-# Modules have the same paths on both sides. Of those at a path: what MindSpore calls a parameter, and what PyTorch.
+# Modules have the same paths on both sides. For the modules at a path: MindSpore's name of each parameter, and
+# PyTorch's.
 _LAYER, _GLOBAL = r"layers\.\d+\.", r"global_layers\.\d+"
-_TREE = "hyper_connections."  # MindSpore's alone: the connections are beside what they connect
+_TREE = "hyper_connections."  # on MindSpore's side only, where the connections are a tree of their own
 _BLOCK, _CONNECTION = rf"({_LAYER}0\.|{_GLOBAL}\.)?", rf"{_TREE}({_LAYER}[01]|{_GLOBAL})"
 _TABLE = {
     r"(token|pos)_emb": {"embedding_table": "weight"},
@@ -43,23 +44,23 @@ _TABLE = {
                                           "dynamic_beta_fn", "dynamic_beta_scale")},
     rf"{_CONNECTION}\.norm": {"gamma": "gamma"},
 }
-_SCALAR = rf"({_TREE})?({_LAYER}[01]|{_GLOBAL})\.dynamic_(alpha|beta)_scale"  # by either name; here, of shape (1,)
-# Since hyper-connections, PyTorch has the connection at these paths, and what it connects one level down.
+_SCALAR = rf"({_TREE})?({_LAYER}[01]|{_GLOBAL})\.dynamic_(alpha|beta)_scale"  # names of both sides; here, of shape (1,)
+# In PyTorch's releases with hyper-connections, these are the paths of connections; what they connect is one level down.
 _CONNECTED, _BRANCH = rf"^({_LAYER}[01]|{_GLOBAL})\.", rf"^({_LAYER}[01]|{_GLOBAL})\.branch\."
-# A global layer is any Cell. What parameters of MindSpore's own Cells, and of LayerNorm here, are called there; others,
-# as here.
+# A global layer is any Cell. Parameters of MindSpore's own Cells, and of LayerNorm here, have these names there; others
+# keep theirs.
 _OF_CELLS = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
              "moving_variance": "running_var"}
 
 
 def torch_name(name):
-    """PyTorch's name for MindSpore's name of a weight, None for one that is not in the table."""
+    """Return PyTorch's name for MindSpore's name of a weight, None if the table does not have it."""
     renamed = _renamed(name, _TABLE.items())
     return renamed and _reconnected(renamed)
 
 
 def mindspore_name(name):
-    """MindSpore's name for PyTorch's name of a weight, of any release; None for one that is not in the table."""
+    """Return MindSpore's name for PyTorch's name of a weight, of any release; None if the table does not have it."""
     if name.startswith(_TREE):
         return None
     backwards = [(path, {theirs: ours for ours, theirs in names.items()}) for path, names in _TABLE.items()]
@@ -80,27 +81,27 @@ def _renamed(name, table):
 
 def load_torch_weights(cell, source, strict=True):
     """
-    Give a model the weights of the PyTorch package's model of the same settings; each keeps the dtype it has here.
+    Give a model the weights of the PyTorch package's model with the same settings. Parameters keep their dtypes.
 
-    Load before the model is first compiled: where the rotary frequencies (`inv_freq`) of the source differ from the
-    model's by more than a rounding to half precision, they are taken over too, and a graph holds those as constants.
+    Load before the model is first compiled. If the rotary frequencies (`inv_freq`) of the source differ from the
+    model's by more than a rounding to half precision, they are loaded too, and a graph holds them as constants.
 
     Args:
         cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
-        source (Union[Mapping, str, Path]): Names and arrays or tensors, of NumPy, MindSpore or PyTorch, or a path to a
-            .safetensors, .npz, .pt or .pth file of them, which may be under a key ``state_dict`` or ``model`` . What
-            all names start with, such as ``module.`` , ``_orig_mod.`` or the path to `cell` in a larger model, is taken
-            off.
+        source (Union[Mapping, str, Path]): A mapping of names to arrays or tensors, of NumPy, MindSpore or PyTorch, or
+            a path to a .safetensors, .npz, .pt or .pth file of one. It may be under a key ``state_dict`` or ``model`` .
+            A prefix of all names, such as ``module.`` , ``_orig_mod.`` or the path to `cell` in a larger model, is
+            removed.
         strict (bool): Whether everything must fit. Default: ``True`` .
 
     Returns:
-        list of names left out, PyTorch's: of what the source has and the model has no place for, as the source names
-        it, and of what the model has and the source does not give it. `inv_freq` may be missing. Empty when strict.
+        list of PyTorch's names that were left out: entries of the source that the model has no place for, as the source
+        names them, and weights of the model that the source lacks. `inv_freq` may be missing. Empty when strict.
 
     Raises:
         TypeError: If `cell`, `source` or `strict` is of another type.
         ValueError: If the source cannot be read, or if strict and an entry is missing, left over or misshapen. The
-            model is then as it was.
+            model is then unchanged.
         ImportError: If a .pt or .pth file is given and PyTorch is not installed.
 
     Supported Platforms:
@@ -142,10 +143,10 @@ def load_torch_weights(cell, source, strict=True):
 
 def export_torch_weights(cell):
     """
-    The weights of a model as the PyTorch package's `state_dict` holds them, `inv_freq` included.
+    Return the weights of a model as the PyTorch package's `state_dict` holds them, including `inv_freq`.
 
-    The names are those of release 1.11.2, which loads them into a model of the same `num_residual_streams`. Of a global
-    layer they are the names here, save that parameters of MindSpore's own Cells, as of LayerNorm, go by PyTorch's.
+    The names are those of release 1.11.2, which loads them into a model of the same `num_residual_streams`. A global
+    layer keeps its names, except that parameters of MindSpore's own Cells, and of LayerNorm, get PyTorch's names.
 
     Args:
         cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
@@ -154,7 +155,7 @@ def export_torch_weights(cell):
         dict of name -> NumPy array, copies; bfloat16 as float32.
 
     Raises:
-        TypeError: If `cell` is another.
+        TypeError: If `cell` is of another type.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -171,7 +172,8 @@ def export_torch_weights(cell):
 
 
 def _places(owner, cell):
-    """Where the weights of a model go, by MindSpore's names: its parameters, and the Cells with rotary frequencies."""
+    """Return where the weights of a model go, by MindSpore's names: its parameters, and the Cells with rotary
+    frequencies."""
     if not isinstance(cell, (LocalMHA, LocalTransformer, DynamicPositionBias)):
         raise checks.type_error(owner, "cell", "a LocalMHA, LocalTransformer or DynamicPositionBias", cell)
     return {**dict(cell.parameters_and_names()),
@@ -180,7 +182,7 @@ def _places(owner, cell):
 
 
 def _torch_names(cell, places):
-    """PyTorch's name of every place by ours, which is the table's, save in global layers."""
+    """Return PyTorch's name of every place by MindSpore's: from the table, except in global layers."""
     cells = dict(cell.cells_and_names())
 
     def theirs(ours):
@@ -199,7 +201,8 @@ def _torch_shape(ours, place):
 
 
 def _fitted(value, place, shape):
-    """An entry, in PyTorch of a shape, as its place takes it and None, or None and why it does not fit."""
+    """Return (an entry as its place takes it, None), or (None, why it does not fit); `shape` is its shape in
+    PyTorch."""
     array = _array(value)
     if array.dtype.kind not in NUMBERS:
         return None, f"is of type {type(value).__name__}"
@@ -216,23 +219,23 @@ def _set(place, value):
 
 
 def _rounded(value, exact):
-    """Whether values are the exact ones up to a rounding to bfloat16, the coarsest, which has 8 bits."""
+    """Whether values are the exact ones up to rounding to bfloat16, the coarsest dtype, which has 8 bits."""
     return np.allclose(value, exact, rtol=2**-8, atol=0)
 
 
 def _array(value):
-    """A tensor of any framework as a NumPy array; NumPy has no bfloat16, which becomes float32."""
+    """Convert a tensor of any framework to a NumPy array. NumPy has no bfloat16, which becomes float32."""
     if isinstance(value, Tensor):
         return np.array((value.astype(ms.float32) if value.dtype == ms.bfloat16 else value).asnumpy())
-    if hasattr(value, "detach"):  # PyTorch's
+    if hasattr(value, "detach"):  # a PyTorch tensor
         value = value.detach().cpu()
         return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
     return np.asarray(value)
 
 
 def _without_prefix(names, rename, known=None):
-    """Every name as it is renamed, less what all names have in common because their model was wrapped, compiled or part
-    of another: as much of it as lets most of them be `known`, or renamed at all."""
+    """Return the new name of every name. A prefix that all names share, because their model was wrapped, compiled or
+    part of another, is removed: as much of it as makes most new names `known`, or lets most be renamed at all."""
     shared = os.path.commonprefix([str(name) for name in names])
     starts = (0, *(dot.end() for dot in re.finditer(r"\.", shared)))
     renamed = [{name: rename(str(name)[start:]) for name in names} for start in starts]
@@ -246,7 +249,7 @@ def _listed(misfits, most=8):
 
 
 def _read(owner, source, formats):
-    """A mapping of names from a mapping or a file, taken out of the keys that training scripts put it under."""
+    """Read a mapping of names from a mapping or a file, also from under the keys that training scripts use."""
     entries = source
     if isinstance(source, (str, os.PathLike)):
         reader, path = _format(owner, "source", source, formats).read, Path(source)
@@ -256,7 +259,7 @@ def _read(owner, source, formats):
             entries = reader(path)
         except ImportError:
             raise
-        except Exception as error:  # a damaged file is whatever zipfile, json, pickle and NumPy make of it
+        except Exception as error:  # zipfile, json, pickle and NumPy raise different errors for a damaged file
             raise checks.value_error(owner, "source", f"a well-formed {path.suffix} file",
                                      f"'{path}': {error}") from error
     for key in ("state_dict", "model"):
@@ -289,7 +292,7 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
 
 def _read_safetensors(path):
     arrays = {}
-    for name, entry in safetensors.deserialize(path.read_bytes()):  # of which NumPy's own reader knows no bfloat16
+    for name, entry in safetensors.deserialize(path.read_bytes()):  # NumPy's own reader of this format has no bfloat16
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"'{name}' is of dtype {entry['dtype']}, which is none of {', '.join(_DTYPES)}")
         array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
@@ -330,7 +333,7 @@ def _write_ckpt(path, arrays):
 
 
 class _Format(NamedTuple):
-    """A kind of file: how names and arrays come from a path, and go there."""
+    """A kind of file: how to read names and arrays from a path, and how to write them."""
     read: Callable
     write: Callable
 
@@ -347,10 +350,10 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
     """
     Write a file of the PyTorch package's weights as MindSpore's .ckpt, or with `reverse` the other way round.
 
-    A .ckpt has no `inv_freq` buffers, as models here compute them. PyTorch's side has, so they are added in reverse: of
-    `dim_head`, or of the size of a `q_scale` where there is one; none for models of dynamic position bias and where
-    `dim_head` is 0. What is no weight of these models is an error, or with `partial` left out: of global layers, which
-    can be any Cell, those of a LocalMHA are known by name. Returns a report.
+    A .ckpt has no `inv_freq` buffers, because models here compute them. PyTorch's side has them, so `reverse` adds
+    them: for heads of `dim_head`, or of the size of a `q_scale` if there is one; none for models with dynamic position
+    bias or if `dim_head` is 0. Anything that is not a weight of these models is an error, or with `partial` left out.
+    A global layer can be any Cell; its weights are known by name if it is a LocalMHA. Return a report.
     """
     owner, here, there = "convert", _MINDSPORE, _TORCH
     for name, path in (("source", source), ("target", target)):
@@ -374,7 +377,7 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
 
 
 def _renamed_entries(entries, rename, scalar):
-    """Arrays by their new names, of shape `scalar` if they are one, and why each other entry is not among them."""
+    """Return arrays by their new names, scalars with the shape `scalar`, and why each other entry was left out."""
     arrays, misfits = {}, {}
     renamed = _without_prefix(entries, rename)
     for name, value in entries.items():
@@ -389,7 +392,7 @@ def _renamed_entries(entries, rename, scalar):
 
 
 def _take_frequencies(arrays, misfits):
-    """Take the buffers that models compute out of the arrays; others, a .ckpt has no place for."""
+    """Remove the buffers that models compute from the arrays. Other values of them have no place in a .ckpt."""
     buffers = [name for name in arrays if name.endswith(INV_FREQ)]
     for name in buffers:
         value = arrays.pop(name)
@@ -399,7 +402,7 @@ def _take_frequencies(arrays, misfits):
 
 
 def _frequencies(owner, arrays, dim_head):
-    """The buffers that PyTorch's models have beside these arrays."""
+    """Return the buffers that PyTorch's models have in addition to these arrays."""
     if dim_head == 0 or any(name.startswith("dynamic_pos_bias.") for name in arrays):
         return {}
     buffers = {}
@@ -407,7 +410,7 @@ def _frequencies(owner, arrays, dim_head):
         if name.endswith("to_qkv.weight"):
             block = name[:-len("to_qkv.weight")]
             dim = len(arrays.get(block + "q_scale", range(dim_head)))
-            out = arrays.get(block + "to_out.weight")  # as of keys and values there may be fewer heads
+            out = arrays.get(block + "to_out.weight")  # there may be fewer heads of keys and values
             inner = len(qkv) // 3 if out is None else out.shape[-1]
             if inner % dim:
                 raise checks.value_error(owner, "dim_head", f"a divisor of {inner}, heads times dim_head", dim)

@@ -1,4 +1,4 @@
-"""Windows of a sequence in upstream's words, and attention to them: the rules of a call and what it does."""
+"""Windows of a sequence in upstream's terms, and attention to them: how a call is checked, and what it computes."""
 import math
 from dataclasses import dataclass, replace
 
@@ -16,20 +16,20 @@ from .spec import Scoring, WindowSpec
 
 
 class _UnitScale(Float32):
-    """Rows over their Euclidean norm times a scale for each column; a row of zeros stays one."""
+    """Divides rows by their Euclidean norm and multiplies each column by its scale; a row of zeros stays zero."""
 
     def construct(self, x, scale):
         x = ops.cast(x, ms.float32)
         squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
-        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # of PyTorch's normalize: the norm is at least 1e-12
-        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, products are faster than broadcasts
+        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
+        return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, a matmul is faster than broadcasting
 
 
 _unit_scale = _UnitScale()
 
 
 def l2norm(x, scale=None):
-    """x over its Euclidean norm along the last axis, computed in float32, times a `scale (d,)`."""
+    """Divide x by its Euclidean norm along the last axis, computed in float32, and multiply it by `scale (d,)`."""
     if scale is None:
         scale = ops.ones((x.shape[-1],), ms.float32)
     return ops.cast(_unit_scale(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape), x.dtype)
@@ -37,7 +37,7 @@ def l2norm(x, scale=None):
 
 @dataclass(frozen=True)
 class Windows:
-    """Who sees whom in upstream's words."""
+    """Which keys a query sees, in upstream's terms."""
     size: int
     look_backward: int
     look_forward: int
@@ -55,18 +55,19 @@ class Windows:
 
     @property
     def span(self):
-        """Positions in the windows that a window sees."""
+        """The number of positions in all windows that a window sees."""
         return self.backward + self.size + self.forward
 
     @property
     def distances(self):
-        """What a bias of distances is asked for: queries, keys as far as the last of them, and keys after it."""
+        """The size of a bias of distances: the number of queries, of keys up to the last query, and of keys after
+        it."""
         rows = 1 if self.exact else self.size
         return rows, self.backward + rows, self.forward
 
     def bias_rule(self, shape):
-        """The shapes of a bias but for its heads, in words, and whether one is of them: a row for each place in a
-        window, or a single one where a span moves."""
+        """Return the allowed shapes of a bias in words, and whether `shape`, without heads, is one of them: a row for
+        each place in a window, or a single row for a span that moves."""
         shapes = [(self.size, self.span)]
         if self.exact:
             shapes.append((1, self.backward + 1 + self.forward))
@@ -77,8 +78,8 @@ class Windows:
         return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal, self.prefix)
 
     def folded(self, n, n_k=None, offset=0):
-        """The sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
-        `(windows, span)`, and which of the keys exist, the first query being at key `offset` of `n_k`."""
+        """Return the sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
+        `(windows, span)`, and which of the keys exist. The first query is at key `offset` of `n_k`."""
         n_k = n if n_k is None else n_k
         starts = np.arange(0, n, self.size)[:, None]
         keys = offset + starts - self.backward + np.arange(self.span)
@@ -88,7 +89,7 @@ class Windows:
 @constexpr
 def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, backend, q, k, v, mask, attn_bias,
              segment_ids, sinks, window_size):
-    """The rules of a call: how many groups it has, and its windows."""
+    """Check the inputs of a call; return its number of groups, and its windows."""
     if window_size is not None:
         if not use_xpos:
             raise checks.value_error(owner, "window_size", "None in a call without 'use_xpos'", window_size)
@@ -98,7 +99,7 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
     groups = None if None in leading else math.prod(leading)
     if rotary_dim not in (None, head_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
-    known = groups is not None and n is not None  # not in a graph that is compiled for every length
+    known = groups is not None and n is not None  # unknown in a graph that is compiled for any length
     if not known and dropout > 0:
         raise checks.value_error(owner, "dropout", "0 in training in a graph for every length", dropout)
     if not known and backend is not None:
@@ -107,7 +108,7 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
     checks.together(owner, documents, ("use_xpos", use_xpos))
     checks.together(owner, ("attn_bias", attn_bias is not None), ("prefix", windows.prefix))
     if group is not None:
-        # where a document began, which may be on any rank, a window that moves with its query need not know
+        # the start of a document may be on any rank; a window that moves with its query does not need it
         checks.together(owner, documents, ("sequence_parallel' without 'exact_windowsize", not windows.exact))
         checks.together(owner, documents, ("attn_bias' with 'sequence_parallel", attn_bias is not None))
         if not known:
@@ -146,7 +147,7 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
 
 @constexpr
 def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, origin, dtype, tokens_first):
-    """A call's numbers as `attend` takes them."""
+    """Return the numbers of a call as `attend` takes them."""
     return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
             Frame(offset, origin, dtype, tokens_first=tokens_first))
 
@@ -159,7 +160,7 @@ def _fold_indices(windows, n, n_k, offset):
 
 
 def _fold_indices_of_any_length(windows, n):
-    """The same where a graph does not know the length."""
+    """Compute `_fold_indices` where a graph does not know the length."""
     count = (n + windows.size - 1) // windows.size
     starts = ops.arange(0, count * windows.size, windows.size).reshape(-1, 1)
     queries, keys = starts + ops.arange(0, windows.size, 1), starts - windows.backward + ops.arange(0, windows.span, 1)
@@ -168,8 +169,8 @@ def _fold_indices_of_any_length(windows, n):
 
 
 def fold(q, k, v, mask, windows, offset=0):
-    """Windows as further batch entries, for positions that are counted anew in each: q `(windows * g, size, d)`, k and
-    v `(windows * g, span, d)`, and a mask of the keys that are real. The first query stands at key `offset`."""
+    """Turn windows into more batch entries, for positions that start anew in each window: q `(windows * g, size, d)`, k
+    and v `(windows * g, span, d)`, and a mask of the real keys. The first query is at key `offset`."""
     if unknown(q.shape):
         count, queries, keys, real = _fold_indices_of_any_length(windows, q.shape[1])
     else:
@@ -182,13 +183,13 @@ def fold(q, k, v, mask, windows, offset=0):
 
 
 def _side_by_side(x, index, count, n):
-    """`(g, ..., d)`, gathered, as `(count * g, n, d)`: heads stay the fastest axis of the groups."""
+    """Gather from `(g, ..., d)`: `(count * g, n, d)`. Heads stay the fastest axis of the groups."""
     groups, head_dim = x.shape[0], x.shape[2]
     return ops.gather(x, index, 1).reshape(groups, count, n, head_dim).swapaxes(0, 1).reshape(-1, n, head_dim)
 
 
 def unfold(x, groups, n):
-    """`(windows * g, size, d)` as `(g, n, d)`."""
+    """Turn `(windows * g, size, d)` into `(g, n, d)`."""
     _, size, head_dim = x.shape
     return x.reshape(-1, groups, size, head_dim).swapaxes(0, 1).reshape(groups, -1, head_dim)[:, :n]
 
@@ -198,7 +199,7 @@ def _flat(x):
 
 
 class Windowed(nn.Cell):
-    """What LocalAttention does in a call: a base class, so that MindSpore's O1 leaves it as it is, as `cells` says."""
+    """What LocalAttention does in a call. In a base class, so that MindSpore's O1 does not rewrite it (see `cells`)."""
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
                   sinks=None):
@@ -217,10 +218,10 @@ class Windowed(nn.Cell):
         if self.group is not None:
             k, v, mask, segment_ids, offset = parallel.with_halo(
                 self.group, k, v, mask, segment_ids, windows.backward, windows.forward)
-        if self.rel_pos is not None:  # a rotation is computed in float32, and what is rotated stays there
+        if self.rel_pos is not None:  # rotations are computed in float32, and their results stay in it
             q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
         if self.rel_pos is not None and not self.use_xpos:
-            q = self.rel_pos.rotate(q, offset + windows.forward)  # the end of the span, relative to k
+            q = self.rel_pos.rotate(q, offset + windows.forward)  # relative to k, at the end of the span
             k = self.rel_pos.rotate(k)
         documents = None if segment_ids is None else document_bounds(segment_ids)
         tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
@@ -235,8 +236,8 @@ class Windowed(nn.Cell):
             checks.described(sinks), window_size)
 
     def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, dtype):
-        """What `construct` gives for heads `(b, heads, n, d)` in float32 that are rotated, as `(b, n, heads * d)` of a
-        dtype."""
+        """Return what `construct` gives, as `(b, n, heads * d)` of a dtype, for rotated heads `(b, heads, n, d)` in
+        float32."""
         _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks)
         documents = None if segment_ids is None else document_bounds(segment_ids)
         tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
@@ -244,10 +245,10 @@ class Windowed(nn.Cell):
         return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, self.backend), dtype)
 
     def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
-        """Attention of `q, k, v (..., n, d)` that are normalised and rotated, but for xpos's rotation in windows, which
-        takes `(groups, n, d)`.
+        """Compute attention of `q, k, v (..., n, d)`, already normalised and rotated. Only xpos rotates here, in
+        windows, and takes `(groups, n, d)`.
 
-        The first query stands at key `offset`; `dtype` is the precision called for, where it is not q's.
+        The first query is at key `offset`; `dtype` is the precision to compute in if it is not q's.
         """
         groups, n, head_dim = q.shape[0], q.shape[-2], q.shape[-1]
         rank = 0 if self.group is None else self.group.rank
@@ -258,7 +259,7 @@ class Windowed(nn.Cell):
             tensors = beside(mask, documents, bias, sinks, rel_pos_emb, seed)
             origin = (rank * q.shape[0], 0) if rank > 0 else (0, 0)
             offset, middle = windows.backward, windows.span // 2
-            start = windows.span - windows.size  # as upstream has it, a window's queries stand at the end of its span
+            start = windows.span - windows.size  # as in upstream, the queries of a window are at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         spec, scoring, frame = self._numbers_of(windows, head_dim, offset, origin, dtype)
@@ -266,7 +267,7 @@ class Windowed(nn.Cell):
         return unfold(out, groups, n) if self.use_xpos else out
 
     def seed(self):
-        """Of what a call drops, None where it drops nothing."""
+        """Return the seed of what a call drops, None if it drops nothing."""
         return draw_seed(self.salt) if self.training and self.dropout > 0 else None
 
     def _numbers_of(self, windows, head_dim, offset=0, origin=(0, 0), dtype=None, tokens_first=False):

@@ -1,5 +1,5 @@
-"""Blocks at O1 against themselves in float32: what tests/test_amp.py runs in a process and a folder of its own, as
-MindSpore rewrites classes by where they are. It prints a line for each case."""
+"""Compare blocks at O1 with the same blocks in float32. tests/test_amp.py runs this in its own process and folder,
+because MindSpore rewrites classes by their place. It prints a line for each case."""
 import sys
 
 import mindspore as ms
@@ -19,7 +19,7 @@ SETTINGS = [
 
 
 class Holder(nn.Cell):
-    """A Cell of a user's, that has blocks in it."""
+    """A user's Cell that contains blocks."""
 
     def __init__(self, *blocks):
         super().__init__()
@@ -65,7 +65,7 @@ def far(found, wanted):
 
 
 def fed(cell, x):
-    """The outputs of calls on one chunk after another, side by side."""
+    """Return the outputs of calls on one chunk after another, side by side."""
     def step(x, cache):
         return cell(x, cache=cache, return_cache=True)
     outs, start, cache = [], 0, None

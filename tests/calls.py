@@ -1,4 +1,4 @@
-"""`attend` by keywords, in both modes: what tests of backends call."""
+"""`attend` with keyword arguments, in both modes, for the tests of backends."""
 from mindspore.ops import constexpr
 
 from local_attention.attend import Frame, attend, beside

@@ -1,9 +1,9 @@
-"""What every test starts from: quiet, synchronous, seeded, and with nothing written into the checkout."""
+"""The start of every test: quiet, synchronous, seeded, and with nothing written into the checkout."""
 import os
 import tempfile
 
 os.environ.setdefault("GLOG_v", "3")
-# A graph that fails to compile, as in tests of messages, leaves its dump here and not in the working directory.
+# If a graph fails to compile, as in tests of messages, its dump goes here instead of the working directory.
 os.environ.setdefault("MS_OM_PATH", tempfile.mkdtemp(prefix="mindspore-"))
 
 import mindspore as ms  # noqa: E402
@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     ms.set_device(config.getoption("--device"))
-    ms.set_context(pynative_synchronize=True)  # an error surfaces in the test that made it
+    ms.set_context(pynative_synchronize=True)  # so that an error surfaces in the test that caused it
 
 
 @pytest.fixture(scope="session")

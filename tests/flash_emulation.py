@@ -1,20 +1,20 @@
-"""Ascend's fused attention as its documentation has it, in plain operators, so that it runs on a CPU: MindSpore's
+"""An emulation of Ascend's fused attention, as documented, in plain operators, so that it runs on a CPU: MindSpore's
 function `ops.flash_attention_score`, the primitive under it with its statistics, and the primitive of its gradient.
 
-What the documentation forbids is an error here. A row that sees nothing is undefined there: here it is NaN.
+What the documentation forbids is an error here. What is undefined there, a row that sees nothing, is NaN here.
 """
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-CALLS = []  # in both modes: of each call its arguments that are no tensors, and shapes
+CALLS = []  # in both modes: shapes and all arguments that are not tensors, of each call
 NO_LIMIT = 2147483647
 
 
 @constexpr
 def _band(n_q, n_k, pre_tokens, next_tokens):
-    """Hidden, by the band's rule: the last query stands at the last key, and both counts are inclusive."""
+    """Return what the band hides: the last query stands at the last key, and both counts are inclusive."""
     i, j = np.arange(n_q)[:, None] + n_k - n_q, np.arange(n_k)
     return Tensor((j < i - pre_tokens) | (j > i + next_tokens))
 
@@ -35,7 +35,7 @@ def _check(name, q, k, v, dtypes, numbers, shift, mask):
     assert str(dtypes[4]) in ("Bool", "UInt8")
     if mode == 4:
         assert mask == (2048, 2048) and 0 <= pre_tokens <= NO_LIMIT and 0 <= next_tokens <= NO_LIMIT
-        assert next_tokens == 0 or pre_tokens + next_tokens < 2048  # what a field report calls wrong
+        assert next_tokens == 0 or pre_tokens + next_tokens < 2048  # a field report says that wider ones are wrong
     else:
         assert mode == 0 and pre_tokens == next_tokens == NO_LIMIT
         assert mask in ((batch, n_heads, n_q, k[2]), (batch, 1, n_q, k[2]), (n_q, k[2]))
@@ -53,7 +53,7 @@ def _compressed():
 
 
 def _scores(name, numbers, query, key, value, real_shift, unused, attn_mask):
-    """Masked scores in float32, and k and v repeated."""
+    """Return the masked scores in float32, and k and v repeated."""
     assert all(x is None for x in unused)
     dtypes = (query.dtype, key.dtype, value.dtype, None if real_shift is None else real_shift.dtype, attn_mask.dtype)
     _check(name, query.shape, key.shape, value.shape, dtypes, numbers,
@@ -103,7 +103,7 @@ class FlashAttentionScore(nn.Cell):
 
 
 class FlashAttentionScoreGrad(nn.Cell):
-    """The primitive of its gradient: `(dq, dk, dv, dpse)`, from the statistics and the output that it is handed."""
+    """The primitive of its gradient: `(dq, dk, dv, dpse)`, from the given statistics and output."""
 
     def __init__(self, head_num, keep_prob=1.0, scale_value=1.0, pre_tokens=65536, next_tokens=65536, inner_precise=1,
                  input_layout='BSH', sparse_mode=0):

@@ -1,16 +1,17 @@
-"""Attention in float64 NumPy, from `span(i)` alone: one query after another, no mask and no block anywhere."""
+"""Attention in float64 NumPy, from `span(i)` alone: one query after another, without masks or blocks."""
 import numpy as np
 
 
 def attention(q, k, v, spec, scale, dout=None, **options):
-    """Output `(g, n_q, d)` and, given the output's gradient, those of q, k, v, bias and rel_pos_emb."""
+    """Return the output `(g, n_q, d)` and, if its gradient is given, those of q, k, v, bias and rel_pos_emb."""
     got = everything(q, k, v, spec, scale, dout=dout, **options)
     return got["out"] if dout is None else tuple(got[name] for name in ("out", "q", "k", "v", "bias", "rel_pos_emb"))
 
 
 def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, hide_self=False, offset=0,
                sinks=None, softcap=None, dout=None, dlse=None):
-    """By name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and, given gradients of these, those of what has one."""
+    """Return by name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and, for given gradients of both, the inputs'
+    gradients."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, n_q, _ = q.shape
     share, n_k = groups // len(k), k.shape[1]
@@ -67,13 +68,13 @@ def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None,
 
 
 def in_documents(q, k, v, spec, scale, segment_ids, key_mask=None, dout=None, dlse=None, **options):
-    """The same of rows `(batch * heads, ...)` that hold documents: each by itself, and padding not at all."""
+    """Do the same for rows `(batch * heads, ...)` of documents: each document on its own, without padding."""
     groups, n_q, _ = q.shape
     batch, n_k = segment_ids.shape
     named = dict(q=q, k=k, v=v, **{name: options.get(name) for name in ("bias", "rel_pos_emb", "sinks")})
     total = {name: None if x is None else np.zeros(np.shape(x)) for name, x in named.items()}
     total.update(out=np.zeros(q.shape), lse=np.full((groups, n_q), -np.inf))
-    if options.get("sinks") is not None:  # which padding sees, for all that it sees nothing else
+    if options.get("sinks") is not None:  # padding sees its sink, though no key
         total["lse"][:] = np.resize(options["sinks"], groups)[:, None]
         if dlse is not None:
             padding = np.repeat(segment_ids[:, n_k - n_q:] < 0, groups // batch, 0)
@@ -81,7 +82,7 @@ def in_documents(q, k, v, spec, scale, segment_ids, key_mask=None, dout=None, dl
     for b in range(batch):
         edges = [0, *(np.flatnonzero(np.diff(segment_ids[b])) + 1), n_k]
         for start, end in zip(edges[:-1], edges[1:]):
-            first = max(start, n_k - n_q)  # of the document's tokens, those from here on have a query
+            first = max(start, n_k - n_q)  # the tokens of the document from here on have a query
             if segment_ids[b, start] < 0 or first >= end:
                 continue
             of_q = slice(b * groups // batch, (b + 1) * groups // batch), slice(first - (n_k - n_q), end - (n_k - n_q))

@@ -1,8 +1,9 @@
 """What a rank of test_parallel.py's jobs computes: the same cases as one process, each rank on its slice.
 
-`msrun … parallel_worker.py FOLDER SECTION…` runs the sections' cases in both modes and leaves FOLDER/RANK.npz. The test
-calls the same functions at the one place there is without ranks. Every result is an array and how those of the ranks
-make that of one process: side by side along an axis, their mean, their sum, or the same on each.
+`msrun … parallel_worker.py FOLDER SECTION…` runs the sections' cases in both modes and writes FOLDER/RANK.npz. The test
+calls the same functions without ranks, at the one place of a single process. Every result is an array and how to
+combine those of the ranks into that of one process: concatenated along an axis, their mean, their sum, or the same on
+each.
 """
 import functools
 import importlib
@@ -27,7 +28,7 @@ MODES = ("pynative", "graph")
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the sequence, and in the batch, a process stands."""
+    """The place of a process in the sequence and in the batch."""
     rank: int = 0
     size: int = 1
     sequence_parallel: Union[bool, str] = False
@@ -50,8 +51,8 @@ def run(function, arguments, mode):
 
 
 def ids_of(place, n, ranks, dtype):
-    """Ids of documents, or None: one goes past every border, one ends at the first, beside another whose id is another
-    float32 by chance alone, and there is padding in between."""
+    """Return ids of documents, or None: one document crosses every border, one ends at the first border, one is beside
+    another whose id equals its own in float32, and there is padding in between."""
     if dtype is None:
         return None
     length, large = ranks * n, 2 ** 24
@@ -62,8 +63,8 @@ def ids_of(place, n, ranks, dtype):
 
 def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dtype=ms.float32, heads=H, kv_heads=None,
               sinks=False, documents=None, **settings):
-    """Output and gradients of LocalAttention, n tokens a rank."""
-    ms.set_seed(3)  # of dropout
+    """Return output and gradients of LocalAttention, for n tokens on each rank."""
+    ms.set_seed(3)  # the seed of dropout
     random, attn = rng(name), LocalAttention(W, sequence_parallel=place.sequence_parallel, **settings)
     q, k, v, cotangent = (place.slice(random.standard_normal((B, count, ranks * n, D)).astype(np.float32), 2)
                           for count in (heads, kv_heads or heads, kv_heads or heads, heads))
@@ -91,14 +92,14 @@ def attention(name, place, mode, ranks, n=2 * W, masked=False, biased=False, dty
 
 
 def filled(cell, random):
-    """The cell with weights that are the same in every process, large enough for gradients to show."""
+    """Return the cell with weights that are the same in every process, large enough for gradients to show."""
     for parameter in cell.get_parameters():
         parameter.set_data(Tensor(random.standard_normal(parameter.shape).astype(np.float32) * .3))
     return cell
 
 
 def block(name, place, mode, ranks, n=2 * W, documents=None, **settings):
-    """Output and gradients of LocalMHA."""
+    """Return output and gradients of LocalMHA."""
     random = rng(name)
     x, cotangent = (Tensor(place.slice(random.standard_normal((B, ranks * n, DIM)).astype(np.float32), 1))
                     for _ in range(2))
@@ -123,7 +124,7 @@ def block(name, place, mode, ranks, n=2 * W, documents=None, **settings):
 
 
 def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0, documents=None, **settings):
-    """Loss and gradients of a LocalTransformer, averaged over the ranks as a training script does."""
+    """Return loss and gradients of a LocalTransformer, averaged over the ranks as in a training script."""
     random = rng(name)
     settings = {"num_tokens": TOKENS, "max_seq_len": ranks * n + longest, "dim": DIM, "depth": 2, "heads": H,
                 "dim_head": D, "local_attn_window_size": W, "ignore_index": 3, **settings}
@@ -156,7 +157,8 @@ def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0
     return found
 
 
-# Every case runs outside a graph on any number of ranks; in one, those in COMPILED on two ranks and the others on more.
+# Every case runs outside of graphs on any number of ranks. In a graph, the cases of COMPILED run on two ranks, the
+# others on more.
 ATTENTION = {
     "causal": dict(causal=True, dim=D),
     "exact causal": dict(causal=True, exact_windowsize=True, dim=D, masked=True, n=W),
@@ -192,27 +194,27 @@ CASES = {**{f"attention, {name}": (attention, case) for name, case in ATTENTION.
          **{f"model, {name}": (model, case) for name, case in MODELS.items()}}
 COMPILED = ["attention, exact causal", "attention, both sides", "attention, two back, one forward", "attention, xpos",
             "block, block", "model, causal", "attention, fewer heads", "attention, documents", "model, documents"]
-GRID = "model, both sides, no mask"  # with as many labels in each half of the batch, so that their mean is all's
+GRID = "model, both sides, no mask"  # equally many labels in each half of the batch: the mean of both losses is right
 EMULATED = ["attention, exact causal", "attention, documents", "attention, two back, one forward",
             "attention, forward alone"]
-NOT_COMPILED = ["attention, bfloat16", GRID]  # graphs have no bfloat16 on CPU; the other is compiled in the grid
+NOT_COMPILED = ["attention, bfloat16", GRID]  # graphs have no bfloat16 on CPU; the grid compiles the other one
 
 
 def runs(ranks):
-    """Which cases run in which mode."""
+    """Return which cases run in which mode."""
     compiled = [name for name in CASES if (name in COMPILED) == (ranks == 2) and name not in NOT_COMPILED]
     return [(name, "pynative") for name in CASES] + [(name, "graph") for name in compiled]
 
 
 def compute(name, place, mode, ranks):
-    """A case's results: name -> how the ranks' make one, and this one's."""
+    """Return a case's results: name -> (how to combine the ranks' results, this rank's result)."""
     function, case = CASES[name]
     return {f"{name}/{mode}/{key}": value for key, value in function(name, place, mode, ranks, **case).items()}
 
 
 @functools.lru_cache
 def group_place():
-    """All ranks, or the first three of more, by a group; None for a rank that is not among them."""
+    """Return the place in a group of all ranks, or of the first three if there are more; None for the other ranks."""
     rank, size = communication.get_rank(), communication.get_group_size()
     if size < 4:
         return Place(rank, size, True)
@@ -229,7 +231,7 @@ def cases():
 
 
 def grid():
-    """Four ranks: two halves of the batch, each a sequence of two ranks."""
+    """Run on four ranks: two halves of the batch, each with its sequences on two ranks."""
     rank, results = communication.get_rank(), {}
     for first in (0, 2):
         if rank in (first, first + 1):
@@ -241,7 +243,8 @@ def grid():
 
 
 class EmulatedAllToAll:
-    """ops.AlltoAllV by sums of zeros and one rank's part: parts of a flat tensor, by counts, for each of the ranks."""
+    """Emulates ops.AlltoAllV by sums of zeros and one rank's part. The parts of a flat tensor, by counts, go to the
+    ranks."""
 
     def __init__(self, group):
         self.rank, self.size = communication.get_rank(group), communication.get_group_size(group)
@@ -263,7 +266,7 @@ class EmulatedAllToAll:
 
 
 def emulated():
-    """Cases once more by the exchange that Ascend has, with its operator emulated."""
+    """Run cases again with Ascend's exchange, and its operator emulated."""
     results, place = {}, group_place()
     before, all_to_all = parallel.exchange, ops.AlltoAllV
     parallel.exchange, ops.AlltoAllV = parallel._AllToAll, EmulatedAllToAll
@@ -276,7 +279,7 @@ def emulated():
 
 
 def counted_bytes():
-    """Bytes that a rank puts into collectives, forward and backward, for a short and for a long slice."""
+    """Count the bytes that a rank puts into collectives, forward and backward, for a short and for a long slice."""
     results, counted, reduce = {}, [], ops.AllReduce
 
     class Counted:
@@ -302,7 +305,8 @@ def counted_bytes():
 
 
 def refusals():
-    """What is said before anything is exchanged: of a group that there is not, and of what does not go together."""
+    """Check the messages raised before anything is exchanged: for an unknown group, and for options that exclude each
+    other."""
     q, ids = ops.ones((B, H, 2 * W, D)), ops.zeros((B, 2 * W), ms.int32)
     parallel_attention = functools.partial(LocalAttention, W, sequence_parallel=True)
     model = functools.partial(LocalTransformer, num_tokens=TOKENS, max_seq_len=9 * W, dim=DIM, depth=2, heads=H,
@@ -336,8 +340,9 @@ TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --gr
 
 
 def training():
-    """train.py as it is, dead once and resumed, and with settings that disagree. `data` is in the working directory."""
-    ms.set_device = lambda name: None  # it is settled once communication.init() was called
+    """Run train.py unchanged: it dies once and is resumed, then gets settings that disagree. `data` is in the working
+    directory."""
+    ms.set_device = lambda name: None  # communication.init() has set it already
     settings = [*TINY, "--data", "data", "--batch-size", "3"]
     train.main([*settings, "--out", "graph"])
 
@@ -366,7 +371,7 @@ def training():
 
 
 def example():
-    """The README's."""
+    """Run the example of docs/long_sequence.py."""
     sys.path.append(str(Path(train.__file__).parent / "docs"))
     importlib.import_module("long_sequence").main()
     return {}
@@ -386,7 +391,7 @@ def main(folder, *sections):
         print(f"{section}: {time.process_time() - start:.1f} s of CPU", flush=True)
     np.savez(Path(folder) / f"{communication.get_rank()}.npz", **{name: value for name, (_, value) in results.items()})
     while len(list(Path(folder).glob("*.npz"))) < communication.get_group_size():
-        time.sleep(.1)  # none leaves before the last is done; in a collective, none waits longer than ten seconds
+        time.sleep(.1)  # no rank leaves before the last one is done: in a collective, ranks wait at most ten seconds
 
 
 if __name__ == "__main__":

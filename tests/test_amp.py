@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("mode", ["pynative", "jit"])
 @pytest.mark.parametrize("place", ["checkout", "site-packages"])
 def test_blocks_at_o1(place, mode, tmp_path):
-    """MindSpore takes what is in a folder `site-packages` for others' code, of which it rewrites Cells alone, but for
-    what is below the working directory."""
+    """In a folder `site-packages`, except below the working directory, MindSpore takes code for that of others, and
+    rewrites only Cells."""
     path = ROOT
     if place == "site-packages":
         path = tmp_path / "site-packages"
         shutil.copytree(ROOT / "local_attention", path / "local_attention")
-    work = tmp_path / "work"  # where MindSpore writes what it has rewritten
+    work = tmp_path / "work"  # MindSpore writes the rewritten classes here
     work.mkdir()
     done = subprocess.run([sys.executable, "-B", ROOT / "tests" / "amp_worker.py", mode], cwd=work, text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(path)}, timeout=900)

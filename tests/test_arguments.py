@@ -1,4 +1,4 @@
-"""Every argument of every public call, handed what is no value of it: an error that names an argument the call has."""
+"""Every argument of every public call, with wrong values: the error names an argument of the call."""
 import functools
 import inspect
 import re
@@ -53,8 +53,8 @@ def block():
 
 TOKENS, MASK, FLOATS = ops.ones((2, 5), ms.int32), ops.ones((2, 5), ms.bool_), x(2, 6, 4)
 HEADS, SLIDING = x(1, 2, 6, 4), dict(in_features=4, num_heads=2)
-# What is called, with what of its arguments, and which values of an argument, of these here, are good ones.
-NUMBERS = {"float", "None"}  # of a number with a default
+# For each call: the arguments it gets, and for each argument which of the values here are right.
+NUMBERS = {"float", "None"}  # for a number with a default
 OF_SCORES = dict(scale=NUMBERS, softcap=NUMBERS, sinks={"None"}, segment_ids={"None"})
 CALLS = {
     "LocalAttention": (LocalAttention, dict(window_size=3, dim=4), dict(

@@ -1,6 +1,6 @@
 """The Ascend backend's use of the fused operator, on a CPU, with an emulation of the operator in its place.
 
-What this can show is that arguments and results are those of the operator's documentation. It was not run on Ascend.
+This shows only that arguments and results agree with the operator's documentation. It was not run on Ascend.
 """
 import inspect
 
@@ -26,7 +26,7 @@ in_both_modes = pytest.mark.parametrize("mode", ["pynative", "graph"])
 
 @pytest.fixture(autouse=True)
 def on_ascend(monkeypatch):
-    """The operator emulated, its calls counted, and a device that says it is one of Ascend."""
+    """Emulate the operator, record its calls, and report an Ascend device."""
     monkeypatch.setattr(ms.ops, "flash_attention_score", flash_emulation.flash_attention_score)
     for primitive in ("FlashAttentionScore", "FlashAttentionScoreGrad"):
         monkeypatch.setattr(ascend, primitive, getattr(flash_emulation, primitive))
@@ -39,7 +39,7 @@ def on_ascend(monkeypatch):
 
 
 class Case:
-    """Inputs of batch 2 and 3 heads, in values that float16 holds, and what the oracle makes of them."""
+    """Inputs of batch 2 and 3 heads, with values that float16 holds, and the oracle's results."""
 
     def __init__(self, spec, n, offset=0, mask=False, bias=False, n_k=None, share=1, documents=False, sinks=False,
                  lse=False):
@@ -58,7 +58,7 @@ class Case:
         self.dlse = draw(6, n) if lse else None
 
     def wanted(self):
-        """The output, the log-sum-exp where it is asked for, and the gradients of q, k, v and sinks."""
+        """Return the output, the log-sum-exp if requested, and the gradients of q, k, v and sinks."""
         options = dict(self.options, key_mask=self.mask, bias=self.bias, sinks=self.sinks, dout=self.dout,
                        dlse=self.dlse)
         if self.ids is None:
@@ -192,7 +192,7 @@ def test_the_sinks_gradient_is_there_where_a_query_sees_nothing_else():
 
 @pytest.mark.parametrize("size", [1e-4, 1., 1e4])
 def test_gradients_of_a_log_sum_exp_are_not_rounded_to_16_bits(size, monkeypatch):
-    """Scores of which the whole gradient is that of the log-sum-exp; what 16 bits hold of it would be off by 2e-4."""
+    """equally many labels in each half of the batch: the mean of both losses is right"""
     case = Case(WindowSpec(1, W, 0, True), 23, lse=True)
     case.dlse, case.dout = np.float32(size) * case.dlse, 0 * case.dout
     q, k, v = (Tensor(x).astype(ms.float16).reshape(2, 3, 23, D) for x in (case.q, case.k, case.v))
@@ -217,7 +217,7 @@ def parameters(function):
 
 @pytest.mark.parametrize("name", ["FlashAttentionScore", "FlashAttentionScoreGrad"])
 def test_the_emulation_takes_what_the_installed_primitives_take(name):
-    """By name, in order, with the same defaults; and these can be made of what is handed to the emulation."""
+    """The arguments have the same names, order and defaults, and the primitives accept what the emulation gets."""
     real, emulated = getattr(auto_generate, name), getattr(flash_emulation, name)
     assert parameters(real.__call__) == parameters(emulated.construct)
     assert parameters(real.__init__)[1:] == parameters(emulated.__init__)[1:]
@@ -231,8 +231,8 @@ def test_the_emulation_takes_what_the_installed_function_takes():
 
 def test_arguments_are_those_of_mindspores_own_calls(on_ascend):
     """mindformers gives a window as a band: mode 4, counts to the left and right, the triangle of 2048, and k and v
-    unrepeated; MindSpore's own gradient and its ring attention hand the gradient primitive the forward pass's numbers.
-    """
+    unrepeated. MindSpore's own gradient, and its ring attention, give the gradient primitive the numbers of the forward
+    pass."""
     Case(WindowSpec(1, 5, 3, False), 23, share=3, sinks=True).check()
     forward, backward = on_ascend
     assert (forward.pop("name"), backward.pop("name")) == ("forward", "backward")
@@ -242,7 +242,7 @@ def test_arguments_are_those_of_mindspores_own_calls(on_ascend):
 
 @in_both_modes
 def test_sinks_of_a_block_that_computes_in_float16(mode, on_ascend):
-    """Statistics stay in float32 where `to_float` casts everything else."""
+    """Statistics stay in float32 when `to_float` casts everything else."""
     block = LocalMHA(dim=12, window_size=W, dim_head=D, heads=4, kv_heads=2, causal=True, learned_sinks=True, prefix=2)
     block.sinks.set_data(Tensor(np.array([.5, -1., 2., 0.], np.float32)))
     x = Tensor(np.random.randn(2, 23, 12).astype(np.float32))
@@ -280,7 +280,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(mode):
 
 
 def test_bfloat16():
-    """Forward and in a band alone: on CPU, bfloat16 can be neither gathered nor, in a gradient, sliced."""
+    """Only forward and in a band: on CPU, bfloat16 can be neither gathered nor, in a gradient, sliced."""
     case = Case(WindowSpec(1, W, 0, True), 23)
     inputs = [Tensor(x).astype(ms.bfloat16) for x in (case.q, case.k, case.v)]
     out = attend_to(*inputs, case.spec, backend="ascend", **case.options)
@@ -296,7 +296,7 @@ def test_a_bias_that_hides_is_no_infinity():
 
 
 def test_whether_the_scale_is_of_the_bias_too_does_not_matter(monkeypatch):
-    """The documentation says both; the emulation scales it, and here it does not."""
+    """The documentation says both: the emulation scales the bias, and the function here does not."""
     def other_reading(*inputs, real_shift, scalar_value, **options):
         assert scalar_value == 1
         return flash_emulation.flash_attention_score(*inputs, real_shift=real_shift, **options)

@@ -1,4 +1,5 @@
-"""Every backend against the float64 oracle, forward and backward, over a seeded sweep of options, in both modes."""
+"""Compare every backend with the float64 oracle, forward and backward, over a seeded sweep of options, in both
+modes."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from local_attention.attend import Problem, refusals
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 
 W = 7
-# those that can run here: the native kernel only where it was built
+# the backends that can run here: the native kernel only if it was built
 BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, W, 0, True), Scoring(1.), 6, 9, 9, 10)).items()
             if reason is None]
-COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # which refuse nothing of this
+COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # they refuse nothing of this
 SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, W, W, False),
          WindowSpec(1, 2 * W, W, False), WindowSpec(W, 0, 0, True), WindowSpec(W, 0, 2 * W, False),
          WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, NO_LIMIT, False)]
@@ -21,8 +22,8 @@ LENGTHS = [1, W - 1, W, W + 1, 3 * W - 1, 3 * W, 3 * W + 1]
 
 
 def skip_what_it_refuses(backend, call, *inputs):
-    """A backend that is not for everything is held to what it takes. Outside a gradient: an error within one leaves
-    MindSpore's state unclean."""
+    """Skip the test if the backend refuses the call. This runs outside a gradient, because an error within one leaves
+    MindSpore in a bad state."""
     if backend not in COMPLETE:
         try:
             call(*inputs)
@@ -118,7 +119,8 @@ def test_half_precision(mode, backend, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_no_further_from_the_truth_than_its_rounding(backend):
-    """The softmax is in float32: against the oracle on the same rounded inputs, only the result's rounding is left."""
+    """The softmax is in float32: compared with the oracle on the same rounded inputs, only the rounding of the result
+    is left."""
     case = Case(1, spec=SPECS[0], n=23, offset=0, bias=False)
     case.q, case.k, case.v = (x.astype(np.float16).astype(np.float32) for x in (case.q, case.k, case.v))
     np.testing.assert_allclose(case.got(backend, "pynative", ms.float16)[0], case.wanted()[0], atol=2e-3, rtol=0)
@@ -174,20 +176,21 @@ def test_large_scores_stay_finite(backend):
 
 
 def test_blocks_of_all_sizes_agree(monkeypatch):
-    """Small blocks and small steps make a short sequence go through every branch of a long one."""
+    """With small blocks and small steps, a short sequence goes through every branch of a long one."""
     from local_attention import plan
-    from local_attention.backends import blocked
+    from local_attention.backends import blocks
     monkeypatch.setattr(plan, "SMALLEST", 8)
     monkeypatch.setattr(plan, "BLOCK", 8)
     for scores_at_once in (1, 200, 1000):
-        monkeypatch.setattr(blocked, "SCORES_AT_ONCE", scores_at_once)
+        monkeypatch.setattr(blocks, "SCORES_AT_ONCE", scores_at_once)
         for seed, spec in enumerate(SPECS):
             case = Case(seed, spec=spec, n=61 + scores_at_once % 7, mask=seed % 2 == 0, bias=seed % 3 == 0)
             assert_close(case.got("blocked", "pynative"), case.wanted(), 2e-5)
 
 
 def test_steps_depend_on_the_length_linearly_and_chunks_are_bounded():
-    from local_attention.backends.blocked import CHUNKS, schedule, scores
+    from local_attention.backends.blocked import scores
+    from local_attention.backends.blocks import CHUNKS, schedule
     counts = []
     for n in (2**14, 2**15, 2**16, 2**17):
         problem = Problem(WindowSpec(1, 512, 0, True), Scoring(0.125), 8, n, n, 64)
@@ -208,13 +211,13 @@ def test_dropout_is_a_function_of_the_seed(mode, backend):
     for a, b, c in zip(once, again, other):
         np.testing.assert_array_equal(a, b)
         assert np.abs(a - c).max() > 1e-2
-    if mode == "graph" or backend != "dense":  # one mask everywhere
+    if mode == "graph" or backend != "dense":  # the mask is the same everywhere
         for a, b in zip(once, case.got("dense", "pynative", dropout=0.3, seed=Tensor([11], ms.int32))):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_dropout_keeps_the_right_share_and_scale():
-    """With one hot values the output is the dropped weights themselves."""
+    """If the values are one-hot, the output is the dropped weights."""
     n, rate = 256, 0.3
     zeros, eye = Tensor(np.zeros((4, n, n), np.float32)), Tensor(np.tile(np.eye(n, dtype=np.float32), (4, 1, 1)))
     weights = attend_to(zeros, zeros, eye, WindowSpec(1, NO_LIMIT, NO_LIMIT, False), 1., dropout=rate,
@@ -225,8 +228,8 @@ def test_dropout_keeps_the_right_share_and_scale():
     assert abs(kept.mean() - (1 - rate)) < 4 * sigma / kept.size ** 0.5
     centred = (kept - (1 - rate)) / sigma
     for shifted in (centred[:, 1:] * centred[:, :-1], centred[..., 1:] * centred[..., :-1], centred[1:] * centred[:-1]):
-        assert abs(shifted.mean()) < 4 / shifted.size ** 0.5  # neighbours know nothing of each other
-    assert np.linalg.svd(centred[0], compute_uv=False)[0] < 2.2 * n ** 0.5  # nor rows and columns: 2 sqrt(n) at random
+        assert abs(shifted.mean()) < 4 / shifted.size ** 0.5  # neighbours are independent
+    assert np.linalg.svd(centred[0], compute_uv=False)[0] < 2.2 * n ** 0.5  # so are rows, columns: 2 sqrt(n) at random
 
 
 def test_dropout_follows_the_global_seed_and_differs_from_call_to_call():
@@ -242,7 +245,7 @@ def test_dropout_follows_the_global_seed_and_differs_from_call_to_call():
 
 
 def test_a_backend_asked_for_by_name_that_cannot_run_says_why():
-    x = Tensor(np.zeros((2, 7, 10), np.float32))  # outside a gradient: an error within leaves MindSpore's state unclean
+    x = Tensor(np.zeros((2, 7, 10), np.float32))  # outside a gradient: an error within leaves MindSpore in a bad state
     with pytest.raises(ValueError, match="ascend.*cannot run this call"):
         attend_to(x, x, x, SPECS[0], 1., backend="ascend")
 

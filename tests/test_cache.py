@@ -1,4 +1,4 @@
-"""Decoding with a cache: the same rows as one call on everything, whatever is fed at a time."""
+"""Decoding with a cache gives the same rows as one call on everything, for any sizes of chunks."""
 import copy
 import doctest
 
@@ -14,7 +14,7 @@ from local_attention.backends import native
 from local_attention.cache import reorder_cache
 
 W, HEADS, N = 5, 3, 43
-# as first and later calls: a token at a time, across window boundaries, a prompt longer than the cache, one token first
+# of first and later calls: a token at a time, across window boundaries, a prompt longer than the cache, one token first
 CHUNKS = [[1] * N, [3] * 14 + [1], [10, 1, 1, 20, 5, 1, 5], [30, 1, 12], [1, 42], [W, W, 1, 2 * W, W - 1, 1, W + 1, 11]]
 SETTINGS = [
     dict(),
@@ -26,7 +26,7 @@ SETTINGS = [
     dict(qk_rmsnorm=True, gate_values_per_head=True),
     dict(exact_windowsize=False, shared_qk=True, prenorm=True),
     dict(use_rotary_pos_emb=False),
-    dict(prefix=3),  # within a window, of many, and longer than what else is kept
+    dict(prefix=3),  # inside a window; of several windows; longer than the rest of the cache
     dict(prefix=2 * W, exact_windowsize=False, look_backward=0),
     dict(prefix=13, exact_windowsize=False, shared_qk=True),
 ]
@@ -37,7 +37,7 @@ def block(**settings):
 
 
 def fed(function, x, chunks, **kwargs):
-    """The outputs of calls on one chunk after another, side by side, and the last cache."""
+    """Return the outputs of calls on one chunk after another, side by side, and the last cache."""
     assert sum(chunks) == x.shape[1]
     outs, start, cache = [], 0, None
     for size in chunks:
@@ -58,7 +58,7 @@ def test_chunks_equal_one_call(settings, chunks):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("chunks", CHUNKS[:4], ids=lambda chunks: "-".join(map(str, chunks[:4])))
 def test_a_bias_stays_with_its_places(exact, chunks):
-    """A bias that is not a function of distance, one that is, and, where a span moves, a row of offsets."""
+    """A bias that does not depend on distance, one that does, and, if the span moves, a row of offsets."""
     mha = block(exact_windowsize=exact, use_rotary_pos_emb=False)
     x = ops.randn((2, N, 20))
     for bias in (ops.randn((HEADS, W, 2 * W)), DynamicPositionBias(8, HEADS)(W, 2 * W),
@@ -114,7 +114,7 @@ def count_a_compilation():
 
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_one_compiled_step_serves_every_position(prefix):
-    """A cache goes into a compiled function as `ms.mutable`."""
+    """A cache is passed to a compiled function as `ms.mutable`."""
     mha = block(exact_windowsize=False, prefix=prefix)
     x = ops.randn((2, N, 20))
 
@@ -135,20 +135,20 @@ MODEL = dict(num_tokens=31, dim=20, depth=2, heads=HEADS, dim_head=10, local_att
 
 
 def full(**settings):
-    """A global layer: attention to all that came before."""
+    """Return a global layer: attention to all earlier tokens."""
     return LocalMHA(**{**dict(dim=20, heads=HEADS, dim_head=10, window_size=40, look_backward=0, causal=True,
                               exact_windowsize=False, prenorm=True), **settings})
 
 
 class Shared(nn.Cell):
-    """A global layer that sees tokens to come too, and has no cache."""
+    """A global layer that also sees later tokens, and has no cache."""
 
     def construct(self, x, mask=None):
         return x.mean(1, keep_dims=True).broadcast_to(x.shape)
 
 
 class Remembering(nn.Cell):
-    """A global layer with a cache of its own: the sum, and the number, of the tokens so far."""
+    """A global layer with its own cache: the sum, and the number, of the tokens so far."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_model_is_given_the_whole_sequence_and_returns_what_is_new(settings):
     dict(prefix=3), dict(use_dynamic_pos_bias=True, local_attn_window_size=(3, None)),
     dict(shared_qk=True), dict(use_xpos=True), dict(qk_rmsnorm=True, look_backward=2), dict(look_backward=0)])
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
-    """Past `max_seq_len` too; the step is compiled once, for later calls as well."""
+    """Also past `max_seq_len`. The step is compiled once, for later calls too."""
     model = LocalTransformer(**{**MODEL, **settings})
     compiled.clear()
     through_layers = model._through_layers
@@ -206,7 +206,7 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     assert len(compiled) - full_calls == 1 + 1 + past_the_end  # the prompt, the compilation of the step, and the rest
     before = len(compiled)
     short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
-    assert len(compiled) - before == 1  # the prompt alone
+    assert len(compiled) - before == 1  # only the prompt
     np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
 
 
@@ -214,7 +214,7 @@ def test_decoding_by_plain_operators(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
     for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True), dict(prefix=9)):
         model = LocalTransformer(**{**MODEL, **settings})
-        for attn, _ in model.layers:  # so that tokens tell of attention
+        for attn, _ in model.layers:  # so that attention changes the tokens
             attn.to_qkv.weight.set_data(attn.to_qkv.weight * 4)
             attn.to_out.weight.set_data(attn.to_out.weight * 4)
         prime, mask = ops.randint(0, 31, (2, 7)), ms.Tensor(np.arange(7) >= [[0], [4]])
@@ -241,7 +241,7 @@ def test_a_step_takes_a_cache_of_another_kind():
 
 
 def test_a_model_that_has_generated_still_trains_compiled_and_so_does_its_copy():
-    """A compiled method would have taken the place of `construct` in every later graph."""
+    """If a method were compiled, it would replace `construct` in every later graph."""
     model = LocalTransformer(**{**MODEL, "depth": 1})
     tokens = ops.randint(0, 31, (2, 12))
     wanted = model(tokens, return_loss=True).asnumpy()
@@ -275,7 +275,7 @@ def test_sampling_follows_the_seed_and_tells_its_progress():
 
 
 def wrong(name):
-    """A call that misuses a cache."""
+    """Return a call that misuses a cache."""
     x = ops.randn((2, 8, 20))
     mha, model, tokens = block(), LocalTransformer(**MODEL), ops.ones((2, 8), ms.int32)
     _, cache = mha(x, return_cache=True)

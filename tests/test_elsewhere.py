@@ -1,11 +1,11 @@
-"""What is done otherwise on GPU and Ascend than on CPU, of which it gives the same: run here all the same."""
+"""Code that GPU and Ascend use instead of the CPU's, with the same results, run on the CPU."""
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
 from local_attention import LocalTransformer, WindowSpec, attend, checks, parallel, windowed_attention
-from local_attention.backends import blocked, dropout
+from local_attention.backends import blocks, dropout
 from test_attend import SPECS, Case, assert_close
 
 MODES = ["pynative", "graph"]
@@ -13,8 +13,8 @@ MODES = ["pynative", "graph"]
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """`blocked` as on a device that broadcasts at little cost."""
-    monkeypatch.setattr(blocked, "broadcasts", lambda: True)
+    """Run `blocked` as on a device where broadcasting is cheap."""
+    monkeypatch.setattr(blocks, "broadcasts", lambda: True)
     attend._prepared.cache_clear()
     yield
     attend._prepared.cache_clear()
@@ -22,7 +22,7 @@ def elsewhere(monkeypatch):
 
 @pytest.fixture
 def device(monkeypatch):
-    """Sets where MindSpore says it runs."""
+    """Set the device target that MindSpore reports."""
     before = ms.get_context
 
     def at(name):
@@ -71,7 +71,7 @@ def test_dropout_has_the_same_bits_without_a_shift(mode):
     x = np.concatenate([x, high, high | 0xFFFF]).view(np.int32)
 
     def half(x):
-        return dropout._high_half(x)
+        return dropout._without_shift(x)
     found = (ms.jit(half) if mode == "graph" else half)(Tensor(x))
     np.testing.assert_array_equal(found.asnumpy(), x >> 16)
 

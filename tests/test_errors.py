@@ -1,4 +1,4 @@
-"""What bad arguments get: one line for each message."""
+"""The messages for bad arguments, one line each."""
 import sys
 
 import mindspore as ms
@@ -39,7 +39,8 @@ def block(**settings):
 
 
 def sliced(build, ranks=3, **settings):
-    """A Cell as it is with sequence_parallel on the first of some ranks; what it refuses, it refuses alone."""
+    """Return a Cell as it is with sequence_parallel on the first of some ranks. It refuses arguments without the other
+    ranks."""
     cell = build(**settings)
     for _, part in cell.cells_and_names():
         if hasattr(part, "group"):
@@ -65,7 +66,7 @@ def check(call, error, message):
     assert message in str(raised.value).split("\n")[0]
 
 
-# Constructors: a class, what is given, and what it says.
+# Constructors: a class, its arguments, and the message.
 
 CONSTRUCTORS = [
     (attention, {"window_size": 0}, ValueError,
@@ -198,7 +199,7 @@ def test_constructors(build, given, error, message):
     check(lambda: build(**given), error, message)
 
 
-# Calls: a Cell, its inputs and options, and what it says, in both modes.
+# Calls: a Cell, its inputs and options, and the message, in both modes.
 
 CALLS = [
     (attention, (vectors(2, 3, 7, 4),) * 3, {}, ValueError,
@@ -384,7 +385,7 @@ def test_damaged_files_of_weights(name, content, message, tmp_path):
 
 
 def test_pytorch_is_named_where_it_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it raises ImportError
     (tmp_path / "a.pt").touch()
     check(lambda: load_torch_weights(block(), tmp_path / "a.pt"), ImportError,
           "a.pt' needs PyTorch, which is not installed here; a .safetensors or .npz file does not.")

@@ -1,4 +1,4 @@
-"""Generation of each row as if it were alone, with the weights and the parts that a model has now."""
+"""Generation continues each row as if it were alone, with the weights and the parts that the model has now."""
 import copy
 
 import mindspore as ms
@@ -14,7 +14,7 @@ MODEL = dict(num_tokens=TOKENS, dim=20, depth=2, heads=3, dim_head=10, local_att
 
 
 def model(**settings):
-    """A model in which attention weighs as much as embeddings do, so that tokens tell of it."""
+    """Return a model whose attention weighs as much as its embeddings, so that it changes the tokens."""
     cell = LocalTransformer(**{**MODEL, **settings})
     for attn, _ in cell.layers:
         for dense in (attn.to_qkv, attn.to_out):
@@ -30,7 +30,7 @@ def greedy(cell, prime, count, **kwargs):
 
 
 class Mean(nn.Cell):
-    """A global layer that sees all tokens, with a mask."""
+    """A global layer that sees all tokens and takes a mask."""
 
     def construct(self, x, mask=None):
         shown = ops.ones(x.shape[:2], x.dtype) if mask is None else ops.cast(mask, x.dtype)
@@ -39,14 +39,14 @@ class Mean(nn.Cell):
 
 
 class MeanOfAll(Mean):
-    """The same without one."""
+    """The same without a mask."""
 
     def construct(self, x):
         return x.mean(1, keep_dims=True).broadcast_to(x.shape)
 
 
 class Remembering(nn.Cell):
-    """A global layer with a cache of its own: the sum, and the number, of the tokens so far."""
+    """A global layer with its own cache: the sum, and the number, of the tokens so far."""
 
     def construct(self, x, cache=None, return_cache=False):
         before, count = (ops.zeros_like(x[:, :1]), ops.zeros((1, 1, 1), ms.float32)) if cache is None else cache
@@ -57,13 +57,13 @@ class Remembering(nn.Cell):
 
 
 def full():
-    """A global layer: attention to all that came before."""
+    """Return a global layer: attention to all earlier tokens."""
     return LocalMHA(dim=20, heads=3, dim_head=10, window_size=LONGEST, look_backward=0, causal=True,
                     exact_windowsize=False, prenorm=True)
 
 
 def ragged(lengths, pads, width):
-    """Prompts of these lengths after so many pads, and the mask; what is not real is drawn too."""
+    """Return prompts of these lengths after so many pads, and their mask; padding is random too."""
     prime = np.random.randint(0, TOKENS, (len(lengths), width))
     columns = np.arange(width)
     begin = np.array(pads)[:, None]
@@ -74,13 +74,14 @@ def ragged(lengths, pads, width):
     dict(), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True, exact_windowsize=False),
     dict(use_xpos=True), dict(shared_qk=True), dict(qk_rmsnorm=True, look_backward=2, num_residual_streams=2),
     dict(look_backward=0), dict(causal=False), dict(prefix=3, exact_windowsize=False, local_attn_window_size=2),
-    dict(prefix=7, shared_qk=True, local_attn_window_size=2),  # which rows grow out of while they have a cache
+    dict(prefix=7, shared_qk=True, local_attn_window_size=2),  # rows grow beyond this prefix while they have a cache
     dict(use_dynamic_pos_bias=True, local_attn_window_size=(3, None)),
     dict(global_attn_layer=full(), layers_insert_global_attn=(2,)),
     dict(global_attn_layer=Mean()), dict(global_attn_layer=MeanOfAll()), dict(global_attn_layer=Remembering())],
     ids=lambda settings: ",".join(settings) or "exact")
 def test_each_row_is_continued_as_if_it_were_alone(settings):
-    """Padded left, right and both, shorter and longer than windows and caches; past `max_seq_len` too."""
+    """With padding left, right and on both sides, shorter and longer than windows and caches; also past
+    `max_seq_len`."""
     cell = model(**settings)
     prime, mask = ragged([1, 9, 4, 13], [3, 2, 0, 0], 13)
     with_cache, without = (greedy(cell, prime, COUNT, mask=Tensor(mask), use_kv_cache=use) for use in (True, False))
@@ -263,7 +264,7 @@ def test_rings_outlive_the_steps_of_what_is_past():
 
 
 def fed_logits(cell, prime, monkeypatch, use_kv_cache):
-    """The logits of each token where the tokens drawn are always the same."""
+    """Return the logits of each token, with the same tokens drawn every time."""
     seen = []
 
     def draw(logits, *args):
@@ -283,11 +284,11 @@ def fed_logits(cell, prime, monkeypatch, use_kv_cache):
     *[(level, dict(qk_rmsnorm=True)) for level in ("O1", "O2", "O3")]],
     ids=lambda value: value if isinstance(value, str) else ",".join(value))
 def test_half_precision_with_a_cache_is_as_without(level, settings, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # where MindSpore writes the network as it rewrote it
+    monkeypatch.chdir(tmp_path)  # MindSpore writes the rewritten network here
     cell, prime = model(depth=1, **settings), np.arange(14).reshape(2, 7)
     single = fed_logits(cell, prime, monkeypatch, True)
     mixed = cell.to_float(ms.float16) if level == "to_float" else ms.amp.auto_mixed_precision(cell, level)
-    cell = cell if level in ("O2", "O3") else mixed  # which wrap it
+    cell = cell if level in ("O2", "O3") else mixed  # these levels wrap it
     with_cache, without = (fed_logits(cell, prime, monkeypatch, use) for use in (True, False))
     assert np.abs(with_cache - without).max() < 0.01 * np.abs(without).max()
     assert level == "O1" or (with_cache != single).any()

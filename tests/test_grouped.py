@@ -24,7 +24,8 @@ MODELS = [*SETTINGS, dict(kv_heads=2, use_dynamic_pos_bias=True, learned_sinks=T
 
 
 def together(**settings):
-    """All options that can be had with some, in every layer and in a global one before the second."""
+    """Return all options that can be combined with `settings`, for every layer and for a global one before the
+    second."""
     options = dict(kv_heads=2, learned_sinks=True, softcap=3., qk_rmsnorm=True, gate_values_per_head=True)
     full = {"exact_windowsize": False, **options, "prefix": settings.get("prefix", 0)}
     return dict(options, num_residual_streams=4, global_attn_layer=LocalMHA(**{**BLOCK, "window_size": 40}, **full),
@@ -41,7 +42,7 @@ of_models = pytest.mark.parametrize("settings", MODELS, ids=lambda settings: ","
 
 
 def with_sinks(cell):
-    """A Cell whose sinks are no longer zeros."""
+    """Return a Cell whose sinks are not zero."""
     for number, parameter in enumerate(cell.get_parameters()):
         if parameter.name.endswith("sinks"):
             parameter.set_data(Tensor(np.linspace(-1, 1, len(parameter)).astype(np.float32) + number / 9))
@@ -92,7 +93,8 @@ def test_chunks_equal_one_call(settings, chunks):
 
 
 def assert_same_tokens(settings, count):
-    """Of rows of equal and of unequal length; attention weighs as much as embeddings do, so that tokens tell of it."""
+    """With rows of equal and of unequal length. Attention weighs as much as embeddings, so that it changes the
+    tokens."""
     model, prime = with_sinks(LocalTransformer(**{**MODEL, **settings})), ops.randint(0, 31, (2, 7))
     for attn, _ in model.layers:
         for dense in (attn.to_qkv, attn.to_out):
@@ -105,7 +107,7 @@ def assert_same_tokens(settings, count):
 
 @of_all_models
 def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
-    assert_same_tokens(settings, 38)  # past `max_seq_len` too
+    assert_same_tokens(settings, 38)  # also past `max_seq_len`
 
 
 @pytest.mark.parametrize("settings", [
@@ -132,13 +134,13 @@ def test_a_model_s_chunks_equal_one_call(settings):
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_each_window_has_its_part_of_the_bias_of_distances(causal, mode):
-    """One row where a span moves, and one network for all of them, which learns from each."""
+    """A single row for a span that moves; one network for all windows, with gradients from each."""
     model = LocalTransformer(**{**MODEL, "num_tokens": None, "local_attn_window_size": (3, None)}, causal=causal,
                              use_dynamic_pos_bias=True)
     x, forward = ops.randn((2, N, 20)), 0 if causal else 1
     first = model.dynamic_pos_bias(3, 6, 3 * forward)
     alike = LocalMHA(**{**BLOCK, "window_size": 40, "causal": causal}, prenorm=True, use_rotary_pos_emb=False,
-                     look_backward=0, look_forward=0, exact_windowsize=False)  # a single window: all of the table
+                     look_backward=0, look_forward=0, exact_windowsize=False)  # a single window: the whole table
     for ours, theirs in zip(alike.get_parameters(), model.layers[1][0].get_parameters()):
         ours.set_data(theirs.value())
     (attn, ff), (_, last) = model.layers
@@ -183,7 +185,7 @@ def pieces(row):
 @of_models
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_documents_of_a_model_are_as_if_alone(settings, mode):
-    """Logits, and the loss, which crosses no edge."""
+    """The logits, and the loss, which crosses no edge of a document."""
     if "use_xpos" in settings:
         pytest.skip("refused")
     model, x = with_sinks(LocalTransformer(**{**MODEL, **settings})), ops.randint(0, 31, (2, N))
@@ -212,7 +214,7 @@ def test_a_layer_without_a_window_sees_all_that_came_before():
 
 
 def fed(prefix):
-    """The cache of a block with a prefix."""
+    """Return the cache of a block with a prefix."""
     return LocalMHA(**BLOCK, prefix=prefix)(ops.ones((2, 3, 20)), return_cache=True)[1]
 
 

@@ -1,4 +1,4 @@
-"""Residual streams by their definition in float64; the numbers of PyTorch's package are test_reference's affair."""
+"""Residual streams against their definition in float64. test_reference compares with PyTorch's package."""
 import doctest
 
 import mindspore as ms
@@ -14,7 +14,7 @@ in_both_modes = pytest.mark.parametrize("compiled", [False, True], ids=["pynativ
 
 
 def connection(count):
-    """A connection of which every parameter matters, and its parameters by name in float64."""
+    """Return a connection in which every parameter matters, and its parameters by name in float64."""
     cell = HyperConnection(count, DIM)
     for parameter in cell.get_parameters():
         noise = np.random.randn(*parameter.shape) * 0.3
@@ -23,7 +23,7 @@ def connection(count):
 
 
 def by_numpy(x, w, half):
-    """From x through streams and `half`, of any function for the layer, to the sum of the streams; token by token."""
+    """Compute the sum of the streams from x, token by token; `half` is any function in place of a half of a layer."""
     out = np.empty_like(x)
     for place in np.ndindex(*x.shape[:2]):
         streams = np.tile(x[place], (len(w["static_beta"]), 1)) * (1 + np.arange(len(w["static_beta"])))[:, None]
@@ -38,7 +38,8 @@ def by_numpy(x, w, half):
 @in_both_modes
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_values_and_gradients(count, compiled):
-    """The streams are made to differ before they are mixed. Gradients are held to differences of the definition."""
+    """The streams are made different before they are mixed. Gradients are compared with differences of the
+    definition."""
     cell, weights = connection(count)
     x, cotangent = np.random.randn(B, N, DIM), np.random.randn(B, N, DIM)
     apart = Tensor((1. + np.arange(count)).reshape(1, 1, -1, 1), ms.float32)
@@ -73,7 +74,7 @@ def test_values_and_gradients(count, compiled):
 
 
 def test_at_first_streams_do_what_one_does():
-    """Which is that each gets the output of a function of one of them."""
+    """At first, one random stream is the input, and every stream gets the output."""
     ms.set_seed(5)
     cell, x = HyperConnection(3, DIM), Tensor(np.random.randn(B, N, DIM), ms.float32)
     taken, streams, beta = cell(expand(x, 3))
@@ -96,7 +97,7 @@ def test_zeros_give_no_nan():
 
 @pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
 def test_the_dtype_of_streams_is_kept_and_the_weights_are_computed_in_float32(dtype):
-    """A sum of squares of 11 numbers near 100 is too large for float16."""
+    """The sum of squares of 11 numbers near 100 is too large for float16."""
     cell, _ = connection(3)
     x = Tensor(np.random.randn(B, N, 3, DIM) * 100, ms.float32)
     wanted = [out.asnumpy() for out in cell(x)]

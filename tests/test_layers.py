@@ -1,4 +1,4 @@
-"""The layers around attention: by the native kernel and by plain operators, against NumPy in float64."""
+"""The layers around attention, by the native kernel and by plain operators, against NumPy in float64."""
 import math
 
 import mindspore as ms
@@ -23,7 +23,7 @@ def draw(*shape):
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Makes the plain operators do it, or the kernel at one width of vectors."""
+    """Force the plain operators, or the kernel at one width of vectors."""
     def to(by):
         if by == "operators":
             monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
@@ -33,7 +33,7 @@ def choose(monkeypatch):
 
 
 def gradients(cell, x, dy, compiled):
-    """The output, and the gradients of the input and of the parameters, in float64."""
+    """Return the output, and the gradients of the input and of the parameters, in float64."""
     weights = ms.ParameterTuple(cell.trainable_params())
 
     def weighed(x, dy):
@@ -94,7 +94,7 @@ def test_geglu(choose, by, shape, compiled):
 
 
 def test_geglu_far_from_zero():
-    """Relative to the numbers themselves, down to where nothing is left."""
+    """Relative to the values, down to those that vanish."""
     gate = np.array([-30., -12, -8, -5, -2, -1e-3, 0, 1e-3, 2, 5, 30], np.float32)
     found = GEGLU()(Tensor(np.stack([np.ones_like(gate), gate], 1))).asnumpy()[:, 0]
     wanted = np.array([x * math.erfc(-x / math.sqrt(2)) / 2 for x in gate.astype(np.float64)])
@@ -128,7 +128,7 @@ def test_a_rotation_of_what_comes_next_goes_on_where_the_last_one_ended(position
     np.testing.assert_allclose(embeddings.rotate_at(x[:, 4:], at).asnumpy(), together[:, 4:], atol=1e-6)
 
 
-if LEVELS:  # plain operators compute in what they are given
+if LEVELS:  # plain operators compute in the dtype of their inputs
 
     @in_both_modes
     @pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])

@@ -1,4 +1,5 @@
-"""LocalAttention: what its words mean in spans, positions and paddings. Upstream's values are in test_reference.py."""
+"""What the arguments of LocalAttention mean for spans, positions and padding. test_reference.py has upstream's
+values."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def inputs(n, *leading):
 
 
 def outputs(attn, arrays, mode="pynative", **kwargs):
-    """The output and the gradients of the sum of its squares."""
+    """Return the output and the gradients of the sum of its squares."""
     kwargs = {name: Tensor(value) if isinstance(value, np.ndarray) else value for name, value in kwargs.items()}
 
     def forward(q, k, v):
@@ -35,7 +36,7 @@ def outputs(attn, arrays, mode="pynative", **kwargs):
 
 
 def turned(x, start=0, theta=10000):
-    """Rotary embedding by complex numbers: the two halves of a vector are its real and imaginary parts."""
+    """Compute rotary embedding by complex numbers: the two halves of a vector are the real and imaginary parts."""
     half = x.shape[-1] // 2
     angles = (start + np.arange(x.shape[-2]))[:, None] * float(theta) ** (-np.arange(half) / half)
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
@@ -65,7 +66,7 @@ def test_spans_at_every_boundary_length(settings, spec, n):
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 @pytest.mark.parametrize("settings", [dict(causal=True), dict(look_backward=2, look_forward=1), dict(look_forward=2)])
 def test_rotary_turns_queries_and_keys_by_their_distance(settings, mode):
-    """With look_forward, as upstream has it, the query counts from as many windows after its own place."""
+    """With look_forward, as in upstream, the query's position is that many windows after its own place."""
     attn = LocalAttention(W, dim=D, autopad=True, **settings)
     q, k, v = (x.reshape(B * H, 23, D) for x in inputs(23))
     wanted = oracle.attention(turned(q, attn.look_forward * W), turned(k), v, attn.spec, D ** -0.5)
@@ -74,7 +75,7 @@ def test_rotary_turns_queries_and_keys_by_their_distance(settings, mode):
 
 @pytest.mark.parametrize("start", [0, 12345, 10**9])
 def test_a_step_of_decoding_rotates_as_well_at_any_position(start):
-    """Products of queries and keys depend on their distance alone, wherever they stand and however that is said."""
+    """The products of queries and keys depend only on their distance, at any position and however it is given."""
     rel_pos, x = SinusoidalEmbeddings(10), ops.randn((3, 7, 10))
     near = rel_pos.rotate(x).asnumpy()
     for position in (start, Tensor([start], ms.int32)):
@@ -175,7 +176,7 @@ def test_shared_qk_normalises_keys_with_a_gradient():
     out, dq, dk, _ = outputs(attn, (q, k, v))
     np.testing.assert_allclose(out, outputs(attn, (q, 5 * k, v))[0], atol=1e-5)
     assert np.abs(dk).max() > 1e-3
-    np.testing.assert_allclose((dk * k).sum(-1), 0, atol=1e-5)  # nothing changes along a key
+    np.testing.assert_allclose((dk * k).sum(-1), 0, atol=1e-5)  # no change along a key changes anything
 
 
 def test_l2norm_of_a_zero_vector_is_zero():
@@ -253,7 +254,7 @@ def test_pad_to_multiple_says_whether_it_did():
 
 
 def test_xpos_is_nothing_where_rotary_is_off():
-    """As in the PyTorch package, whose callers pass it with a bias of positions of their own."""
+    """As in the PyTorch package, whose callers pass it together with a position bias of their own."""
     x = ops.randn((2, 7, 16))
     plain, xpos = (LocalMHA(dim=16, window_size=8, use_rotary_pos_emb=False, use_xpos=on) for on in (False, True))
     ms.load_param_into_net(xpos, plain.parameters_dict())
@@ -262,7 +263,7 @@ def test_xpos_is_nothing_where_rotary_is_off():
                                   LocalAttention(1)(x, x, x).asnumpy())
 
 
-# ---- what today's models have
+# ---- options of today's models
 
 
 OF_TODAY = [dict(causal=True, dim=D), dict(dim=D), dict(causal=True, exact_windowsize=True, prefix=3, dim=D),
@@ -272,7 +273,7 @@ OF_TODAY = [dict(causal=True, dim=D), dict(dim=D), dict(causal=True, exact_windo
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 @pytest.mark.parametrize("settings", OF_TODAY, ids=lambda settings: ",".join(settings))
 def test_documents_are_as_if_alone_with_grouped_heads_and_sinks(settings, mode):
-    """Lengths are no multiples of the window: windows, rotation and the prefix start anew."""
+    """The lengths are not multiples of the window: windows, rotation and the prefix start anew."""
     attn = LocalAttention(W, autopad=True, **settings)
     q, k, v = draw(B, 4, 40, D), draw(B, 2, 40, D, seed=1), draw(B, 2, 40, D, seed=2)
     sinks = draw(4)

@@ -1,4 +1,4 @@
-"""MindSpore's own ways of training, saving and exporting, used as its documentation has them."""
+"""MindSpore's own ways of training, saving and exporting, used as its documentation describes."""
 import contextlib
 import os
 import subprocess
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class NextToken(nn.Cell):
-    """A language model's own loss, as `Model` wants it: a Cell from data to loss."""
+    """A language model's own loss, in the form that `Model` needs: a Cell from data to loss."""
 
     def __init__(self, **more):
         super().__init__()
@@ -37,7 +37,7 @@ def tokens(*shape):
 
 
 def batches():
-    """Batches of 4 sequences that count up by one or by two."""
+    """Return batches of 4 sequences that count up by one or by two."""
     rows = [np.arange(17, dtype=np.int32) * (1 + i % 2) % 23 for i in range(32)]
     return ds.GeneratorDataset([(row,) for row in rows], ["x"], shuffle=False).batch(4)
 
@@ -62,7 +62,7 @@ def mode(name):
 
 
 def trained(network, callbacks=(), sink=False, **options):
-    """The loss at every step of Model.train."""
+    """Return the loss at every step of Model.train."""
     losses = Losses()
     model = Model(network, optimizer=nn.Momentum(network.trainable_params(), 0.3, 0.5), **options)
     model.train(2, batches(), callbacks=[losses, *callbacks], dataset_sink_mode=sink)
@@ -87,7 +87,7 @@ def test_model_train_with_a_dataset_and_callbacks(name, sink, tmp_path, capfd):
 
 @pytest.mark.parametrize("level, name", [("O1", "pynative"), ("O2", "graph"), ("O3", "graph"), ("auto", "pynative")])
 def test_mixed_precision_learns(level, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where MindSpore writes the network as it rewrote it
+    monkeypatch.chdir(tmp_path)  # MindSpore writes the rewritten network here
     with mode(name):
         losses = trained(NextToken(), amp_level=level, loss_scale_manager=None)
     assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.5
@@ -110,7 +110,7 @@ def test_recompute_changes_nothing():
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_recompute_of_a_whole_model_in_graph_mode(streams):
-    """Each block for itself: a gradient of the whole with its loss had a cycle."""
+    """Every block is recomputed on its own: a gradient of the whole model with its loss had a cycle."""
     full = LocalMHA(dim=12, heads=3, dim_head=10, window_size=41, causal=True)
     options = dict(num_residual_streams=streams, global_attn_layer=full, layers_insert_global_attn=(1,))
     x, plain, again = tokens(2, 21), NextToken(**options), NextToken(**options)
@@ -153,7 +153,7 @@ def test_a_seeded_model_built_twice_in_a_process_has_the_same_losses_twice(compi
     lambda: LocalAttention(5, dropout=.5, autopad=True), lambda: FeedForward(10, dropout=.5),
     lambda: LocalSelfAttention(10, 2, dropout_rate=.5)], ids=["local", "ff", "sliding"])
 def test_what_drops_in_two_places_of_a_graph_drops_otherwise_in_each(build, compiled):
-    """There, all draws from the global seed give one number."""
+    """In a graph, all draws from the global seed give the same number."""
     ms.set_seed(5)
     cells, x = nn.CellList([build(), build()]).set_train(), ops.randn((1, 17, 10))
     for one, other in zip(cells[0].get_parameters(), cells[1].get_parameters()):
@@ -169,7 +169,7 @@ def test_what_drops_in_two_places_of_a_graph_drops_otherwise_in_each(build, comp
 
 
 class OfValues(nn.Cell):
-    """Attention with even weights and dropout, as a function of the values: a linear one."""
+    """Attention with even weights and dropout, as a function of the values, which is linear."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class OfValues(nn.Cell):
 
 
 def test_recompute_drops_the_same_weights_again():
-    """Compiled alone: outside a graph MindSpore draws anew, for its own nn.Dropout too. Of a linear function, the
+    """Only compiled: outside a graph, MindSpore draws anew, also for its own nn.Dropout. For a linear function, the
     gradient times the input is the function's value."""
     cell, v = nn.SequentialCell(OfValues()), Tensor(np.random.randn(2, 17, 10).astype(np.float32))
     cell.set_train()
@@ -213,13 +213,13 @@ def test_a_seed_makes_a_run_again_dropout_included(name):
 
 
 def exported(cell, path, *inputs):
-    """What comes back from a MindIR file of a Cell."""
+    """Export a Cell to a MindIR file, and load it."""
     ms.export(cell, *inputs, file_name=str(path), file_format="MINDIR")
     return nn.GraphCell(ms.load(f"{path}.mindir"))
 
 
 def test_an_exported_graph_is_of_mindspore_s_own_operators(tmp_path):
-    """Where the native backend was built, it would otherwise be called by the graph, and be looked for by its path."""
+    """With the native backend, the graph would call the kernel, and look for it by its path."""
     seen = []
 
     @constexpr
@@ -260,7 +260,7 @@ def test_export_of_a_model(tmp_path):
 @pytest.mark.parametrize("settings", [dict(use_xpos=True, look_forward=2),
                                       dict(shared_qk=True, exact_windowsize=True, causal=True)], ids=["xpos", "shared"])
 def test_export_of_attention_for_every_length(settings, tmp_path):
-    attn = LocalAttention(7, dim=10, **settings)  # `autopad` or not
+    attn = LocalAttention(7, dim=10, **settings)  # with `autopad` or without
     x, mask = Tensor(shape=[None, 3, None, 10], dtype=ms.float32), Tensor(shape=[None, None], dtype=ms.bool_)
     again = exported(attn, tmp_path / "attention", x, x, x, mask)
     for b, n in ((2, 1), (1, 14), (2, 293)):
@@ -344,9 +344,9 @@ for dtype in (ms.float16, ms.bfloat16):
 
 
 def test_mindspore_has_nothing_to_warn_of(tmp_path):
-    """With its logging as a user has it."""
+    """With the logging level that users have."""
     environment = {name: value for name, value in os.environ.items() if name != "GLOG_v"}
-    (tmp_path / "quiet.py").write_text(QUIET)  # a file, as ms.jit reads the source of a function
+    (tmp_path / "quiet.py").write_text(QUIET)  # a file, because ms.jit reads the source of a function
     done = subprocess.run([sys.executable, "-B", "quiet.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**environment, "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""What is the native kernel's own: widths of vectors, threads, sizes around its tiles, what it must not read."""
+"""What only the native kernel has: widths of vectors, threads, sizes around its tiles, and memory it must not read."""
 import ctypes
 import shutil
 import threading
@@ -23,7 +23,7 @@ def test_it_is_built_where_there_is_a_compiler():
     assert BUILT or shutil.which("g++") is None, native.library()[1]
 
 
-if BUILT:  # its tests; without a compiler, the package works and is tested without it
+if BUILT:  # these tests need the kernel; without a compiler, the package works and is tested without it
 
     @pytest.fixture(autouse=True)
     def anew():
@@ -39,7 +39,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
         assert_close(case.got("native", "pynative"), case.wanted(), 2e-5)
 
     def both(shape, spec, seed=0, mask=False, bias_period=None, grad=True, **options):
-        """(out, dq, dk, dv, dbias) of native and of dense, on batch 2, heads 3."""
+        """Return (out, dq, dk, dv, dbias) of native and of dense, for batch 2 and 3 heads."""
         rng = np.random.default_rng(seed)
         n, d = shape
 
@@ -77,7 +77,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
 
     @pytest.mark.parametrize("mask, bias_period", [(False, None), (True, 32)])
     def test_chunks_of_a_long_sequence_meet_at_their_keys(mask, bias_period):
-        """1,500 queries are six chunks whose spans overlap, even and odd ones in turn."""
+        """1,500 queries are six chunks with overlapping spans; even and odd ones take turns."""
         got, wanted = both((1500, 8), WindowSpec(1, 48, 16, False), mask=mask, bias_period=bias_period)
         assert_close(got, wanted, 1e-4)
 
@@ -86,7 +86,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
     def test_documents_are_found_as_plain_operators_find_them(dtype, mode):
         ids = np.array([[3, 3, 7, -1, -1, -2, 0, 0, 0, 3, -1], [5] * 11, range(11), [-4] * 11], dtype)
         if dtype is np.int64:
-            ids[1, 4:] += 2**32  # another number, with the same lower half
+            ids[1, 4:] += 2**32  # another number with the same lower half
 
         def loss(x, ids):
             bounds = spans.document_bounds(ids)
@@ -116,7 +116,8 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
             assert 1 <= native.threads() <= ms.get_context("runtime_num_threads")
 
     def test_calls_from_several_threads_at_once_do_not_meet():
-        """Of the kernel itself: MindSpore's operators outside graphs are not safe to call from several threads."""
+        """This calls the kernel itself: MindSpore's operators outside graphs must not be called from several
+        threads."""
         kernel, rng = ctypes.CDLL(native.library()[0]), np.random.default_rng(0)
         numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16)).numbers.asnumpy()
         q, k, v, dout = (rng.standard_normal((4, 700, 16)).astype(np.float32) for _ in range(4))
@@ -160,7 +161,7 @@ if BUILT:  # its tests; without a compiler, the package works and is tested with
         case.q, case.k = case.q * 0 + factor, case.k * 0 + 1 + np.arange(150, dtype=np.float32)[None, :, None] / 150
         got = case.got("native", "pynative")
         assert all(np.isfinite(x).all() for x in got)
-        np.testing.assert_allclose(got[0], case.wanted()[0], atol=2e-3)  # scores of 6e5 end at 1/32
+        np.testing.assert_allclose(got[0], case.wanted()[0], atol=2e-3)  # scores of 6e5 are precise to 1/32
 
     @pytest.mark.parametrize("what", ["q", "k", "v"])
     @pytest.mark.parametrize("spec", [WindowSpec(1, 20, 0, True), WindowSpec(16, 16, 0, True)])

@@ -1,4 +1,4 @@
-"""The package as it is installed and imported."""
+"""The package as installed and imported."""
 import importlib
 import os
 import runpy
@@ -27,7 +27,7 @@ SUBMODULES = {
 
 
 def python(code, folder):
-    """Runs code in a new process and an empty folder, with MindSpore's logging as a user has it."""
+    """Run code in a new process and an empty folder, with the logging level that users have."""
     environment = {name: value for name, value in os.environ.items() if name not in ("GLOG_v", "MS_OM_PATH")}
     return subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, env={**environment, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
@@ -70,7 +70,7 @@ def test_submodules_keep_their_names(module):
 
 
 def test_helpers_of_upstream_s_submodules():
-    """Values as release 1.11.2 gives them."""
+    """The values are those of release 1.11.2."""
     from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE, default, exists, max_neg_value
     assert TOKEN_SELF_ATTN_VALUE == -5e4
     assert exists(0) and not exists(None) and default(0, 5) == 0 and default(None, 5) == 5
@@ -114,7 +114,7 @@ def test_printing_shows_settings():
 
 @pytest.fixture
 def setup_arguments(monkeypatch):
-    """What setup.py hands to setuptools, which need not be installed."""
+    """Return what setup.py passes to setuptools, which need not be installed."""
     given = {}
     fake = types.SimpleNamespace(setup=lambda **arguments: given.update(arguments),
                                  find_packages=lambda include: include, Extension=lambda name, **options: name)
@@ -136,7 +136,7 @@ def test_the_kernel_is_an_extension(setup_arguments):
 
 
 def test_the_kernel_is_of_no_python_version(setup_arguments):
-    """One wheel of a machine's kind is for every Python, and `native` looks for the name it is built with."""
+    """One wheel for a kind of machine serves every Python, and `native` looks for the name that is built."""
     commands = setup_arguments["cmdclass"]
     built = commands["build_ext"]().get_ext_filename("local_attention.backends._native")
     assert Path(built) == Path("local_attention", "backends", "_native.so")

@@ -22,7 +22,7 @@ import train
 from local_attention import parallel
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 900  # seconds; a job of two ranks takes ninety where nothing else runs
+LIMIT = 900  # seconds; a job of two ranks takes ninety if nothing else runs
 
 
 def free_port():
@@ -32,7 +32,8 @@ def free_port():
 
 
 def start(folder, ranks, *command):
-    """A job of some ranks on this machine, and the file its output goes to. They listen on loopback alone."""
+    """Start a job of some ranks on this machine, which listen only on loopback; return it and the file of its
+    output."""
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MS_RETRY_INTERVAL_LOWER": "1",
@@ -47,7 +48,7 @@ def start(folder, ranks, *command):
 
 
 def finish(job, log, limit=LIMIT):
-    """The job's status and output; what is not over by then is ended."""
+    """Return the job's status and output. A job that runs longer than the limit is ended."""
     try:
         return job.wait(limit), log.read_text()
     except subprocess.TimeoutExpired:
@@ -58,8 +59,8 @@ def finish(job, log, limit=LIMIT):
 
 
 def waited_too_long(folder, output):
-    """Whether a job failed as a collective on CPU gives up after ten seconds, which the rank that it waited for was
-    short of on a busy machine, and for no other reason: no rank has another error, and none was killed."""
+    """Whether a job failed only because a rank waited too long: on a busy machine, a collective on CPU gives up after
+    ten seconds. No rank has another error, and none was killed."""
     logs = "\n".join(path.read_text() for path in folder.glob("logs/worker_*.log"))
     errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*", logs, re.MULTILINE)
     return (re.search(r" wait receiving .*failed", logs) is not None and "Error code: -" not in output
@@ -67,7 +68,7 @@ def waited_too_long(folder, output):
 
 
 def attempts(folder):
-    """A folder with data for a job, and another, should it have waited too long in that one."""
+    """Yield a folder with data for a job, and a second one in case the first job waits too long."""
     for name in ("first", "second"):
         (folder / name).mkdir()
         (folder / name / "data").write_text(words())
@@ -75,7 +76,7 @@ def attempts(folder):
 
 
 def results_of(parent, ranks, *sections):
-    """The folder of a job, and what its ranks computed."""
+    """Return the folder of a job, and what its ranks computed."""
     for folder in attempts(parent):
         status, output = finish(*start(folder, ranks, ROOT / "tests" / "parallel_worker.py", folder, *sections))
         if status == 0 or not waited_too_long(folder, output):
@@ -99,11 +100,11 @@ def assert_equal_to_one_process(parts, ranks, name, mode):
     tolerance = 5e-2 if "bfloat16" in name else tolerance
     for key, (how, wanted) in one_process(name, ranks).items():
         if mode == "graph" and key.endswith("/logits"):
-            continue  # a graph more; what a loss is made of
+            continue  # they would need another graph, and the loss is made from them
         found = joined([part[key.replace("/pynative/", f"/{mode}/")] for part in parts], how)
         assert found.shape == wanted.shape, key
         largest = np.abs(wanted).max()
-        if key.endswith("mlp.4.bias"):  # to add one number to all the scores of a head changes nothing
+        if key.endswith("mlp.4.bias"):  # adding one number to all the scores of a head changes nothing
             largest = 1e-2
         assert largest > 1e-5, key
         np.testing.assert_allclose(found, wanted, atol=tolerance * largest + 1e-7, rtol=0, err_msg=key)
@@ -122,7 +123,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    """Four ranks in a grid, then three of them by themselves."""
+    """Run four ranks in a grid, then three of them on their own."""
     return results_of(tmp_path_factory.mktemp("four"), 4, "grid", "cases", "emulated")[1]
 
 
@@ -145,7 +146,7 @@ def test_a_grid_of_sequences_and_batches_equals_one_process(four_ranks):
                 continue
             found = [part["grid, " + key.replace("/pynative/", f"/{mode}/")] for part in four_ranks]
             if key.endswith("/loss"):
-                found = np.mean(found[::2])  # of a half's sequence each; how the halves go together is the caller's
+                found = np.mean(found[::2])  # each half has its own loss; the caller combines them
             elif key.endswith("/logits"):
                 found = np.concatenate([joined(found[:2], 1), joined(found[2:], 1)])
             else:
@@ -264,7 +265,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_ranks, tmp_path, mo
     train.main([*worker.TINY, "--data", "data", "--batch-size", "6", "--out", str(tmp_path / "one")])
     wanted = records_of(tmp_path / "one")
     assert wanted[0]["loss"] - wanted[-1]["loss"] > 1
-    for mode in worker.MODES:  # the second died and was resumed
+    for mode in worker.MODES:  # the second run died and was resumed
         found = records_of(folder / mode)
         assert [record["step"] for record in found] == list(range(1, 21))
         for a, b in zip(found, wanted):
@@ -275,7 +276,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_ranks, tmp_path, mo
 
 
 def checkpointed(parent):
-    """The folder, job and log of a training that goes on, past its first checkpoint."""
+    """Return the folder, job and log of a training that is past its first checkpoint, and still runs."""
     settings = [*worker.TINY, "--steps", "100000", "--mode", "pynative"]
     for folder in attempts(parent):
         job, log = start(folder, 2, ROOT / "train.py", *settings, "--data", "data", "--batch-size", "3", "--out", "run")

@@ -1,4 +1,4 @@
-"""The block plan covers every query once and computes little that nobody sees."""
+"""The block plan covers every query once, and computes few scores that nobody sees."""
 import itertools
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Pictures: the weights in them are the definition's, the masks are `WindowSpec`'s."""
+"""Pictures show the weights of the definition, and the masks of `WindowSpec`."""
 import doctest
 import sys
 
@@ -70,7 +70,7 @@ def test_a_model_s_weights_and_their_picture(tmp_path):
     for edge, wanted in zip(panels[4].patches, zip(*seen)):
         values = np.clip(wanted, 0, 16) + (0.5 if wanted[0] == 0 and edge is panels[4].patches[1] else -0.5)
         np.testing.assert_array_equal(edge.get_data().values, values)
-    small, large = panels[0].images[0].norm([0.01, 0.25])  # a weight of a hundredth shows
+    small, large = panels[0].images[0].norm([0.01, 0.25])  # a weight of a hundredth is visible
     assert small == pytest.approx(large / 5)
     figure.draw_without_rendering()
     title, whole = figure._suptitle.get_window_extent(), figure.bbox
@@ -80,7 +80,7 @@ def test_a_model_s_weights_and_their_picture(tmp_path):
 
     def again(x):
         return model(x)
-    np.testing.assert_allclose(ms.jit(again)(x).asnumpy(), before, atol=1e-5)  # no hook is left
+    np.testing.assert_allclose(ms.jit(again)(x).asnumpy(), before, atol=1e-5)  # all hooks are removed
 
 
 def test_pictures_of_calls_that_differ_in_heads_and_see_nothing_in_places():
@@ -117,7 +117,7 @@ def test_misuse_is_named(call, error, message):
 
 
 def test_matplotlib_is_named_where_it_is_needed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an import of it raises ImportError
     with pytest.raises(ImportError, match="local_attention.plot needs matplotlib, which is not installed here."):
         plot_mask(WindowSpec(3, 3, 0, True), 5)
 

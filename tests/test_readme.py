@@ -1,5 +1,5 @@
-"""The pages: every Python block of README.md and docs/*.md runs as it stands, in order, each section on its own; links
-and anchors lead somewhere; README_CN.md has README.md's sections and code."""
+"""The pages. Every Python block of README.md and docs/*.md runs unchanged, in order, each section on its own. Links and
+anchors exist. README_CN.md has README.md's sections and code."""
 import re
 import runpy
 from pathlib import Path
@@ -13,7 +13,8 @@ ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:]]
 
 
 def sections():
-    """(page, section, its code): the code keeps its place in the page, so that a traceback names the page's lines."""
+    """Return (page, section, code) of all sections. The code keeps its place in the page, so that a traceback shows the
+    page's lines."""
     for path in PAGES:
         lines = path.read_text(encoding="utf-8").splitlines()
         title, code, language = path.name, [""] * len(lines), None
@@ -38,7 +39,7 @@ def test_there_are_blocks():
 
 
 def with_shapes_asserted(code):
-    """The shapes that comments give of what a line makes, as assertions on that line."""
+    """Turn comments that give shapes into assertions on the values of their lines."""
     made, shape = r"^(\w+)((?:, \w+)* = .*\S)", r"(\([\d, ]+\))"
     return re.sub(f"{made} +# {shape}(?:[:;].*)?$", r"\1\2; assert \1.shape == \3, \1.shape", code, flags=re.MULTILINE)
 
@@ -65,7 +66,7 @@ def test_what_the_page_says_of_float16_in_a_comment(tmp_path, monkeypatch):
 
 
 def prose(path):
-    """A page's lines outside of code."""
+    """Return a page's lines outside of code."""
     inside = False
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -75,7 +76,7 @@ def prose(path):
 
 
 def anchors(path):
-    """What GitHub calls the titles of a page: no punctuation, hyphens for spaces, numbers where two are alike."""
+    """Return GitHub's anchors of a page's titles: no punctuation, hyphens for spaces, numbers for equal titles."""
     seen = []
     for line in prose(path):
         if re.match("#+ ", line):
@@ -86,7 +87,7 @@ def anchors(path):
 
 
 def links(path):
-    """Relative links of a page, pictures among them, as (target, the file, the anchor or None)."""
+    """Return the relative links of a page, including pictures, as (target, file, anchor or None)."""
     text = "\n".join(prose(path))
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if not re.match(r"https?:|mailto:", target):
@@ -108,7 +109,7 @@ def test_every_page_can_be_found_from_the_readme():
 
 
 def outline(path):
-    """Sections and code blocks of a page: the level of every title, and every block with its title above it."""
+    """Return the sections and code blocks of a page: the level of every title, and every block with its title."""
     title, block, levels, blocks = "", None, [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):

@@ -1,4 +1,5 @@
-"""Every option against results of the PyTorch package, saved by tests/reference/make_reference.py, in both modes."""
+"""Compare every option with results of the PyTorch package, saved by tests/reference/make_reference.py, in both
+modes."""
 import json
 from functools import cache
 from pathlib import Path
@@ -20,15 +21,15 @@ from local_attention.local_attention import look_around, pad_to_multiple
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary_pos_emb, rotate_half
 from local_attention.transformer import top_k
 
-# Largest error, over the largest number of the array. Both sides compute in float32 (6e-8 a rounding), with sums in
-# other orders, and upstream's rotary angles, of up to 35 radians, are float32 products: an angle is good to
-# 35 * 6e-8 = 2e-6, and so are the scores. 2.5e-6 was measured; the rest is for other processors. A wrong mask, scale or
-# position shows at 1e-2 and more.
+# The largest error, relative to the largest value of the array. Both sides compute in float32 (6e-8 for each rounding),
+# with sums in different orders. Upstream's rotary angles, of up to 35 radians, are float32 products: an angle is good
+# to 35 * 6e-8 = 2e-6, and so are the scores. 2.5e-6 was measured; the rest is for other processors. A wrong mask, scale
+# or position shows at 1e-2 and more.
 TOLERANCE = 2e-5
-# With residual streams, which begin as copies of each other, gradients are sums that cancel: PyTorch's own are up to
-# 1.5e-5 from what it computes in float64, and ours, measured, as far from PyTorch's.
+# Residual streams begin as copies of each other, so gradients are sums that cancel. PyTorch's own gradients are up to
+# 1.5e-5 from what it computes in float64, and ours were measured to be equally far from PyTorch's.
 STREAMS_TOLERANCE = 1e-4
-ZERO = 1e-5                 # what a gradient that is zero on paper may be: sums of numbers near 1 that cancel
+ZERO = 1e-5                 # the limit for gradients that are exactly zero: they are sums of numbers near 1 that cancel
 
 
 @cache
@@ -38,15 +39,15 @@ def reference(file):
 
 
 def cases(file, start="", holding="settings"):
-    """The names of a file's cases that begin in some way and hold some array."""
+    """Return the names of a file's cases that start with `start` and have the array `holding`."""
     return [key.split("/")[0] for key in reference(file) if key.startswith(start) and key.endswith("/" + holding)]
 
 
 def in_both_modes(names, graphs=None):
-    """Parametrizes a test by all names in PyNative mode, and the first of them (`graphs`: how many) in Graph mode.
+    """Parametrize a test by all names in PyNative mode, and by the first `graphs` of them in Graph mode.
 
-    A graph takes seconds to compile. Of LocalAttention and LocalMHA the saved cases begin with those that cover most:
-    the chosen ones hold every value of every option, and three out of four pairs of values.
+    A graph takes seconds to compile. The saved cases of LocalAttention and LocalMHA begin with those that cover most:
+    the chosen ones have every value of every option, and three out of four pairs of values.
     """
     runs = [pytest.param(name, compiled, id=f"{name}-{'graph' if compiled else 'pynative'}")
             for compiled in (False, True) for name in names[:graphs if compiled else None]]
@@ -54,7 +55,7 @@ def in_both_modes(names, graphs=None):
 
 
 def load(file, name):
-    """The settings of a case and its arrays."""
+    """Return the settings of a case and its arrays."""
     settings = json.loads(str(reference(file)[f"{name}/settings"]))
     start = f"{name}/"
     return settings, {key[len(start):]: array for key, array in reference(file).items() if key.startswith(start)}
@@ -73,7 +74,7 @@ def weights(file, names):
 
 
 def differentiate(forward, inputs, cotangent, parameters, compiled):
-    """forward(*inputs), the gradients of sum(forward * cotangent) for the inputs, and those for the parameters."""
+    """Return forward(*inputs), and the gradients of sum(forward * cotangent) for the inputs and for the parameters."""
     def total(*inputs):
         out = forward(*inputs)
         return (out * cotangent).sum(), out
@@ -83,13 +84,13 @@ def differentiate(forward, inputs, cotangent, parameters, compiled):
     (_, out), grads = (ms.jit(run) if compiled else run)(*inputs)
     if not inputs or not parameters:
         grads = (grads, ()) if inputs else ((), grads)
-    # MindSpore gives the gradient of a single input bare
+    # MindSpore returns the gradient of a single input without a tuple
     by_input, by_parameter = ([part] if isinstance(part, Tensor) else list(part) for part in grads)
     return out, by_input, by_parameter
 
 
 def gradients_by_upstream_name(cell, parameters, grads):
-    """{"grad/<state_dict name>": gradient}: a gradient is renamed and reshaped as its weight is."""
+    """Return {"grad/<state_dict name>": gradient}: a gradient is renamed and reshaped like its weight."""
     for parameter, grad in zip(parameters, grads):
         parameter.set_data(grad)
     return {f"grad/{name}": grad for name, grad in export_torch_weights(cell).items()}

@@ -1,4 +1,4 @@
-"""Gradients of gradients: right where they can be had, an error that says so elsewhere, never zeros."""
+"""Gradients of gradients: right where they are supported, an error that says so elsewhere, never zeros."""
 import os
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def attention(x):
 
 
 def numeric(value, x, step=1e-2):
-    """The derivative of a compiled function by differences."""
+    """Return the derivative of a compiled function by differences."""
     wanted = np.zeros(x.shape)
     for place in np.ndindex(*x.shape):
         moved = np.zeros(x.shape, np.float32)
@@ -48,7 +48,7 @@ def test_compiled_under_dense_it_is_right():
 
 
 def test_a_whole_model_under_dense():
-    """LayerNorm, GEGLU, rotation and the rest of a model are plain operators there too."""
+    """LayerNorm, GEGLU, rotation and the rest of a model are also plain operators there."""
     model = LocalTransformer(num_tokens=None, max_seq_len=16, dim=8, depth=1, heads=2, dim_head=4,
                              local_attn_window_size=4)
     x = np.random.default_rng(0).standard_normal((1, 6, 8)).astype(np.float32)
@@ -104,7 +104,7 @@ if native.library()[0]:
 
 @pytest.mark.parametrize("backend, mode", ONCE)
 def test_elsewhere_it_is_an_error_that_names_the_way_out(backend, mode, tmp_path):
-    """In a process of its own, as an exception within a gradient leaves MindSpore's state unclean."""
+    """In a process of its own, because an exception within a gradient leaves MindSpore in a bad state."""
     script = tmp_path / "second.py"
     script.write_text(ELSEWHERE)
     done = subprocess.run([sys.executable, "-B", script, backend, mode], capture_output=True, text=True, cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""`python -m local_attention.selfcheck`: its definition against the tests' own, what it prints, and how it ends."""
+"""`python -m local_attention.selfcheck`: its definition against the tests' own, what it prints, and its exit status."""
 import json
 import os
 import subprocess
@@ -47,7 +47,8 @@ def test_its_definition_is_that_of_the_oracle(case):
 
 @pytest.mark.parametrize("case", selfcheck.CASES, ids=lambda case: case.name)
 def test_values_with_gradients_in_one_graph(case):
-    """A graph that returns both, of which a function that the forward pass and the gradient call may make nothing."""
+    """One graph returns both values and gradients: a function that the forward pass and the gradient share may get
+    lost."""
     assert selfcheck.distance(selfcheck.computed(case, "blocked", "float32", True), selfcheck.reference(case)) < 1e-5
 
 

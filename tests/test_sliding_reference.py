@@ -1,4 +1,4 @@
-"""Sliding windows against results of their formula in JAX, saved by tests/reference/make_sliding_reference.py."""
+"""Compare sliding windows with results of their formula in JAX, saved by tests/reference/make_sliding_reference.py."""
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
@@ -7,9 +7,9 @@ from local_attention import LocalSelfAttention, MultiHeadLocalAttention, sliding
 from test_reference import cases, differentiate, in_both_modes, load, reference, results, tensors
 
 FILE = "sliding_window"
-# Largest error, over the largest number of the array. What is saved is float64, rounded to float32 (6e-8); what is
-# computed here is float32, each sum of up to 61 products off by a few roundings. 1.4e-6 was measured; the rest is for
-# other processors. A key too many or a wrong scale shows at 1e-2 and more.
+# The largest error, relative to the largest value of the array. The saved values are float64, rounded to float32
+# (6e-8). The values computed here are float32, each a sum of up to 61 products with a few roundings. 1.4e-6 was
+# measured; the rest is for other processors. A key too many or a wrong scale shows at 1e-2 and more.
 TOLERANCE = 1e-5
 
 

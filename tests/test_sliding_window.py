@@ -1,4 +1,4 @@
-"""Sliding windows: the span of every query, its embeddings of offsets, its dropout, and the Cells around it."""
+"""Sliding windows: the span of every query, embeddings of offsets, dropout, and the Cells around it."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def draw(*shape, seed=0):
 
 
 def results(mode, q, k, v, emb=None, **kwargs):
-    """The output and the gradients of the sum of its squares."""
+    """Return the output and the gradients of the sum of its squares."""
     has_emb = emb is not None
 
     def forward(q, k, v, *emb):
@@ -56,7 +56,7 @@ def test_mask_embeddings_and_span_together_have_gradients(mode):
 
 
 def test_the_query_is_among_the_right_ones():
-    """A value that only its own position holds shows which queries see it."""
+    """Only one position has a value other than zero, which shows the queries that see it."""
     n, at = 20, 10
     zeros, v = np.zeros((1, n, 1), np.float32), np.zeros((1, n, 1), np.float32)
     v[0, at] = 1
@@ -71,7 +71,7 @@ def test_the_query_is_among_the_right_ones():
 
 
 def test_a_mask_of_two_axes_is_by_batch_always():
-    """Where there are as many heads, too."""
+    """Even if there are as many heads as batch entries."""
     q, k, v = (Tensor(draw(2, 2, 23, D, seed=seed)) for seed in range(3))
     mask = np.random.default_rng(1).random((2, 23)) > .4
     options = dict(window_size_left=5, window_size_right=5)
@@ -146,7 +146,7 @@ def test_cells_learn(cls, mode):
         losses.append(float(value))
     assert losses[-1] < losses[0]
     for parameter, grad in zip(optimizer.parameters, grads):
-        zero = parameter.name == "key.bias"  # a shift of all keys alike moves no softmax
+        zero = parameter.name == "key.bias"  # adding the same to all keys changes no softmax
         assert (np.abs(grad.asnumpy()).max() < 1e-6) == zero, parameter.name
 
 
@@ -253,7 +253,7 @@ class AnyLength(nn.Cell):
 
 
 def test_lengths_that_a_graph_does_not_know(tmp_path):
-    """As it is exported."""
+    """In an exported graph."""
     net, x = AnyLength(), [Tensor(draw(B, H, 300, D, seed=seed)) for seed in range(3)]
     mask = Tensor(np.random.default_rng(0).random((B, 300)) > .3)
     open_shape = Tensor(shape=[None, H, None, D], dtype=ms.float32)

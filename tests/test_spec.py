@@ -1,4 +1,4 @@
-"""Which keys a query sees: the formula, its picture, and other libraries' words for it."""
+"""Which keys a query sees: the formula, its picture, and other libraries' terms for it."""
 import numpy as np
 import pytest
 

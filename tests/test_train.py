@@ -1,4 +1,4 @@
-"""train.py: exact resuming, what a run leaves behind, and what a wrong option or wrong data gets."""
+"""train.py: exact resuming, the files of a run, and the messages for wrong options or data."""
 import gzip
 import json
 import os
@@ -20,7 +20,7 @@ TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --ba
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A compressed file of a few thousand random words."""
+    """Return a compressed file of a few thousand random words."""
     path = tmp_path_factory.mktemp("data") / "words.txt.gz"
     chosen = random.Random(0).choices(["def", "return", "attention", "window", "of", "the\n"], k=3000)
     path.write_bytes(gzip.compress(" ".join(chosen).encode()))
@@ -29,7 +29,7 @@ def words(tmp_path_factory):
 
 @pytest.fixture
 def run(words, device, tmp_path):
-    """Calls train.py's main on tiny settings, or on none when it resumes; returns the records of the run so far."""
+    """Call train.py's main with tiny settings, or with none to resume; return the records of the run so far."""
     def call(out, *arguments):
         settings = [] if "--resume" in arguments else [*TINY, "--data", words, "--device", device]
         train.main([*settings, "--out", str(tmp_path / out), *arguments])
@@ -43,7 +43,8 @@ def losses(records):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
-    """A run that dies and is later interrupted logs, once resumed, what an undisturbed run logs: not a bit differs."""
+    """A run that dies, and is interrupted again later, logs bit by bit what an undisturbed run logs once it is
+    resumed."""
     whole = run("whole", "--mode", mode)
 
     take_step = train.Trainer.train_step
@@ -58,7 +59,7 @@ def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
         raise MemoryError
 
     monkeypatch.setattr(train.Trainer, "train_step", disturbed)
-    disturbance = 5, die  # after the checkpoint of step 3, with step 4 logged already
+    disturbance = 5, die  # after the checkpoint of step 3, and after step 4 was logged
     with pytest.raises(MemoryError):
         run("parts", "--mode", mode)
     disturbance = 7, lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -149,7 +150,7 @@ def test_streams_and_global_layers(run):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_a_step_of_one_batch_is_that_of_several(mode):
-    """The same bytes as one batch and as two: the gradients, and so the weights after two steps, are those."""
+    """The same bytes as one batch and as two give the same gradients, and so the same weights after two steps."""
     text = np.random.default_rng(0).integers(0, 256, 500, np.uint8)
     weights = []
     for sizes in (["--batch-size", "4", "--grad-accum", "1"], ["--batch-size", "2", "--grad-accum", "2"]):
@@ -230,7 +231,7 @@ def test_packed_rows_hold_every_byte_once_and_cut_no_document_that_fits():
     wanted = [document[start:start + 8].tobytes() for document in documents for start in range(0, len(document) - 1, 7)]
     assert sorted(pieces) == sorted(wanted)  # each byte after a document's first is predicted once
     assert sum(len(piece) - 1 for piece in pieces) == sum(max(len(document) - 1, 0) for document in documents)
-    alone = sum(len(piece) > 6 for piece in pieces)  # beside which no other fits
+    alone = sum(len(piece) > 6 for piece in pieces)  # no other piece fits beside these
     assert len(rows) <= alone + -(-sum(len(piece) for piece in pieces if len(piece) <= 6) // 6)
 
 

@@ -1,4 +1,4 @@
-"""Blocks, the language model and its generation; the numbers of PyTorch's package are test_reference's affair."""
+"""Blocks, the language model and its generation. test_reference compares with PyTorch's package."""
 import doctest
 
 import mindspore as ms
@@ -31,7 +31,7 @@ def vectors(*shape):
 
 
 def hidden(b, n):
-    """A key mask with something to hide and something to see in every row."""
+    """Return a key mask that hides some keys and shows some in every row."""
     mask = np.random.rand(b, n) < 0.6
     mask[:, 0], mask[:, 1] = True, False
     return Tensor(mask)
@@ -45,7 +45,7 @@ def largest_error(a, b):
 
 
 class Regression(nn.Cell):
-    """How far a Cell's output is from a target."""
+    """The mean squared error of a Cell's output against a target."""
 
     def __init__(self, cell, target):
         super().__init__()
@@ -67,7 +67,7 @@ class NextToken(nn.Cell):
 
 
 class Shared(nn.Cell):
-    """A projection of the mean of the tokens that a mask shows; it asks for nothing but the mask."""
+    """Projects the mean of the tokens that a mask shows; its `construct` takes only the mask."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Shared(nn.Cell):
 
 
 def trained():
-    """Each class with parameters: a loss of it that training lowers, and its inputs."""
+    """Return every class with parameters: a loss of it that training reduces, and its inputs."""
     x, target, mask = vectors(2, 17, DIM), vectors(2, 17, DIM), hidden(2, 17)
     every = dict(qk_rmsnorm=True, gate_values_per_head=True, use_xpos=True)
     return {
@@ -143,7 +143,7 @@ def loss_and_gradients(cell, x, compiled):
 @pytest.mark.parametrize("settings", [{}, {"qk_rmsnorm": True}, {"use_dynamic_pos_bias": True},
                                       {"num_residual_streams": 3, "qk_rmsnorm": True}], ids=str)
 def test_half_precision_is_near_single(settings, compiled):
-    """float16 has 11 bits: the products and sums of a layer are good to a few times 2**-11."""
+    """float16 has 11 bits: the products and sums of a layer are precise to a few times 2**-11."""
     x, single = tokens(2, 17), model(depth=1, **settings)
     half = model(depth=1, **settings)
     ms.load_param_into_net(half, single.parameters_dict())
@@ -159,8 +159,8 @@ def test_half_precision_is_near_single(settings, compiled):
 @pytest.mark.parametrize("level, compiled",
                          [("O1", False), ("O2", False), ("O2", True), ("O3", False), ("auto", False)])
 def test_automatic_mixed_precision_changes_the_loss_by_rounding_alone(level, compiled, tmp_path, monkeypatch):
-    """With all that has a norm, a softmax or a mask in it: in float16, what hides a key would be an infinity."""
-    monkeypatch.chdir(tmp_path)  # where MindSpore writes the network as it rewrote it
+    """With everything that has a norm, a softmax or a mask: in float16, the score of a hidden key would be infinite."""
+    monkeypatch.chdir(tmp_path)  # MindSpore writes the rewritten network here
     full = model(depth=1, qk_rmsnorm=True, shared_qk=True, num_residual_streams=2)
     x, mask = tokens(2, 13), hidden(2, 13)
     wanted = full(x, mask, return_loss=True).asnumpy()
@@ -230,7 +230,7 @@ def test_dropout_is_of_attention_weights_and_of_training_alone():
     dropping.set_train()
     assert largest_error(dropping(x), keeping(x)) > 1e-2
     dropped = dropping(x).asnumpy()
-    bound = 5 * dropped.std(0).max() / draws ** 0.5  # of the mean of that many draws: five standard deviations
+    bound = 5 * dropped.std(0).max() / draws ** 0.5  # five standard deviations of the mean of that many draws
     assert largest_error(dropped.mean(0), keeping(x).asnumpy()[0]) < bound < 0.5
 
 
@@ -245,7 +245,7 @@ def test_feed_forward_drops_in_training_alone():
 
 
 def bias_by_numpy(cell, rows, columns, row_at):
-    """The network of each distance on its own, in float64."""
+    """Compute the network of each distance on its own, in float64."""
     layers = [(cell.mlp[i].weight.asnumpy().astype(np.float64), cell.mlp[i].bias.asnumpy()) for i in (0, 2, 4)]
 
     def network(distance):
@@ -302,7 +302,7 @@ def test_loss(ignored, compiled):
     def loss(x, mask):
         return cell(x, mask=mask, return_loss=True)
 
-    mask = hidden(2, 19)  # as long as x: what the last token's key would be is not looked at
+    mask = hidden(2, 19)  # as long as x; the mask of the last token does not matter
     found = (ms.jit(loss) if compiled else loss)(Tensor(x), mask)
     assert found.shape == () and found.dtype == ms.float32
     assert largest_error(found, loss_by_numpy(cell(Tensor(x[:, :-1]), mask=mask[:, :-1]), x[:, 1:], ignored)) < 1e-5
@@ -386,7 +386,7 @@ def test_a_global_layer_gets_the_mask_that_it_asks_for():
 
 
 def greedy(cell, prime, seq_len):
-    """A token at a time by whole calls, on exactly the tokens that the model sees."""
+    """Generate a token at a time by calls on exactly the tokens that the model sees."""
     found = prime.asnumpy()
     for _ in range(seq_len):
         logits = cell(Tensor(found[:, -cell.max_seq_len:]))[:, -1].asnumpy()
@@ -423,7 +423,7 @@ def test_sampling_follows_the_seed():
     assert drawn[0].shape == (5, 6) and drawn[0].dtype == ms.int64
     np.testing.assert_array_equal(drawn[0].asnumpy(), drawn[1].asnumpy())
     assert (drawn[0] != drawn[2]).any()
-    assert (drawn[0][0] != drawn[0][1]).any()  # rows of equal prompts are drawn apart
+    assert (drawn[0][0] != drawn[0][1]).any()  # rows with equal prompts get different draws
     assert cell.generate(prime, 0).shape == (5, 0)
 
 

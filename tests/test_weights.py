@@ -58,7 +58,7 @@ def assert_same(found, expected):
 
 
 def test_names_are_those_of_pytorch_s_state_dict():
-    """As release 1.11.2 has them with one residual stream."""
+    """The names of release 1.11.2 with one residual stream."""
     half, other = "layers.0.0.branch.", "layers.0.1.branch."
     cell = transformer(depth=1, qk_rmsnorm=True, gate_values_per_head=True)
     assert {name: array.shape for name, array in export_torch_weights(cell).items()} == {
@@ -75,7 +75,7 @@ def test_names_are_those_of_pytorch_s_state_dict():
 
 
 def test_names_of_streams_and_global_layers():
-    """PyTorch's own order of nesting: a connection, in it its branch, in that the block."""
+    """PyTorch's nesting: a connection contains its branch, which contains the block."""
     names = set(export_torch_weights(CELLS["transformer of streams"]()))
     connections = ["layers.0.0.", "layers.0.1.", "layers.1.0.", "layers.1.1.", "global_layers.1."]
     parts = ["static_alpha", "dynamic_alpha_fn", "dynamic_alpha_scale", "static_beta", "dynamic_beta_fn",
@@ -87,7 +87,7 @@ def test_names_of_streams_and_global_layers():
 
 
 class Other(nn.Cell):
-    """A global layer with parameters of its own, and with Cells of MindSpore's that PyTorch names otherwise."""
+    """A global layer with its own parameters, and with Cells of MindSpore that PyTorch names differently."""
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,7 @@ def test_names_go_both_ways(cell):
                                   "module.token_emb.weight", "to_qkv.bias", "moments.token_emb.weight",
                                   "global_layers.0.branch.memory.weight", "hyper_connections.layers.0.0.static_alpha"])
 def test_names_of_other_things(name):
-    """Among them what is a parameter's name here, and of global layers what the table does not know."""
+    """They include MindSpore's names of parameters, and names in global layers that the table does not have."""
     assert module.mindspore_name(name) is None
 
 
@@ -144,7 +144,7 @@ def test_names_of_releases_before_hyper_connections():
 @pytest.mark.parametrize("cell", ["transformer", "mha", "bias", "transformer of streams"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_what_all_names_start_with_is_taken_off(cell, prefix, strict):
-    """As wrapped models have it, and a part of a model at its path."""
+    """As with wrapped models, and with a part of a model at its path."""
     there, here = CELLS[cell](), CELLS[cell]()
     source = {prefix + name: array for name, array in export_torch_weights(there).items()}
     assert load_torch_weights(here, source, strict=strict) == []
@@ -164,7 +164,7 @@ def test_a_start_that_not_all_names_have_stays():
     entries = dict(zip(names, source.values()))
     with pytest.raises(ValueError, match="'step' is left over; 'module.token_emb.weight' is left over"):
         load_torch_weights(here, {"step": np.array(7), **entries})
-    misfit = "module.pos_emb.weight"  # by the source's name, also where the start was taken off
+    misfit = "module.pos_emb.weight"  # by the source's name, even if its prefix was removed
     assert load_torch_weights(here, {**entries, misfit: np.ones(3)}, strict=False) == [misfit]
 
 
@@ -179,7 +179,8 @@ def test_what_training_scripts_put_around(keys):
 
 
 class TorchTensor:
-    """What is used of a torch.Tensor; like the real one, it gives NumPy no bfloat16 and nothing that has a gradient."""
+    """The part of torch.Tensor that is used. Like the real one, it gives NumPy no bfloat16 and nothing with a
+    gradient."""
 
     def __init__(self, array, dtype="torch.float32", detached=False):
         self.array, self.dtype, self.detached = array, dtype, detached
@@ -204,7 +205,7 @@ class TorchTensor:
     lambda array: array.astype(np.float64)], ids=["mindspore", "mindspore-bf16", "torch", "torch-bf16", "float64"])
 def test_tensors_of_every_framework(tensor):
     source = {name: np.round(8 * array) / 8 for name, array in export_torch_weights(transformer()).items()
-              if "inv_freq" not in name}  # numbers that bfloat16 has
+              if "inv_freq" not in name}  # numbers that bfloat16 holds exactly
     here = transformer()
     load_torch_weights(here, {name: tensor(array) for name, array in source.items()})
     exported = export_torch_weights(here)
@@ -233,7 +234,7 @@ def test_exported_arrays_are_copies():
     (None, False), (np.float16, False), (module.SinusoidalEmbeddings(DIM_HEAD).inv_freq, False), (UNUSUAL, True)],
     ids=["missing", "rounded", "the-same", "others"])
 def test_frequencies(inv_freq, taken):
-    """Optional on the way in; taken over, and exported, where they are not the usual ones rounded."""
+    """The source may lack them. They are loaded, and exported, if they are not the usual ones rounded."""
     cell, x = transformer(), Tensor(np.arange(17, dtype=np.int32)[None])
     source, rel_pos = export_torch_weights(cell), cell.layers[1][0].attn_fn.rel_pos
     name = "layers.1.0.branch.attn_fn.rel_pos.inv_freq"
@@ -251,7 +252,7 @@ def test_frequencies(inv_freq, taken):
 
 
 def misfits():
-    """Sources with one thing wrong: the name of it, and what the message says."""
+    """Return sources with one thing wrong: its name, and what the message says."""
     def changed(**entries):
         source = {**export_torch_weights(transformer()), **entries}
         return {name: array for name, array in source.items() if array is not None}
@@ -310,10 +311,10 @@ def test_files(suffix, tmp_path):
 
 
 def test_safetensors_byte_by_byte(tmp_path):
-    """Written by hand, so that a mistake made in both directions is not overlooked."""
+    """Written by hand, so that a mistake in both directions does not go unnoticed."""
     path = tmp_path / "weights.safetensors"
     numbers = np.array([[1.5, -2.], [0.25, 3.]], np.float32)
-    upper_halves = numbers.view(np.uint16)[:, 1::2]  # of float32 on a little-endian machine, and so bfloat16
+    upper_halves = numbers.view(np.uint16)[:, 1::2]  # of float32, and so of bfloat16, on a little-endian machine
     header = json.dumps({"__metadata__": {"format": "pt"},
                          "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]},
                          "h": {"dtype": "F16", "shape": [4], "data_offsets": [8, 16]},
@@ -371,7 +372,7 @@ def test_command(cell, suffix, tmp_path, capsys):
 
 
 def test_command_takes_off_what_all_names_start_with(tmp_path):
-    """As `torch.compile` leaves it, and MindSpore's `amp` at O2."""
+    """The prefixes are those of `torch.compile`, and of MindSpore's `amp` at O2."""
     arrays, cell = export_torch_weights(transformer()), transformer()
     module._write_npz(tmp_path / "in.npz", {f"_orig_mod.{name}": array for name, array in arrays.items()})
     module.convert(tmp_path / "in.npz", tmp_path / "model.ckpt")

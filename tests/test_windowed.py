@@ -1,4 +1,4 @@
-"""`windowed_attention` against the float64 oracle: every option with every other, in both modes and every backend."""
+"""Compare `windowed_attention` with the float64 oracle: all options combined, in both modes and with every backend."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_dropout_is_one_function_of_the_seed_everywhere(spec, mode):
 @pytest.mark.parametrize("poison", [1e4, np.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_never_read(backend, poison):
-    """By its id, or by the mask."""
+    """Padding by a negative id, or by the mask."""
     case = Case(5, spec=SPECS[5], n_k=61, n_q=61, key_heads=2, documents=True, mask=True, sinks=True)
     clean = case.got(backend)
     padding = case.plain["segment_ids"] < 0
@@ -151,7 +151,7 @@ def test_padding_is_never_read(backend, poison):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_documents_and_what_is_to_come_are_never_read(backend):
-    poison = np.nan if backend == "native" else 1e4  # plain operators multiply what nobody sees by 0
+    poison = np.nan if backend == "native" else 1e4  # plain operators multiply invisible values by 0
     case = Case(6, spec=WindowSpec(W, W, 0, True, prefix=4), n_k=61, n_q=61, key_heads=2, documents=True, mask=False,
                 softcap=None)
     ids = case.plain["segment_ids"] = np.repeat([[0] * 23 + [1] * 20 + [2] * 18], B, 0).astype(np.int32)

@@ -1,5 +1,5 @@
-"""One module a backend: what it cannot run, what it costs, what it prepares for a problem, and how it runs one.
+"""One module for each backend: what it cannot run, what it costs, what it prepares for a problem, and how it runs one.
 
-`why_not(problem)`, `scores(problem)`, `prepare(problem)`, `run(prepared, q, k, v, tensors)`, which returns the output
-and, where `problem.lse`, the log-sum-exp; `tensors` are those of `attend.beside`.
+The functions are `why_not(problem)`, `scores(problem)`, `prepare(problem)` and `run(prepared, q, k, v, tensors)`. `run`
+returns the output and, if `problem.lse`, the log-sum-exp; `tensors` is the tuple of `attend.beside`.
 """

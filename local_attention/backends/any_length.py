@@ -1,7 +1,7 @@
-"""Blocks of queries in plain operators that make no plan: for lengths that a graph does not know, and for documents.
+"""Blocks of queries by plain operators and without a plan, for lengths that a graph does not know.
 
-Blocks of one size, each with the keys of its own, all under masks that the running graph computes. It keeps the weights
-of all blocks for the backward pass: memory is linear in the sequence, but grows with the span.
+All blocks have one size, and each has its own keys. The running graph computes the masks. The weights of all blocks are
+kept for the backward pass: memory is linear in the sequence, but grows with the span.
 """
 import mindspore as ms
 import numpy as np
@@ -12,18 +12,18 @@ from .dropout import keep_factors, seeded_rows
 from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
                     softened, without_padding)
 
-ROWS = 128  # queries in a block, at least
-WIDEST = 2**16  # of a block's keys; a span that reaches farther takes all keys in one block
+ROWS = 128  # the smallest number of queries in a block
+WIDEST = 2**16  # a span that reaches farther, before and after together, makes one block with all keys
 
 
 @constexpr
 def unknown(shape):
-    """Whether a shape is not known where a graph is compiled."""
+    """Whether a shape has an axis that is unknown when a graph is compiled."""
     return None in shape
 
 
 def why_not(problem):
-    """Why it cannot run a problem, None where it can."""
+    """Return why it cannot run a problem, None if it can."""
     if not problem.any_length:
         return "is for lengths that are not known where a graph is compiled"
     if problem.scoring.dropout > 0:
@@ -32,8 +32,8 @@ def why_not(problem):
 
 
 def layout(problem):
-    """How many queries a block has, the first of its keys counted from its first query, how many keys, and of what its
-    start is a multiple; None where all keys are in one block."""
+    """Return the number of queries in a block, the place of its first key relative to its first query, its number of
+    keys, and the number that its start is a multiple of; None if all keys are in one block."""
     backward, forward, unit = reach(problem)
     if problem.n_k is not None:
         backward, forward = min(backward, problem.n_k), min(forward, problem.n_k)
@@ -44,7 +44,7 @@ def layout(problem):
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once."""
+    """Return how many scores are computed in all, and how many at once."""
     whole = layout(problem)
     if whole is None:
         return (problem.groups * problem.n_q * problem.n_k,) * 2
@@ -54,7 +54,7 @@ def scores(problem):
 
 
 def prepare(problem):
-    """The problem, a block's size, and the places of its queries and keys, counted from its start."""
+    """Return the problem, a block's size, and the places of its queries and keys relative to its start."""
     found = layout(problem)
     if found is None:
         return problem, None, None, None, None
@@ -67,7 +67,7 @@ def _int32(index):
 
 
 def run(constants, q, k, v, tensors):
-    """Every block against its keys, then prefix and sinks."""
+    """Compute every block against its keys, then add the prefix and the sinks."""
     problem, rows, unit, queries, keys = constants
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
@@ -101,7 +101,7 @@ def run(constants, q, k, v, tensors):
         seen = ops.logical_and(seen, ops.gather(mask, key_index, 1).reshape(-1, blocks, 1, width))
     seen = ops.cast(seen, ms.float32)  # (batch, blocks, rows, width)
 
-    # heads that share a key head are further rows of its blocks: (key groups, blocks, share * rows, ...)
+    # heads that share a key head become more rows of its blocks: (key groups, blocks, share * rows, ...)
     blocked_q = ops.gather(q, taken, 1)
     if share > 1:
         blocked_q = blocked_q.reshape(key_groups, share, blocks, rows * head_dim).swapaxes(1, 2)
@@ -113,7 +113,7 @@ def run(constants, q, k, v, tensors):
         heads = bias.shape[0]
         if heads < share:
             bias, heads = ops.tile(bias, (share // heads, 1, 1)), share
-        if documents is None:  # the same in each block
+        if documents is None:  # the same in every block
             entries = bias_entries(problem, queries[:, None], keys[None], 0)
             bias = ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1)
             bias = bias.reshape(1, 1, heads // share, 1, share, -1)
@@ -144,14 +144,15 @@ def run(constants, q, k, v, tensors):
 
 
 def _in_order(x, share, groups, width, back):
-    """Blocks back to positions, the heads that share a key head as heads: `(g, n_q, width)`."""
+    """Put blocks back into the order of positions, and the heads that share a key head back as heads: `(g, n_q,
+    width)`."""
     if share > 1:
         x = x.swapaxes(1, 2)
     return ops.gather(x.reshape(groups, -1, width), back, 1)
 
 
 def _kept(problem, seed, taken, key_index, blocks, rows):
-    """Dropout's factors, in the order of blocked scores."""
+    """Return the dropout factors, in the order of the blocks' scores."""
     row_hashes, column_hashes = hashes(problem)
     share = problem.share
     row_hashes = ops.gather(seeded_rows(row_hashes, seed), taken, 1)

@@ -1,9 +1,9 @@
 """MindSpore's fused attention operator of Ascend, `ops.flash_attention_score`. Not yet run on Ascend hardware.
 
-Written from the operator's documentation and tested on CPU against an emulation of it (tests/flash_emulation.py). A
-span that moves with its query is the operator's band, with a key mask too. Everything else goes in blocks of queries,
-each with the keys of its own, as further batch entries under an explicit mask: documents among it, since of layout TND,
-which is made for them, MindSpore documents whole lower triangles alone and no window.
+Written from the operator's documentation, and tested on CPU against an emulation of it (tests/flash_emulation.py). A
+span that moves with its query uses the operator's band, also with a key mask. Everything else becomes blocks of
+queries: each block is a batch entry with its own keys and an explicit mask. Documents are among these: for layout TND,
+which is made for documents, MindSpore describes only whole lower triangles and no window.
 """
 from dataclasses import replace
 from functools import lru_cache
@@ -17,24 +17,24 @@ from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScore
 from ..cells import AsGiven, last
 from .spans import HIDDEN, bounds_of, in_span, reach, repeated, sees_something, with_prefix, without_padding
 
-AS_GIVEN = ("Float16", "BFloat16")  # the dtypes that are handed to `run` as they are
+AS_GIVEN = ("Float16", "BFloat16")  # the dtypes that `run` takes without a cast
 LARGEST_BATCH, MOST_HEADS, LONGEST, LARGEST_HEAD = 2048, 256, 512 * 1024, 512  # the operator's own limits
-COLUMNS = 16  # of which the dimensions of a head are a multiple
-BAND = 2048  # the side of its compressed mask; spans to both sides that are wider are reported to come out wrong
-ROWS = 128  # queries in a block, at least
-LARGEST_SHIFT = {"float16": 6e4, "bfloat16": 1e30}  # of a bias: what hides a key must not become an infinity
-HIDING = 4096.  # one more entry of queries, and, negative, of hidden keys: exact in 16 bits
-SMALLEST_SCALE = 1e-3  # with which that still hides a key from everything
-NO_LIMIT = 2147483647  # of tokens before or after, as the operator has it
+COLUMNS = 16  # the number of dimensions of a head is padded to a multiple of this
+BAND = 2048  # the side of the operator's compressed mask; wider spans to both sides are reported to give wrong results
+ROWS = 128  # the smallest number of queries in a block
+LARGEST_SHIFT = {"float16": 6e4, "bfloat16": 1e30}  # bounds of a bias, so that a value that hides a key stays finite
+HIDING = 4096.  # the value of one more entry of queries and, negative, of hidden keys; exact in 16 bits
+SMALLEST_SCALE = 1e-3  # the smallest scale at which that entry still hides a key completely
+NO_LIMIT = 2147483647  # the operator's value for no limit of tokens before or after
 
 
 def device():
-    """Where MindSpore runs."""
+    """Return MindSpore's device target."""
     return ms.get_context("device_target")
 
 
 def why_not(problem):
-    """Why the operator cannot run a problem as it is meant."""
+    """Return why the operator cannot run a problem exactly, None if it can."""
     if device() != "Ascend":
         return f"runs on Ascend alone, and the device is {device()}"
     return _refusal(problem)
@@ -74,12 +74,13 @@ def _refusal(problem):
 
 
 def _more_columns(problem):
-    """What the gradient of a log-sum-exp takes of a head's dimensions."""
+    """Return how many dimensions of a head the gradient of the log-sum-exp needs."""
     return COLUMNS if problem.lse or problem.spec.prefix > 0 else 0
 
 
 def _heads(problem):
-    """How many groups are the heads of one batch entry: of one row of the key mask, and as many as a bias has."""
+    """Return how many groups are the heads of one batch entry. They share a row of the key mask; with a bias, there are
+    as many as it has."""
     if problem.bias_shape:
         return problem.heads
     alike, share = problem.groups // max(problem.batch, problem.documents, 1), problem.share
@@ -87,8 +88,8 @@ def _heads(problem):
 
 
 def band(problem):
-    """`(pre_tokens, next_tokens)`, both inclusive and counted with the last query at the last key; None where the span
-    is not such a band."""
+    """Return `(pre_tokens, next_tokens)`, both inclusive and counted with the last query at the last key; None if the
+    span is no such band."""
     spec, shift = problem.spec, problem.offset - (problem.n_k - problem.n_q)
     forward = min(spec.forward, 0) if spec.causal else spec.forward
     before, after = min(spec.backward - shift, problem.n_k), min(forward + shift, problem.n_k)
@@ -103,8 +104,8 @@ def band(problem):
 
 
 def fold(problem):
-    """Positions `(blocks, rows)` of queries and `(blocks, width)` of the keys they see, every block at the same place
-    among its keys; those outside of the sequence are among them."""
+    """Return the positions of queries `(blocks, rows)` and of the keys they see `(blocks, width)`. Every block has the
+    same place among its keys. Some positions are outside the sequence."""
     n_q, n_k, offset = problem.n_q, problem.n_k, problem.offset
     backward, forward, unit = reach(problem)
     backward, forward = min(backward, offset + n_q), min(forward, n_k)
@@ -120,13 +121,13 @@ def _within(positions, n):
 
 
 def _first_and_last(problem):
-    """Of each query, the first and the last key of its span that there is."""
+    """Return the first and the last existing key of each query's span."""
     first, last = problem.spec.span(np.arange(problem.n_q) + problem.offset)
     return np.clip(first, 0, problem.n_k), np.clip(last, -1, problem.n_k - 1)
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once: the operator writes none of them to memory."""
+    """Return how many scores are computed in all, and how many at once: the operator writes none of them to memory."""
     prefix = problem.groups * problem.n_q * min(problem.spec.prefix, problem.n_k)
     if band(problem):
         first, last = _first_and_last(problem)
@@ -136,7 +137,7 @@ def scores(problem):
 
 
 def prepare(problem):
-    """The problem, how many heads an entry has, the operator, and the constants of a band or of blocks."""
+    """Return the problem, the heads of a batch entry, the operator, and the constants of a band or of blocks."""
     heads, tokens = _heads(problem), band(problem)
     flash = Flash(problem, heads, tokens) if problem.lse or problem.sinks or problem.spec.prefix else None
     return problem, heads, flash, tokens, *(_of_band(problem) if tokens else _of_blocks(problem))
@@ -148,13 +149,13 @@ def _compressed_mask():
 
 
 def _of_band(problem):
-    """Its mask, and the first key that each query sees and the one after the last."""
+    """Return the band's mask, the first key that each query sees, and the one after the last."""
     first, last = _first_and_last(problem)
     return _compressed_mask(), _int32(first), _int32(last + 1)
 
 
 def _of_blocks(problem):
-    """Their mask, None where it is made of documents, indices of queries and keys, a bias's entries, and positions."""
+    """Return the mask (None if documents make it), indices of queries and keys, entries of the bias, and positions."""
     queries, keys = fold(problem)
     hidden = bias_index = positions = None
     if problem.documents:
@@ -172,11 +173,11 @@ def _int32(index, shape=-1):
     return Tensor(index.reshape(shape).astype(np.int32))
 
 
-# ---- around the operator
+# ---- inputs and outputs of the operator
 
 
 def run(constants, q, k, v, tensors):
-    """The band, or blocks under a mask; then the prefix."""
+    """Run the band or the masked blocks, then add the prefix."""
     problem, heads, flash, tokens, *more = constants
     mask, documents, bias, sinks, _, _ = tensors
     if documents is not None:
@@ -195,7 +196,7 @@ def run(constants, q, k, v, tensors):
 
 
 def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
-    """All queries at once. A key mask is one more entry of queries and keys."""
+    """Run all queries at once. A key mask becomes one more entry of queries and keys."""
     compressed, first, after = constants
     dtype, key_heads, nothing = _dtype(problem.dtype), heads // problem.share, None
     if mask is not None:
@@ -212,8 +213,8 @@ def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
 
 
 def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, sinks):
-    """Blocks as batch entries. A row with nothing to see, where the operator's result is undefined, is shown everything
-    there and is zero here."""
+    """Run blocks as batch entries. The operator's result is undefined for a row that sees nothing: such a row sees
+    everything there, and is set to zero here."""
     hidden, queries, keys, bias_index, positions = constants
     dtype, key_heads, scale = _dtype(problem.dtype), heads // problem.share, None
     if documents is not None:
@@ -225,7 +226,9 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
     nothing = hidden.all(-1, True)
     hidden = ops.logical_and(hidden, ops.logical_not(nothing))
     alike = problem.groups // heads // hidden.shape[1]
-    if bias is not None:  # whether the operator scales a bias too is told in two ways: so neither of them is scaled
+    # The operator's descriptions differ in whether a bias is scaled too. So q is scaled here, and the operator's scale
+    # is 1.
+    if bias is not None:
         q, scale = ops.mul(ops.cast(q, ms.float32), problem.scoring.scale), 1.
         limit = LARGEST_SHIFT[problem.dtype.lower()]
         bias = ops.gather(ops.clamp(ops.cast(bias, ms.float32), -limit, limit).reshape(heads, -1), bias_index, 1)
@@ -239,7 +242,7 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
 
 
 def _called(problem, heads, flash, tokens, q, k, v, bias, mask, nothing, sinks, scale=None):
-    """The operator as MindSpore's function, or, where its statistics are needed, as `Flash`."""
+    """Call the operator: as MindSpore's function, or as `Flash` where its statistics are needed."""
     if flash is not None:
         if sinks is not None:
             sinks = ops.cast(sinks, ms.float32)
@@ -253,12 +256,12 @@ def _called(problem, heads, flash, tokens, q, k, v, bias, mask, nothing, sinks, 
 
 
 def _there(x, dtype):
-    """A tensor, or something in its place that is not read."""
+    """Return a tensor, or a placeholder that is not read."""
     return ops.zeros((1,), dtype) if x is None else x
 
 
 def _hidden_by_documents(problem, documents, positions, places):
-    """Of each block, `(blocks, batch, rows, width)`, what its queries do not see."""
+    """Return what the queries of each block do not see, `(blocks, batch, rows, width)`."""
     blocks, rows = positions.shape
     first, last = bounds_of(documents, ops.clamp(positions, 0, problem.n_k - 1).reshape(-1))
     first, last = first.reshape(-1, blocks, rows), last.reshape(-1, blocks, rows)
@@ -272,7 +275,7 @@ def _dtype(name):
 
 
 def _padded(x, more=0):
-    """Heads of a multiple of 16 dimensions, with at least so many more: zeros change no product."""
+    """Pad heads with zeros to a multiple of 16 dimensions, by at least `more`. Zeros change no product."""
     missing = -(x.shape[-1] + more) % COLUMNS + more
     return x if missing == 0 else ops.cat((x, ops.cast(ops.zeros(x.shape[:-1] + (missing,), ms.float32), x.dtype)), -1)
 
@@ -282,23 +285,23 @@ def _by_head(x, heads):
 
 
 def _for_each(mask, alike):
-    """A mask `(blocks, batch, rows, ...)` for each of the entries that share one."""
+    """Repeat a mask `(blocks, batch, rows, ...)` for each of the entries that share it."""
     blocks, batch, rows, width = mask.shape
     return ops.tile(mask.reshape(blocks * batch, 1, rows, width), (1, alike, 1, 1)).reshape(-1, 1, rows, width)
 
 
 def _gathered(x, index, blocks, heads):
-    """`(g, n, d)`, gathered, as `(blocks * g / heads, heads, n', d)`."""
+    """Gather from `(g, n, d)`: `(blocks * g / heads, heads, n', d)`."""
     groups, _, head_dim = x.shape
     x = ops.gather(x, index, 1).reshape(groups, blocks, -1, head_dim).swapaxes(0, 1)
     return x.reshape(blocks * groups // heads, heads, -1, head_dim)
 
 
 def _in_order(problem, x, blocks):
-    """Blocks back to `(g, n_q, d)`."""
+    """Put blocks back into `(g, n_q, d)`."""
     groups, last_axis = problem.groups, x.shape[-1]
     x = x.reshape(blocks, groups, -1, last_axis).swapaxes(0, 1).reshape(groups, -1, last_axis)
-    first = problem.offset % reach(problem)[2]  # where in its block the first query stands
+    first = problem.offset % reach(problem)[2]  # the place of the first query in its block
     return x[:, first:first + problem.n_q]
 
 
@@ -306,13 +309,15 @@ def _in_order(problem, x, blocks):
 
 
 class Flash(AsGiven):
-    """The operator and its gradient, by MindSpore's primitives: the output and the log-sum-exp, a sink included.
+    """The operator and its gradient, by MindSpore's primitives: returns the output and the log-sum-exp, including a
+    sink.
 
-    The weights that the gradient primitive computes are `exp(score - max) / sum` of the statistics that it is handed.
-    Handed the log-sum-exp as `max`, and 1 as `sum`, it has those of a softmax with a sink; so MindSpore's own ring
-    attention has those of all keys while it is given some. Of the output that it is handed it takes the sum over
-    `dout * output` and nothing else, which it subtracts from the gradients of weights: so what has to be subtracted
-    from that sum, the gradient of the log-sum-exp, is further entries of both, where values have zeros.
+    The gradient primitive computes the weights as `exp(score - max) / sum` from the statistics that it gets. With the
+    log-sum-exp as `max` and 1 as `sum`, these are the weights of a softmax with a sink. (MindSpore's ring attention
+    gives it the statistics of all keys with some of the keys in the same way.) The primitive uses the output only for
+    the sum over `dout * output`, which it subtracts from the gradients of the weights. The gradient of the log-sum-exp
+    has to be subtracted from that sum. So it travels as more entries of `dout` and of the output, where the values have
+    zeros.
     """
 
     def __init__(self, problem, heads, tokens):
@@ -347,7 +352,7 @@ class Flash(AsGiven):
             weight = ops.exp(ops.sub(sinks, ops.maximum(lse, HIDDEN)))
             dsinks = ops.mul(weight, ops.sub(dlse, along)).sum(2, keepdims=True)
         if self.some_see_nothing:
-            lse = ops.masked_fill(lse, nothing, -HIDDEN)  # beside which no score weighs anything
+            lse = ops.masked_fill(lse, nothing, -HIDDEN)  # no score weighs anything beside this
         if self.lse_has_gradient:
             q, k, v = _padded(q, COLUMNS), _padded(k, COLUMNS), _padded(v, COLUMNS)
             dout, out = _with_lse_gradient(dout, out, dlse)
@@ -358,7 +363,7 @@ class Flash(AsGiven):
 
 
 def _with_lse_gradient(dout, out, dlse):
-    """Both with further entries whose products add up to `-dlse`, which one number of 16 bits does not hold."""
+    """Return both with more entries, whose products add up to `-dlse`. One number of 16 bits could not hold it."""
     more_dout, more_out = [dout], [out]
     for factor in (256., 1., 1 / 256):
         part = ops.cast(ops.mul(dlse, 1 / factor), dout.dtype)

@@ -6,21 +6,13 @@ the products: the key mask is one more entry of every key, met by a 1 in every q
 of softmax subtracts are one more entry of `dout`, met by a 1 in every value. GPU and Ascend broadcast at little cost
 and want dimensions that are multiples of 16: there both are added (`broadcasts`).
 """
-from dataclasses import replace
-from typing import NamedTuple, Optional
-
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import ops
 
-from ..plan import make_plan
 from . import any_length
-from .spans import HIDDEN, SELF_SCORE, finished, repeated, sees_something, tanh
-from .dropout import column_hash, keep_factors, row_hash, seeded_rows
-
-SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
-GATHERED_AT_ONCE = 2**24  # elements of gathered keys, whose gradients stand side by side before they are summed
-CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
+from .blocks import Layout, key_heads, schedule
+from .dropout import keep_factors
+from .spans import HIDDEN, bounds_of, finished, repeated, sees_something, spans, tanh, without_padding
 
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
@@ -30,7 +22,6 @@ _matmul_transpose_a = ops.MatMul(transpose_a=True)
 _matmul_transpose_b = ops.MatMul(transpose_b=True)
 _softmax = ops.Softmax(-1)
 _gather = ops.Gather()
-_segment_sum = ops.UnsortedSegmentSum()
 _slice = ops.Slice()
 _concat = ops.Concat(-1)
 
@@ -40,56 +31,41 @@ def why_not(problem):
     return "plans blocks by lengths, which a graph does not know here" if problem.any_length else None
 
 
-def broadcasts():
-    """Whether adding a row to each, or a number to each of a row, costs little."""
-    return ms.get_context("device_target") != "CPU"
-
-
-def key_heads(problem):
-    """How many key heads differ in more than their tensors: in the bias of the heads that share them."""
-    return max(1, problem.heads // problem.share)
-
-
-def schedule(problem):
-    """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
-    runs = make_plan(replace(problem.spec, prefix=0), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
-    budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
-    largest = max(run.visible.size for run in runs) * problem.share
-    gathered = sum(run.keys.size for run in runs) * problem.head_dim
-    alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
-    together = max(size for size in range(1, alike + 1) if alike % size == 0 and
-                   (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
-    steps = []
-    for number, run in enumerate(runs):
-        blocks = max(1, budget // (together * run.visible.size * problem.share))
-        steps += [(number, run.queries[start:start + blocks], run.keys[start:start + blocks])
-                  for start in range(0, len(run.queries), blocks)]
-    return runs, together, steps
-
-
 def scores(problem):
     """How many scores are computed, and how many at once."""
-    if problem.documents:
+    if without_plan(problem):
         return any_length.scores(problem)
     runs, together, steps = schedule(problem)
     return (problem.groups * (sum(run.scores for run in runs) + problem.n_q * problem.spec.prefix),
             together * problem.share * max(queries.size * keys.shape[1] for _, queries, keys in steps))
 
 
+def without_plan(problem):
+    """Whether `any_length` runs it: rows of a bias that start anew with each document are in no constant order."""
+    return problem.documents > 0 and problem.bias_shape is not None
+
+
 def prepare(problem):
-    """The problem, and the Cell that works with its constants; of documents, which no plan knows, what makes none."""
-    if problem.documents:
+    """The problem, and the Cell that works with its constants, or the constants of `any_length`."""
+    if without_plan(problem):
         return problem, None, any_length.prepare(problem)
     return problem, Blocks(problem), None
 
 
 def run(constants, q, k, v, tensors):
     """Around the blocks, what is cheap enough to be left to automatic differentiation."""
-    problem, blocks, without_plan = constants
+    problem, blocks, others = constants
     if blocks is None:
-        return any_length.run(without_plan, q, k, v, tensors)
-    mask, _, bias, _, rel_pos_emb, seed = tensors
+        return any_length.run(others, q, k, v, tensors)
+    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
+    ends, places, first, after = veil, veil, blocks.first, blocks.after
+    if documents is not None:
+        q, mask = without_padding(q, mask, documents, problem.offset)
+        low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
+        ends, places = blocks.ends(low, high), blocks.places(mask)
+        first, after = low, ops.maximum(ops.add(high, 1), low)
+        tensors = mask, documents, bias, sinks, rel_pos_emb, seed
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
@@ -97,8 +73,9 @@ def run(constants, q, k, v, tensors):
         hidden = repeated(ops.logical_not(mask), k.shape[0])
         k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
         v, block_k = block_v, k
-        veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
-        if not blocks.broadcasts:
+        if blocks.masked:
+            veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
+        if blocks.masked and not blocks.broadcasts:
             block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
             block_k = ops.cat((k, veil), -1)
             emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
@@ -111,12 +88,13 @@ def run(constants, q, k, v, tensors):
         block_v = _swap(block_v, outer, by_head)
         if blocks.masked:
             veil = _swap(veil, outer, by_head)
-    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.zeros((1,), ms.int32) if seed is None else seed)
+    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.stop_gradient(ends), ops.stop_gradient(places),
+                      ops.zeros((1,), ms.int32) if seed is None else seed)
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None
     if mask is not None:
-        seen = sees_something(mask, blocks.first, blocks.after)
+        seen = sees_something(mask, first, after)
         seen = repeated(ops.cast(seen, ms.float32), problem.groups)
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
@@ -136,94 +114,31 @@ def _swap(x, outer, inner):
     return x.reshape(outer, inner, -1).swapaxes(0, 1).reshape(x.shape)
 
 
-class Step(NamedTuple):
-    """Some blocks of a run, as one batched computation. An index of None takes the sequence as it stands."""
-    run: int
-    rows: int
-    width: int
-    queries: Optional[Tensor]
-    keys: Optional[Tensor]
-    columns: Optional[Tensor]  # hashes of the keys, where dropout needs them
-    shift: int  # a block's first key as an offset from its first query, counted from the first that it sees
+class Blocks(Layout):
+    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is there where it is needed."""
 
-
-class Blocks(nn.Cell):
-    """Attention of scaled queries, `together` groups of keys and one `Step` at a time, and the constants that takes.
-
-    Queries of heads that share a key head are further rows of its blocks. The log-sum-exp is there where it is needed.
-    """
-
-    def __init__(self, problem):
-        super().__init__()
-        self.problem, self.share, self.heads = problem, problem.share, key_heads(problem)
-        self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
-        self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
-        self.masked, self.broadcasts = problem.batch > 0, broadcasts()
-        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # one row to each
-        self.runs, self.together, steps = schedule(problem)
-        self.steps = tuple(self._step(*step) for step in steps)
-        self.parts = problem.groups // self.share // self.together
-        sizes = [run.visible.size for run in self.runs]
-        self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
-        self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
-
-        order = np.concatenate([run.queries.reshape(-1) for run in self.runs])
-        self.order = None if (np.diff(order) == 1).all() else _int32(np.argsort(order))
-        keys = np.concatenate([run.keys.reshape(-1) for run in self.runs])
-        self.scatter = None
-        if len(keys) != problem.n_k or (keys != np.arange(problem.n_k)).any():
-            self.scatter = _int32(np.arange(self.together)[:, None] * problem.n_k + keys)
-        first, last = problem.spec.span(np.arange(problem.n_q) + problem.offset)
-        first, after = np.clip(first, 0, problem.n_k), np.clip(last + 1, 0, problem.n_k)
-        self.first, self.after, self.all_see_something = _int32(first), _int32(after), bool((first < after).all())
-        if problem.bias_shape:
-            self.bias_index = _int32(np.concatenate([
-                problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
-                for run in self.runs]))
-        if self.dropout > 0:  # in the order that a bias has groups in
-            groups = np.arange(problem.groups).reshape(-1, self.heads, self.share).swapaxes(0, 1).reshape(-1)
-            group, position = problem.origin
-            queries = np.arange(problem.n_q) + problem.offset
-            self.row_hash = Tensor(row_hash(groups + group, queries + position)[..., None])
-
-    def _mask(self, run):
-        mask = np.where(run.visible, 0, HIDDEN).astype(np.float32)
-        if self.problem.scoring.hide_self:
-            mask[run.queries[0][:, None] + self.problem.offset == run.keys[0]] += SELF_SCORE
-        return mask
-
-    def _step(self, number, queries, keys):
-        problem = self.problem
-        shift = int(keys[0, 0] - queries[0, 0]) - problem.offset + problem.spec.backward
-        if not self.runs[number].visible.any():  # such a block gathers some key, whatever its offset
-            shift = 0
-        columns = None
-        if self.dropout > 0:
-            columns = Tensor(np.tile(column_hash(keys + problem.origin[1]), (self.together, 1))[:, None])
-        return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
-                    None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
-
-    def construct(self, q, k, v, tiles, emb, veil, seed):
+    def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
         outs, lses = [], []
         for part in range(self.parts):
             tile, rows = self._tiles(tiles, part), self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
             out, lse = [], []
             for step in self.steps:
-                query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
-                scores, _ = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
+                query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
+                row = self._row(tile[step.run], ends, places, part, step)
+                scores, _ = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 if self.with_lse:
                     lse.append(self._rows_back(_largest(scores) - ops.log(_largest(weights)), step))
                 if self.dropout > 0:
                     weights = ops.mul(weights, self._keep(step, rows))
-                out.append(self._rows_back(_bmm(weights, _take(part_v, step.keys, step.width)), step))
+                out.append(self._rows_back(_bmm(weights, self._take(part_v, step.keys, step.width)), step))
             outs.append(self._in_order(out))
             if self.with_lse:
                 lses.append(self._in_order(lse))
-        return _cat(outs, 0), _cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
+        return self._cat(outs, 0), self._cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
 
-    def bprop(self, q, k, v, tiles, emb, veil, seed, out, dout):
+    def bprop(self, q, k, v, tiles, emb, veil, ends, places, seed, out, dout):
         problem = self.problem
         out, dout, dlse = out[0], dout[0], dout[1]
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
@@ -239,9 +154,10 @@ class Blocks(nn.Cell):
             part_dout = self._part(dout, part, self.share)
             dq, dk, dv, dtile = [], [], [], []
             for step in self.steps:
-                query, key = self._queries(part_q, step), _take(part_k, step.keys, step.width)
-                grad, value = self._queries(part_dout, step), _take(part_v, step.keys, step.width)
-                scores, slope = self._scores(step, query, key, tile[step.run], emb, self._veil(veil, part, step))
+                query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
+                grad, value = self._queries(part_dout, step), self._take(part_v, step.keys, step.width)
+                row = self._row(tile[step.run], ends, places, part, step)
+                scores, slope = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
                 keep = self._keep(step, rows) if self.dropout > 0 else None
@@ -273,17 +189,26 @@ class Blocks(nn.Cell):
             dks.append(self._scattered(dk))
             dvs.append(self._scattered(dv))
             dtiles.append(dtile)
-        dv = _cat(dvs, 0)
-        return (_cat(dqs, 0), _cat(dks, 0), dv if self.broadcasts else dv[..., :-1], self._tiles_grad(tiles, dtiles),
-                demb, veil, seed)
+        dv = self._cat(dvs, 0)
+        return (self._cat(dqs, 0), self._cat(dks, 0), dv if self.broadcasts else dv[..., :-1],
+                self._tiles_grad(tiles, dtiles), demb, veil, ends, places, seed)
+
+    def _row(self, tile, ends, places, part, step):
+        """What to add to a step's scores: for each of its blocks, or, in documents, for each of the entries' blocks."""
+        if not self.in_documents:
+            return tile
+        row = self._hidden(self._of_entries(ends, part), self._of_entries(places, part), step)
+        if self.share > 1:
+            row = ops.cat((row,) * self.share, -1)
+        return self.plus_row(row, tile)
 
     def _veil(self, veil, part, step):
         """What hides masked keys of a step's blocks, `(blocks, 1, width)`, where it is added to scores."""
         if not (self.masked and self.broadcasts):
             return None
-        return _take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
+        return self._take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
 
-    def _scores(self, step, query, key, tile, emb, veil):
+    def _scores(self, step, query, key, row, emb, veil):
         """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
         slope = None
         if self.softcap is None:
@@ -300,86 +225,22 @@ class Blocks(nn.Cell):
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
             by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
             scores = ops.add(scores, by_offset.reshape(scores.shape))
-        scores = self.plus_row(scores.reshape(scores.shape[0], -1), tile).reshape(scores.shape)
+        scores = self._plus(scores, row)
         return scores if veil is None else ops.add(scores, veil), slope
+
+    def _plus(self, scores, row):
+        """A row added to each block, or, in documents, to each group of an entry its own."""
+        if not self.in_documents:
+            return self.plus_row(scores.reshape(scores.shape[0], -1), row).reshape(scores.shape)
+        by_group = scores.reshape(self.together, -1)
+        if self.entries == 1:
+            return self.plus_row(by_group, row.reshape(-1)).reshape(scores.shape)
+        row = ops.tile(row.reshape(self.entries, 1, -1), (1, self.together // self.entries, 1))
+        return ops.add(by_group, row.reshape(by_group.shape)).reshape(scores.shape)
 
     def _by_head(self, x, step):
         """Rows of heads that share a key head as those of blocks of their own."""
         return x.reshape(-1, step.rows, x.shape[-1])
-
-    def _part(self, x, part, share=1):
-        """The groups that are worked on together as part number `part`."""
-        if self.parts == 1:
-            return x
-        count = self.together * share
-        return _slice(x, (part * count, 0, 0), (count, x.shape[1], x.shape[2]))
-
-    def _queries(self, x, step):
-        """Positions of queries as blocks of `share * rows`."""
-        x = _take(x, step.queries, step.rows)
-        if self.share > 1:
-            x = x.reshape(self.together, self.share, -1, step.rows * x.shape[-1]).swapaxes(1, 2)
-            x = x.reshape(-1, self.share * step.rows, x.shape[-1] // step.rows)
-        return x
-
-    def _rows_back(self, x, step):
-        """Those blocks back to positions, a row for each group."""
-        last = x.shape[-1]
-        if self.share > 1:
-            x = x.reshape(self.together, -1, self.share, step.rows * last).swapaxes(1, 2)
-        return x.reshape(self.together * self.share, -1, last)
-
-    def _flat(self, x):
-        """Blocks of keys back to positions, a row for each group."""
-        return x.reshape(self.together, -1, x.shape[-1])
-
-    def _in_order(self, parts):
-        x = _cat(parts, 1)
-        return x if self.order is None else _gather(x, self.order, 1)
-
-    def _scattered(self, parts):
-        """The sum, for each key, over all the blocks that gathered it."""
-        x = _cat(parts, 1)
-        if self.scatter is None:
-            return x
-        x = _segment_sum(x.reshape(-1, x.shape[-1]), self.scatter, self.together * self.problem.n_k)
-        return self._flat(x)
-
-    def _tiles(self, tiles, part):
-        """What to add to a block's scores, for each run, by the heads that a part belongs to."""
-        first = part * self.heads // self.parts * self.share
-        found = []
-        for start, size in self.tile_ranges:
-            heads = []
-            for head in range(first, first + self.share):
-                heads.append(_slice(tiles, (head % self.problem.heads, start), (1, size)))
-            found.append(_cat(heads, 1).reshape(-1))
-        return found
-
-    def _tiles_grad(self, tiles, dtiles):
-        """The sum over every step of a head's parts, run by run."""
-        if self.problem.bias_shape is None:
-            return ops.zeros(tiles.shape, ms.float32)
-        heads = []
-        for head in range(self.problem.heads):
-            runs = []
-            for number in range(len(self.runs)):
-                size = self.tile_ranges[number][1]
-                total = ops.zeros((1, size), ms.float32)
-                for part in range(self.parts):
-                    first = part * self.heads // self.parts * self.share
-                    for index in range(len(self.steps)):
-                        for place in range(self.share):
-                            if (first + place) % self.problem.heads == head and self.steps[index].run == number:
-                                total = ops.add(total, _slice(dtiles[part][index], (0, place * size), (1, size)))
-                runs.append(total)
-            heads.append(_cat(runs, 1))
-        return _cat(heads, 0)
-
-    def _rows(self, seed, part):
-        if self.dropout == 0:
-            return seed
-        return seeded_rows(self._part(self.row_hash, part, self.share), seed)
 
     def _keep(self, step, rows):
         """Dropout's factors `(blocks, share * rows, width)`."""
@@ -412,17 +273,3 @@ def _keys_to_offsets(x, step, offsets):
 def _largest(x):
     return ops.amax(x, -1, keepdims=True)
 
-
-def _int32(index):
-    return Tensor(np.asarray(index).reshape(-1).astype(np.int32))
-
-
-def _take(x, index, length):
-    """Positions of each group by index, as blocks of `length`."""
-    if index is not None:
-        x = _gather(x, index, 1)
-    return x.reshape(-1, length, x.shape[-1])
-
-
-def _cat(parts, axis):
-    return parts[0] if len(parts) == 1 else ops.cat(parts, axis)

@@ -1,4 +1,5 @@
-"""Attention by its definition: every score, the invisible ones hidden. O(n²); what the others are held to."""
+"""Attention by its definition: compute every score, and hide the invisible ones. O(n²); other backends are tested by
+it."""
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
@@ -9,19 +10,20 @@ from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_pref
 
 
 def why_not(problem):
-    """Why it cannot run a problem, None where it can: all but what a graph does not know."""
+    """Return why it cannot run a problem, None if it can: it runs everything except lengths that a graph does not
+    know."""
     return "needs lengths that are known where a graph is compiled" if problem.any_length else None
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once."""
+    """Return how many scores are computed in all, and how many at once."""
     return (problem.groups * problem.n_q * problem.n_k,) * 2
 
 
 def prepare(problem):
-    """The problem, and its constants: positions, who sees whom, who is oneself, where to find a bias, and hashes.
+    """Return the problem and its constants: positions, visible keys, own keys, indices of bias and offsets, and hashes.
 
-    A plain tuple: of a NamedTuple that is handed to a Cell, a graph forgets the names.
+    A plain tuple, because a graph forgets the field names of a NamedTuple that is passed to a Cell.
     """
     queries, keys = np.arange(problem.n_q)[:, None] + problem.offset, np.arange(problem.n_k)
     return (problem, Tensor(queries[None].astype(np.int32)), Tensor(keys[None, None].astype(np.int32)),
@@ -33,14 +35,15 @@ def prepare(problem):
 
 
 def _offset_index(problem, queries, keys):
-    """Where among a head's scores of every query with every offset a query and a key find theirs."""
+    """Return, for each query and key, the index of their score among a head's scores of every query with every
+    offset."""
     offsets = problem.spec.backward + 1 + problem.spec.forward
     row = np.clip(keys - queries + problem.spec.backward, 0, offsets - 1)
     return Tensor((queries - problem.offset) * offsets + row)
 
 
 def run(constants, q, k, v, tensors):
-    """`out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
+    """Compute `out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     spec, scoring, first = problem.spec, problem.scoring, 0
@@ -61,7 +64,7 @@ def run(constants, q, k, v, tensors):
     shape = (problem.groups, problem.n_q, problem.n_k)
     scores = capped(_by_key_head(q * scoring.scale, problem), k, scoring.softcap).reshape(shape)
     if bias is not None:
-        if documents is not None:  # of each batch entry its own
+        if documents is not None:  # each batch entry has its own
             bias_index = bias_entries(problem, queries, keys, first)
         bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1).swapaxes(0, 1)  # (batch or 1, heads, ...)
         scores = (scores.reshape(bias.shape[0], -1, *bias.shape[1:]) + bias[:, None]).reshape(shape)
@@ -78,10 +81,10 @@ def run(constants, q, k, v, tensors):
 
 
 def _by_key_head(x, problem):
-    """The heads that share a key head as further rows: `(groups / share, share * n_q, ...)`."""
+    """Turn the heads that share a key head into more rows: `(groups / share, share * n_q, ...)`."""
     return x.reshape(problem.groups // problem.share, -1, x.shape[2])
 
 
 def _per_group(x, groups):
-    """From `(batch, rows, columns)` to `(groups, rows, columns)`."""
+    """Repeat `(batch, rows, columns)` as `(groups, rows, columns)`."""
     return ops.tile(x[:, None], (1, groups // x.shape[0], 1, 1)).reshape(groups, *x.shape[1:])

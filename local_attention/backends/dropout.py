@@ -1,7 +1,7 @@
 """Dropout of attention weights as a function of (seed, head, query, key) alone.
 
-Nothing is drawn and nothing stored: forward, backward, every backend and both modes get the same mask from the same
-seed, whatever blocks they work in. A 32-bit hash of counters; `x * (2x + 1)` is the mixing step of the RC6 cipher
+No mask is drawn or stored: forward, backward, every backend and both modes get the same mask from the same seed,
+whatever blocks they work in. It is a 32-bit hash of counters. `x * (2x + 1)` is the mixing step of the RC6 cipher
 (Rivest et al., 1998), a permutation whose high bits depend on every bit of `x`.
 """
 import mindspore as ms
@@ -13,51 +13,59 @@ from ..cells import Float32
 
 
 def row_hash(groups, queries):
-    """int32 `(len(groups), len(queries))`: a constant for each head's query."""
+    """Return int32 `(len(groups), len(queries))`, a constant for each query of each head."""
     groups = _mix(np.asarray(groups).astype(np.uint32) + np.uint32(0x9E3779B9))
     return _mix(groups[:, None] + np.asarray(queries).astype(np.uint32)).view(np.int32)
 
 
 def column_hash(keys):
-    """int32 of the shape of `keys`: a constant for each key."""
+    """Return int32 of the shape of `keys`, a constant for each key."""
     return _mix(np.asarray(keys).astype(np.uint32) ^ np.uint32(0x5BD1E995)).view(np.int32)
 
 
 def _mix(x):
-    """A bijective 32-bit finaliser by multiplications and shifts, on NumPy's wrapping uint32."""
+    """Mix the bits of NumPy's wrapping uint32 by a bijection of multiplications and shifts."""
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x ^ (x >> np.uint32(15))
 
 
 def seeded_rows(rows, seed):
-    """Row hashes of one call, from the constant ones and its seed, int32 `(1,)`."""
+    """Return the row hashes of one call, from the constant ones and the call's seed, int32 `(1,)`."""
     return _scramble(ops.bitwise_xor(rows, seed))
 
 
 def keep_factors(rows, columns, rate):
-    """0 where a weight is dropped and `1 / (1 - rate)` where it is kept; the hashes broadcast to its shape."""
+    """Return 0 where a weight is dropped and `1 / (1 - rate)` where it is kept; the hashes broadcast to the shape of
+    the weights."""
     kept = ops.greater_equal(_scramble(ops.bitwise_xor(rows, columns)), int(rate * 2**32) - 2**31)
     return ops.mul(ops.cast(kept, ms.float32), 1 / (1 - rate))
 
 
 def _scramble(x):
     x = ops.mul(x, ops.add(ops.add(x, x), 1))
-    x = ops.bitwise_xor(x, _high_half(x) if _without_shift() else ops.bitwise_right_shift(x, 16))
+    x = ops.bitwise_xor(x, _high_half()(x))
     return ops.mul(x, ops.add(ops.add(x, x), 1))
 
 
-@constexpr
-def _without_shift():
-    """Whether shifts are slow: on Ascend they are the work of its few scalar cores."""
-    return ms.get_context("device_target") == "Ascend"
+class _Shifted(Float32):
+    """Computes `x >> 16` of an int32."""
+
+    def construct(self, x):
+        return ops.bitwise_right_shift(x, 16)
 
 
 class _HighHalf(Float32):
-    """`x >> 16` of int32 without a shift: float32 holds what the high half is exactly."""
+    """Computes the same without a shift. It is exact, because float32 holds the high half exactly."""
 
     def construct(self, x):
         return ops.cast(ops.mul(ops.cast(ops.bitwise_and(x, -2**16), ms.float32), 2.**-16), ms.int32)
 
 
-_high_half = _HighHalf()
+_shifted, _without_shift = _Shifted(), _HighHalf()
+
+
+@constexpr
+def _high_half():
+    """On Ascend, shifts are the work of its few scalar cores. Not a branch: see `blocks.Layout`."""
+    return _without_shift if ms.get_context("device_target") == "Ascend" else _shifted

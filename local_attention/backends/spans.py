@@ -1,7 +1,7 @@
-"""What the backends of MindSpore's own operators share: spans within documents, capped scores, and pieces put together.
+"""What the backends of plain operators share: spans within documents, capped scores, and merging of partial attention.
 
-Documents are two bounds for each position, its document's first and last, `(batch, n_k, 2)`; a position of padding,
-which is in none, has a last that is before its first.
+Documents are given by two bounds for each position, the first and the last of its document, `(batch, n_k, 2)`. A
+position of padding is in no document; its last is before its first.
 """
 import mindspore as ms
 import numpy as np
@@ -11,21 +11,23 @@ from mindspore.ops import constexpr
 from . import native
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
-HIDDEN = -1e30  # a score that no softmax row with a visible key can see
-SELF_SCORE = -5e4  # upstream's score of a query on its own key under shared_qk: last, but before nothing at all
-FAR = 2**30  # farther than any key, and a sum of two is still an int32
+HIDDEN = -1e30  # the score of a hidden key, which weighs nothing beside a visible one
+SELF_SCORE = -5e4  # upstream's score of a query's own key under shared_qk: it counts only if nothing else is seen
+FAR = 2**30  # farther than any key, and still an int32 when added to a position
 
 _real_div = ops.RealDiv()
 
 
 def document_bounds(segment_ids):
-    """`(batch, n, 2)`, int32, from ids `(batch, n)`: a run of one id is a document, of a negative one padding."""
+    """Return `(batch, n, 2)`, int32, from ids `(batch, n)`: consecutive equal ids are a document, negative ids are
+    padding."""
     fused = _fused_bounds(segment_ids.shape)
     return _found_bounds(segment_ids) if fused is None else fused(segment_ids)
 
 
 class _FusedBounds(nn.Cell):
-    """The bounds by the native kernel's library: outside graphs, as many operators take as long as the attention."""
+    """Finds the bounds with the native kernel's library. Outside graphs, the operators for this take as long as the
+    attention."""
 
     def __init__(self):
         super().__init__()
@@ -40,21 +42,22 @@ class _FusedBounds(nn.Cell):
 
 @constexpr
 def _fused_bounds(shape):
-    """The kernel, None where it cannot run."""
+    """Return the kernel as a Cell, None if it cannot run."""
     return None if None in shape or 0 in shape else native.made(_FusedBounds)
 
 
 def _found_bounds(segment_ids):
-    """The bounds by plain operators.
+    """Find the bounds by plain operators.
 
-    By functions, not by methods and signs: those are mindtorch's once it is imported, and want tensors of its making.
+    Calls functions instead of methods and operator signs: after an import of mindtorch, those are mindtorch's, and
+    accept only its own tensors.
     """
     after = ops.strided_slice(segment_ids, (0, 1), (0, 0), (1, 1), 1, 3)
     before = ops.strided_slice(segment_ids, (0, 0), (0, -1), (1, 1), 1, 1)
     changes = ops.cast(ops.not_equal(after, before), ms.int32)
     number = ops.cumsum(ops.cat((ops.zeros((segment_ids.shape[0], 1), ms.int32), changes), 1), 1)
     first = ops.cast(ops.searchsorted(number, number), ms.int32)
-    # one after this document; `right=True` is not heeded by MindSpore 2.7.0
+    # one after this document; MindSpore 2.7.0 ignores `right=True`
     end = ops.cast(ops.searchsorted(number, ops.add(number, 1)), ms.int32)
     own = ops.sub(ops.cumsum(ops.ones_like(number), 1), 1)
     padding = ops.cast(ops.less(segment_ids, 0), ms.int32)
@@ -65,13 +68,14 @@ def _found_bounds(segment_ids):
 
 
 def bounds_of(documents, positions):
-    """The first and the last position, `(batch, len(positions))` each, of the documents that positions are in."""
+    """Return the first and the last position of the document at each position, `(batch, len(positions))` each."""
     bounds = ops.gather(documents, positions, 1)
     return bounds[..., 0], bounds[..., 1]
 
 
 def spans(spec, positions, first, last):
-    """`WindowSpec.span` on tensors of positions, from the first position of each one's document on and within it."""
+    """Compute `WindowSpec.span` on tensors, cut at `first` and `last` of each position's document. Buckets count from
+    its first."""
     place = positions - first
     start = positions if spec.bucket == 1 else positions - place % spec.bucket
     low = ops.maximum(start - min(spec.backward, FAR), first)
@@ -86,8 +90,8 @@ def in_span(spec, positions, keys, first, last):
 
 
 def reach(problem):
-    """How many keys before a block of queries and after it these see, and of what the block's start is a multiple: in
-    documents, whose windows start anew anywhere, of nothing."""
+    """Return how many keys a block of queries sees before and after itself, and the number that the block's start is a
+    multiple of. With documents it is 1, because their windows start anywhere."""
     spec = problem.spec
     if problem.documents == 0:
         return spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
@@ -95,13 +99,13 @@ def reach(problem):
 
 
 def in_prefix(spec, positions, keys, first, last):
-    """Whether keys are in the prefix of the document of a query at a position."""
+    """Whether keys are in the prefix of the document that a query is in."""
     end = ops.minimum(first + (min(spec.prefix, FAR) - 1), last)
     return ops.logical_and(keys >= first, keys <= (ops.minimum(end, positions) if spec.causal else end))
 
 
 def bias_entries(problem, positions, keys, first):
-    """`Problem.bias_index` on tensors, from the first position of each query's document on."""
+    """Compute `Problem.bias_index` on tensors; positions count from the first of each query's document."""
     _, period, columns = problem.bias_shape
     place = (positions - first) % period
     column = keys - (positions - place) + problem.spec.backward
@@ -109,8 +113,8 @@ def bias_entries(problem, positions, keys, first):
 
 
 def without_padding(q, mask, documents, offset):
-    """Queries that are padding as zeros, whatever they hold, and a mask that hides padding too."""
-    queries = documents[:, offset:offset + q.shape[1]]  # bounds are cut, as Ascend slices no bool
+    """Return q with zeros where queries are padding, whatever they hold, and a mask that hides padding too."""
+    queries = documents[:, offset:offset + q.shape[1]]  # slices the bounds, because Ascend cannot slice bool
     q = ops.masked_fill(q, repeated(ops.logical_not(_real(queries)), q.shape[0]), 0.)
     return q, merge_masks(mask, _real(documents))
 
@@ -124,34 +128,43 @@ def merge_masks(mask, other):
 
 
 def sees_something(mask, first, after):
-    """Whether there is a real key from each query's first one on to before another: bool `(batch, n_q)`."""
+    """Whether there is a real key at `first` or later, but before `after`, for each query: bool `(batch, n_q)`; places
+    are `(n_q,)` or `(batch, n_q)`."""
     count = ops.cumsum(ops.cast(mask, ms.float32), 1)
     count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
-    return ops.gather(count, after, 1) > ops.gather(count, first, 1)
+    if len(first.shape) == 1:
+        return ops.gather(count, after, 1) > ops.gather(count, first, 1)
+    rows = ops.arange(0, count.shape[0] * count.shape[1], count.shape[1]).reshape(-1, 1)
+    count = count.reshape(-1)
+    found = ops.gather(count, (rows + after).reshape(-1), 0) > ops.gather(count, (rows + first).reshape(-1), 0)
+    return found.reshape(first.shape)
 
 
 def repeated(x, groups):
-    """From `(batch, n)` to `(groups, n, 1)`."""
+    """Repeat `(batch, n)` as `(groups, n, 1)`."""
     return ops.tile(ops.expand_dims(x, 1), (1, groups // x.shape[0], 1)).reshape(groups, -1, 1)
 
 
 def tanh(x):
-    """tanh, to 2e-7: on CPU, `ops.tanh` is off by up to 1e-4, and what sigmoid gives by 2e-6."""
-    # 1 in float32 beyond 10; of primitives, as a graph loses functions with branches that a construct and a bprop call
+    """Return tanh within 2e-7. On CPU, `ops.tanh` is off by up to 1e-4, and a tanh made from sigmoid by 2e-6."""
+    # Beyond 10, it is 1 in float32. Primitives, because a graph loses functions with branches that both a construct and
+    # a bprop call.
     grown = ops.expm1(ops.mul(ops.minimum(x, 10.), 2.))
     return _real_div(grown, ops.add(grown, 2.))
 
 
 def capped(q, k, softcap):
-    """The products of scaled queries and keys, `(g, rows, n_k)`, within `-softcap … softcap` where there is one."""
+    """Return the products of scaled queries and keys, `(g, rows, n_k)`, capped to `-softcap … softcap` if there is
+    one."""
     scores = ops.bmm(q, k.swapaxes(-1, -2))
     return scores if softcap is None else tanh(scores / softcap) * softcap
 
 
 def softened(scores, seen):
-    """Scores as weights, and their log-sum-exp; `seen` is 1. or 0. and broadcasts. Where nothing is, zeros and -inf.
+    """Return the softmax of scores and their log-sum-exp; `seen` is 1. or 0. and broadcasts. Rows that see nothing get
+    zeros and -inf.
 
-    Not `ops.softmax`: outside a graph its gradient over one key alone is kept and used again for other lengths.
+    Not `ops.softmax`: outside a graph, MindSpore keeps its gradient over a single key and reuses it for other lengths.
     """
     scores = ops.masked_fill(scores, seen == 0, HIDDEN)
     top = ops.stop_gradient(ops.amax(scores, -1, keepdims=True))
@@ -162,11 +175,12 @@ def softened(scores, seen):
     return weights / (total + nothing), lse[..., 0]
 
 
-# ---- attention over some keys, put together with that over others
+# ---- merging attention over some keys with attention over others
 
 
 def merged(outs, lses):
-    """The output and log-sum-exp over all keys from those of pieces over some each: `(..., n, d)` and `(..., n)`."""
+    """Return the output and log-sum-exp over all keys from those of pieces of the keys: `(..., n, d)` and `(...,
+    n)`."""
     top = lses[0]
     for lse in lses[1:]:
         top = ops.maximum(top, lse)
@@ -184,27 +198,27 @@ def merged(outs, lses):
 
 
 def finished(problem, q, k, v, out, lse, tensors):
-    """What attention to spans, `out (g, n_q, d)` and its `lse (g, n_q)`, is with the prefix and the sinks."""
+    """Add the prefix and the sinks to the result of attention to spans, `out (g, n_q, d)` and `lse (g, n_q)`."""
     if problem.spec.prefix > 0:
         out, lse = with_prefix(problem, q, k, v, out, lse, tensors)
     return (out, lse) if tensors[3] is None else with_sinks(problem, out, lse, tensors[3])
 
 
 def with_prefix(problem, q, k, v, out, lse, tensors):
-    """The same with what of the prefix no span holds."""
+    """Add the keys of the prefix that are outside a query's span."""
     more, more_lse = _prefix(problem, q, k, v, tensors)
     return merged((out, more), (lse, more_lse))
 
 
 def with_sinks(problem, out, lse, sinks):
-    """The same with a sink for each head: a piece whose value is 0."""
+    """Add a sink for each head, as a piece whose value is 0."""
     by_head = lse.reshape(-1, problem.sinks, lse.shape[-1])
     sinks = (ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)).reshape(lse.shape)
     return merged((out, ops.zeros_like(out)), (lse, sinks))
 
 
 def _prefix(problem, q, k, v, tensors):
-    """Attention to what of the prefix no span holds, and its log-sum-exp."""
+    """Compute attention to the keys of the prefix that are outside a query's span, and its log-sum-exp."""
     mask, documents, _, _, _, seed = tensors
     spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
@@ -219,7 +233,7 @@ def _prefix(problem, q, k, v, tensors):
     positions = positions.reshape(1, -1, 1)
     low, high = spans(spec, positions, first, last)
     seen = ops.logical_and(in_prefix(spec, positions, keys, first, last), ops.logical_or(keys < low, keys > high))
-    index = ops.clamp(keys, 0, n_k - 1)  # (1, 1, count), or, in documents, (batch, n_q, count)
+    index = ops.clamp(keys, 0, n_k - 1)  # (1, 1, count), or with documents (batch, n_q, count)
     if documents is None:
         k, v = ops.gather(k, index.reshape(-1), 1), ops.gather(v, index.reshape(-1), 1)
         q = q.reshape(key_groups, -1, head_dim)
@@ -255,7 +269,7 @@ def _prefix(problem, q, k, v, tensors):
 
 
 def _kept(problem, keys, index, documents, seed):
-    """What dropout makes of the weights of a prefix."""
+    """Return the dropout factors of the weights of the prefix."""
     rows, columns = hashes(problem)
     columns = ops.gather(columns, index.reshape(-1), 0)
     if documents is None:
@@ -269,7 +283,7 @@ def _kept(problem, keys, index, documents, seed):
 
 @constexpr
 def hashes(problem):
-    """Dropout's, of every query `(g, n_q, 1)` and of every key."""
+    """Return dropout's hashes of every query `(g, n_q, 1)` and of every key."""
     group, position = problem.origin
     rows = row_hash(np.arange(problem.groups) + group, np.arange(problem.n_q) + problem.offset + position)
     return Tensor(rows[..., None]), Tensor(column_hash(np.arange(problem.n_k) + position))

@@ -1,16 +1,16 @@
-"""Saves what the PyTorch package `local-attention` 1.11.2 computes, for tests/test_reference.py to compare with.
+"""Save what the PyTorch package `local-attention` 1.11.2 computes, for tests/test_reference.py to compare with.
 
     pip install torch einops local-attention==1.11.2 hyper-connections
     python tests/reference/make_reference.py
 
 Each .npz here holds, case by case, `<case>/settings` (JSON text), masks, and results: `<case>/out`, `<case>/grad_q`, …
-What the cases of a file share is stored once: `inputs/<name>`, of which a case takes a corner of the shape it needs,
-and `weight/<state_dict name>`, of which it takes the names in `settings["state"]`. Inputs and weights are float16
-numbers, to be computed with in float32: half the room, nothing lost. The same torch on the same machine writes the
-same bytes.
+The cases of a file share two things, stored once: `inputs/<name>`, of which a case takes a corner of the shape it
+needs, and `weight/<state_dict name>`, of which it takes the names in `settings["state"]`. Inputs and weights are
+float16 numbers, and computed with in float32: this takes half the space and loses nothing. The same torch on the same
+machine writes the same bytes.
 
-Where the two packages differ on purpose, upstream is called so that it gives what ours promises: keys added by autopad
-are hidden by a mask of True (`settings["hidden"]`) where it would show them, and every query has a key it sees.
+Where the two packages differ on purpose, upstream is called so that it returns what ours promises: if it would show
+keys added by autopad, a mask of True (`settings["hidden"]`) hides them, and every query sees a key.
 """
 import io
 import json
@@ -28,11 +28,11 @@ HERE = Path(__file__).resolve().parent
 UPSTREAM = "1.11.2"
 
 BATCH, HEADS, DIM_HEAD, WINDOW, LONGEST = 2, 3, 10, 7, 22
-ZERO = 1e-6                             # a gradient below this is zero up to rounding
+ZERO = 1e-6                             # a smaller gradient is zero up to rounding
 
 
 def check_upstream():
-    """Stops unless `import local_attention` gives the PyTorch package, in the version the tests are about."""
+    """Stop unless `import local_attention` is the PyTorch package, in the version that the tests are about."""
     try:
         package = metadata.distribution("local-attention")
         expected = Path(package.locate_file("local_attention/__init__.py")).resolve()
@@ -55,11 +55,11 @@ from local_attention.rotary import SinusoidalEmbeddings, apply_rotary_pos_emb, r
 from local_attention.transformer import top_k  # noqa: E402
 
 
-# What the files are made of
+# The contents of the files
 
 
 def save(name, arrays):
-    """np.savez_compressed, but without the time of writing."""
+    """Save as np.savez_compressed does, but without the time of writing."""
     with zipfile.ZipFile(HERE / name, "w") as file:
         for key, array in arrays.items():
             content = io.BytesIO()
@@ -77,19 +77,19 @@ def tensor(array):
 
 
 def gradients(total, tensors):
-    """{name: gradient} of the scalar `total`, and the names of those that are zero up to rounding."""
+    """Return {name: gradient} of the scalar `total`, and the names of those that are zero up to rounding."""
     values = torch.autograd.grad(total, list(tensors.values()))
     values = {name: value.numpy() for name, value in zip(tensors, values)}
     return values, sorted(name for name, value in values.items() if np.abs(value).max() < ZERO)
 
 
 def random_weights(rng, *modules):
-    """One float16 array for every parameter the modules have, by name; buffers as they are."""
+    """Return a float16 array for every parameter of the modules, by name; buffers are unchanged."""
     weights = {}
     for module in modules:
         weights |= {name: buffer.numpy() for name, buffer in module.state_dict().items()}
         for name, parameter in module.named_parameters():
-            if name.endswith("static_alpha"):               # as they begin, which leaves the streams apart, and noise
+            if name.endswith("static_alpha"):               # initial values, which keep the streams apart, and noise
                 weights[name] = parameter.detach().numpy().astype(np.float16) + normal(rng, *parameter.shape, scale=.2)
             elif name.endswith(".gamma"):
                 weights[name] = normal(rng, *parameter.shape, scale=.2)
@@ -107,7 +107,7 @@ def with_weights(module, weights):
 
 
 def pairwise(options, possible, rng):
-    """A short list of cases in which any two values of any two options meet, where that is possible."""
+    """Return a short list of cases that contains, if possible, all pairs of values of any two options."""
     def covers(case, pair):
         return all(case[name] == value for name, value in pair)
 
@@ -127,11 +127,11 @@ def pairwise(options, possible, rng):
     return cases
 
 
-# Which keys a query sees, to choose masks that leave each query one
+# Which keys a query sees, to choose masks that leave a key for each query
 
 
 def visible(n, window_size, causal=False, look_backward=1, look_forward=None, exact_windowsize=False, **_):
-    """bool (n, n), by the arguments of LocalAttention; also the number of windows in the span of one."""
+    """Return a bool array (n, n) for arguments of LocalAttention, and the number of windows in the span of one."""
     forward = int(not causal) if look_forward is None else look_forward
     i, j = np.ogrid[:n, :n]
     first = i if exact_windowsize else i // window_size * window_size
@@ -141,12 +141,12 @@ def visible(n, window_size, causal=False, look_backward=1, look_forward=None, ex
 
 
 def varied(n, shared_qk=False, **args):
-    """Whether there is a query with a choice of keys: without one the scores have no gradient."""
+    """Whether a query can choose between keys: without a choice, the scores have no gradient."""
     return visible(n, **args)[0].sum(axis=-1).max() > 1 + shared_qk
 
 
 def random_mask(rng, sees):
-    """bool (BATCH, n); a query that would see nothing sees itself."""
+    """Return a bool array (BATCH, n). A query that would see nothing sees itself."""
     mask = rng.random((BATCH, len(sees))) < .6
     return mask | ~(mask @ sees.T)
 
@@ -167,7 +167,7 @@ ATTENTION = {
 }
 
 
-# of one token, where there is nothing to choose
+# a single token has no choice
 LONE = [dict(n=1, window_size=WINDOW, call_window=None, causal=causal, look_backward=1, exact_windowsize=exact,
              position=position, autopad=True, bias=True, mask=mask, lead=[2, 3])
         for causal, exact, mask, position in ((True, False, None, POSITIONS[4]), (False, True, None, POSITIONS[1]),
@@ -178,11 +178,11 @@ def attention_possible(call_window, position, bias, mask, lead, **args):
     if call_window and (args["exact_windowsize"] or args["autopad"] or "use_xpos" not in position):
         return False                                        # upstream ignores it, or fails
     if args["window_size"] == 1 and "use_xpos" in position:
-        return False                                        # upstream gives NaN
+        return False                                        # upstream returns NaN
     if args["causal"] and args["look_forward"] or mask and not lead:
         return False
     if args["n"] > 8 and (args["window_size"] < WINDOW or len(lead) > 2):
-        return False                                        # small windows and many axes on short sequences only
+        return False                                        # small windows and many axes only with short sequences
     args["window_size"] = call_window or args["window_size"]
     return (args["autopad"] or args["n"] % args["window_size"] == 0) and varied(**args)
 
@@ -305,7 +305,7 @@ MODELS = {
 }
 
 
-# Residual streams and global layers: attention to all that came before, and a Cell that is none of this package's.
+# Residual streams and global layers: attention to all earlier tokens, and a Cell that is not of this package.
 FULL = MHA_SIZES | {"dim": MODEL["dim"], "window_size": MODEL["max_seq_len"], "look_backward": 0,
                     "exact_windowsize": False, "causal": True, "prenorm": True}
 STREAMS = {
@@ -319,7 +319,7 @@ STREAMS = {
 
 
 def transformer_cases(rng, models, all_weights, **sizes):
-    """`all_weights`: settings of models that between them have every weight that one of `models` has."""
+    """Return cases; `all_weights` are settings of models that together have every weight of any model in `models`."""
     sizes = MODEL | sizes
     weights = random_weights(rng, *(transformer(**sizes | settings) for settings in all_weights))
     arrays = {f"weight/{name}": value for name, value in weights.items()}
@@ -379,7 +379,7 @@ def add_transformer(arrays, name, weights, rng, args, n, mask, primes):
 
 
 def ignored(x, ignore_index):
-    """The tokens with some targets that do not count; -1 is no token, so it can only stand last."""
+    """Return the tokens with some targets ignored; -1 is no token, so it can only be the last."""
     x = x.copy()
     x[0, -1] = ignore_index
     if ignore_index >= 0:
@@ -388,7 +388,7 @@ def ignored(x, ignore_index):
 
 
 def greedy(model, prime, steps):
-    """The tokens upstream generates, which no rounding could change: the best logit leads by far."""
+    """Return the tokens that upstream generates. No rounding could change them: the best logit leads by far."""
     tokens = model.generate(tensor(prime), steps, temperature=0., use_kv_cache=False).numpy()
     seen = np.concatenate([prime, tokens], axis=1)
     for end in range(prime.shape[1], seen.shape[1]):
@@ -398,14 +398,14 @@ def greedy(model, prime, steps):
     return tokens
 
 
-# The functions beside the attention
+# The functions beside attention
 
 
 def function_cases(rng):
     arrays = {}
 
     def add(name, settings, inputs, function):
-        """Results are out0, out1, …; of functions of float32 tensors that give one, the gradients too."""
+        """Add results out0, out1, …; for functions of float32 tensors that return one, also the gradients."""
         tensors = {key: tensor(value).requires_grad_() for key, value in inputs.items()}
         outs = function(**tensors)
         arrays[f"{name}/settings"] = json.dumps(settings)
@@ -467,7 +467,7 @@ def main():
     save("transformer.npz", transformer_cases(np.random.default_rng(13), MODELS, [
         {"qk_rmsnorm": True, "gate_values_per_head": True}, {"use_dynamic_pos_bias": True}]))
     save("functions.npz", function_cases(np.random.default_rng(17)))
-    random.seed(19)                                         # of it hyper-connections draws the stream it begins with
+    random.seed(19)                                         # hyper-connections draws its first stream from it
     save("transformer_streams.npz", transformer_cases(np.random.default_rng(19), STREAMS, [
         {"global_attn_layer": FULL}, {"global_attn_layer": "norm, linear", "depth": 1}], num_residual_streams=4))
 

@@ -1,14 +1,14 @@
-"""Saves what sliding windows give by their formula, in JAX and float64, for tests/test_sliding_reference.py.
+"""Save results of sliding windows by their formula, in JAX and float64, for tests/test_sliding_reference.py.
 
     pip install jax
     python tests/reference/make_sliding_reference.py
 
-Written from the definition alone: every score of every query with every key, those out of sight hidden, and the
-gradients as JAX derives them. sliding_window.npz holds, case by case, `<case>/settings` (JSON text), `<case>/mask`
-where there is one, and results: `<case>/out`, `<case>/grad_q`, …, in float32. The cases of the function take the first
-numbers of `inputs/<name>`, as many as they need, in the shape they need; those of the Cells hold their own `inputs_q`,
-`inputs_kv`, `cotangent` and `weight/<parameter name>`. All of these are small binary fractions, exact in float16 and
-float32 alike and short when compressed. The same JAX on the same machine writes the same bytes.
+It follows the definition alone: every score of every query and key, with the invisible ones hidden, and gradients
+derived by JAX. sliding_window.npz has for each case `<case>/settings` (JSON text), `<case>/mask` if there is one, and
+results in float32: `<case>/out`, `<case>/grad_q`, … The cases of the function take as many of the first numbers of
+`inputs/<name>` as their shapes need. Those of the Cells have their own `inputs_q`, `inputs_kv`, `cotangent` and
+`weight/<parameter name>`. All of these are small binary fractions, exact in both float16 and float32, and short when
+compressed. The same JAX on the same machine writes the same bytes.
 """
 import io
 import json
@@ -23,11 +23,12 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_platforms", "cpu")
 
 BATCH, HEADS, DIM_HEAD = 2, 3, 10
-ZERO = 1e-12                            # what is below this is zero on paper
+ZERO = 1e-12                            # a smaller value is exactly zero by the formula
 
 
 def attention(q, k, v, left, right, mask=None, rel_pos_emb=None):
-    """Query i over the keys i - left … i + right - 1; q, k, v `(..., n, d)`, rel_pos_emb `(left + right, d)`."""
+    """Compute attention of query i over the keys i - left … i + right - 1; q, k, v `(..., n, d)`, rel_pos_emb `(left +
+    right, d)`."""
     n, d = q.shape[-2:]
     i, j = jnp.arange(n)[:, None], jnp.arange(n)[None, :]
     visible = (i - left <= j) & (j <= i + right - 1)
@@ -43,7 +44,7 @@ def attention(q, k, v, left, right, mask=None, rel_pos_emb=None):
 
 
 def multi_head(weights, inputs_q, inputs_kv, heads, left, right, mask=None):
-    """The projections around it; the weights are named and shaped as the Cells' parameters, `(out, in)`."""
+    """Compute attention with projections; weights have the Cells' parameters' names and shapes, `(out, in)`."""
     def project(name, x):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.)
 
@@ -56,11 +57,11 @@ def multi_head(weights, inputs_q, inputs_kv, heads, left, right, mask=None):
     return project("out", out.reshape(*out.shape[:-2], -1))
 
 
-# What the file is made of
+# The contents of the file
 
 
 def save(path, arrays):
-    """np.savez_compressed, but without the time of writing."""
+    """Save as np.savez_compressed does, but without the time of writing."""
     with zipfile.ZipFile(path, "w") as file:
         for key, array in arrays.items():
             content = io.BytesIO()
@@ -70,13 +71,13 @@ def save(path, arrays):
 
 
 def normal(rng, *shape, scale=1.):
-    """About normal, in steps of a sixteenth of `scale` rounded to a power of two."""
+    """Draw nearly normal numbers, in steps of a sixteenth of `scale` rounded to a power of two."""
     step = 2. ** np.round(np.log2(scale / 16))
     return (np.round(scale / step * rng.standard_normal(shape)) * step).astype(np.float16)
 
 
 def add_results(arrays, name, settings, learned, cotangent, mask, forward):
-    """One case: forward(learned, mask), its gradients for all that is learned, and which of all these are zero."""
+    """Add a case: forward(learned, mask), the gradients of all learned arrays, and which of all these are zero."""
     learned = {key: jnp.asarray(value, jnp.float64) for key, value in learned.items()}
 
     def total(learned):
@@ -93,10 +94,10 @@ def add_results(arrays, name, settings, learned, cotangent, mask, forward):
     arrays.update({f"{name}/{key}": np.asarray(value * (key not in zero), np.float32) for key, value in found.items()})
 
 
-# The function. The first cases hold most, lengths lie around 7, and with one key to see nothing but v has a gradient.
+# The function. The first cases cover most. Lengths are around 7. With only one visible key, only v has a gradient.
 
 FUNCTION = [
-    # n, left, right, leading axes, the mask's, embeddings of offsets
+    # n, left, right, leading axes, the mask's axes, embeddings of offsets
     (23, 5, 3, [BATCH, HEADS], [BATCH, 1], True),
     (8, 5, 0, [BATCH, HEADS], [BATCH, HEADS], True),
     (61, 9, 4, [BATCH], [], True),
@@ -133,7 +134,7 @@ def add_functions(arrays, rng):
         add_results(arrays, f"function{number:02}", settings, learned, cotangent, mask, forward)
 
 
-# The Cells: sizes that no two axes share
+# The Cells: no two axes have the same size
 
 CELLS = {
     "self": ({"in_features": 11, "num_heads": HEADS, "qkv_features": 21, "out_features": 13, "window_size_left": 4,
