@@ -6,19 +6,14 @@ picture of what its heads look at.
 
 `msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on batches of its own.
 """
-import argparse
-import bisect
-import gzip
 import json
 import math
 import os
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import zlib
-from pathlib import Path
 
 
 def name_if_dead():
@@ -55,6 +50,8 @@ from mindspore import Tensor, communication, nn, ops  # noqa: E402
 from local_attention import LocalMHA, LocalTransformer  # noqa: E402
 from local_attention.parallel import AverageGradients  # noqa: E402
 from local_attention.plot import attention_weights, plot_weights  # noqa: E402
+from training.data import order_0_entropy, read_documents, rows_of, training_batches, validation_batches  # noqa: E402
+from training.settings import read_settings  # noqa: E402
 
 try:
     import matplotlib
@@ -63,105 +60,6 @@ except ImportError as missing:
     sys.exit(f'train.py: {missing.name} is not installed; pip install -e ".[train]" brings what training needs.')
 
 BITS = 1 / math.log(2)  # in a nat
-VALIDATION_SHARE = 0.1  # of the text, its end
-FREE_ON_RESUME = ("data", "out", "resume", "steps", "validate_every", "sample_every", "save_every", "sample_len",
-                  "temperature", "device", "mode")
-
-
-# ---- settings
-
-def positive(number):
-    """An argparse type: `number`, an int or a float, above zero."""
-    def parse(text):
-        value = number(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f"positive {number.__name__}"
-    return parse
-
-
-def window(text):
-    """An argparse type: the window of a layer, None for one that sees all."""
-    return None if text == "none" else positive(int)(text)
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
-                                     description="Train a byte-level LocalTransformer on real text and sample from it.")
-    count, real = positive(int), positive(float)
-
-    def add(name, kind, default, text, *names, **more):
-        text += "" if default is None else " (default: %(default)s)"
-        parser.add_argument(name, *names, type=kind, default=default, help=text, **more)
-
-    add("--data", str, None, "a file or a folder, plain or .gz; the Python standard library where not given")
-    parser.add_argument("--packed", action="store_true", help="files are documents, packed into rows of --seq-len with "
-                        "none seen from another, and not one text to be cut anywhere; longer ones are cut into pieces")
-    add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
-    parser.add_argument("--resume", action="store_true", help="continue the run of --out, or the newest in runs/")
-    add("--steps", count, 4000, "optimizer steps")
-    add("--batch-size", count, 4, "sequences in a batch, of each process")
-    add("--grad-accum", count, 1, "batches whose gradients are averaged for a step")
-    add("--seq-len", count, 128, "bytes in a sequence")
-    add("--windows", window, [64], "window of the local attention; several are one for each layer, 'none' for a layer "
-        "that sees the whole sequence", "--window-size", nargs="+")
-    add("--dim", count, 128, "width of the model")
-    add("--depth", count, 2, "layers")
-    add("--heads", count, 2, "attention heads")
-    add("--kv-heads", count, None, "heads of keys and values, which divide --heads; as many where not given")
-    add("--dim-head", count, 64, "width of a head")
-    add("--num-residual-streams", count, 1, "residual streams; above 1, with hyper-connections")
-    add("--global-layers", count, None, "layers, by number from 1, with full attention before them", nargs="+")
-    add("--learning-rate", real, 2e-3, "at its highest, after the warm-up")
-    add("--warmup", count, 100, "steps until then; afterwards it falls along a cosine to zero")
-    add("--clip", real, 1.0, "largest global norm of a gradient")
-    add("--seed", int, 0, "of the weights and of the order of the data")
-    add("--validate-every", count, 1000, "steps between validations")
-    add("--validate-batches", count, 64, "batches in a validation")
-    add("--sample-every", count, 2000, "steps between samples")
-    add("--sample-len", count, 200, "bytes in a sample")
-    add("--temperature", real, 0.7, "of sampling")
-    add("--save-every", count, 1000, "steps between checkpoints")
-    add("--device", str, "CPU", "where to train", choices=("CPU", "GPU", "Ascend"))
-    add("--mode", str, "graph", "compiled steps, or eager ones", choices=("graph", "pynative"))
-    parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1)
-    return parser
-
-
-def read_settings(arguments):
-    """The settings of a run and its folder. A resumed run keeps its own, save for those free to change."""
-    parser = make_parser()
-    settings = parser.parse_args(arguments)
-    folder = run_folder(settings.out, settings.resume)
-    checkpoint = folder / "checkpoint.ckpt"
-    if not settings.resume:
-        if checkpoint.exists():
-            sys.exit(f"train.py: {folder} already holds a run; continue it with --resume, or name another --out.")
-        return settings, folder
-    if not checkpoint.exists():
-        sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
-    saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
-    strange = [name for name in saved if name not in vars(settings)]
-    if strange:
-        sys.exit(f"train.py: another version of it wrote {folder / 'settings.json'}, with {', '.join(strange)}.")
-    if settings.ranks != saved["ranks"]:
-        sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
-                 "cannot: they would see other batches.")
-    parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
-    settings = parser.parse_args(arguments)
-    for name, value in vars(settings).items():
-        if name not in FREE_ON_RESUME and value != saved[name]:
-            sys.exit(f"train.py: --{name.replace('_', '-')} is {saved[name]} in the run that --resume continues, "
-                     f"and cannot become {value}.")
-    return settings, folder
-
-
-def run_folder(out, resume):
-    if out:
-        return Path(out)
-    newest = max((int(path.name) for path in Path("runs").glob("*") if path.name.isdecimal()), default=0)
-    return Path("runs", str(newest if resume else newest + 1))
 
 
 # ---- processes
@@ -194,116 +92,6 @@ class Ranks:
                 if other.get(name) != value:
                     sys.exit(f"train.py: {name} is {value} for rank 0 and {other.get(name)} for rank {rank}, but must "
                              "be the same for all.")
-
-
-# ---- data
-
-def standard_library():
-    """The source files of the standard library, tests and installed packages aside."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    aside = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
-    return [path for path in sorted(root.rglob("*.py")) if not aside.intersection(path.relative_to(root).parts)]
-
-
-def files_of(data):
-    """The files behind `--data`, in a fixed order; hidden ones of a folder are left out."""
-    if data is None:
-        return standard_library()
-    root = Path(data)
-    if not root.exists():
-        sys.exit(f"train.py: --data {data} does not exist.")
-    if root.is_file():
-        return [root]
-    return [path for path in sorted(root.rglob("*"))
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)]
-
-
-def read_bytes(path):
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        return path.read_bytes()
-    except (OSError, EOFError) as error:
-        sys.exit(f"train.py: {path} cannot be read: {error}.")
-
-
-def read_documents(data, seq_len):
-    """What is trained and what is validated on, arrays of bytes: the files, the last of them for validation. Files of a
-    folder that are not text are left out."""
-    files = files_of(data)
-    contents = [read_bytes(path) for path in files]
-    documents = [np.frombuffer(content, np.uint8) for content in contents
-                 if len(files) == 1 or b"\0" not in content[:1024]]
-    size = sum(map(len, documents))
-    held_back = int(size * VALIDATION_SHARE)
-    if held_back <= seq_len:
-        sys.exit(f"train.py: {data or 'the standard library'} holds {size} bytes of text, but --seq-len {seq_len} "
-                 f"needs more than {math.ceil((seq_len + 1) / VALIDATION_SHARE)}.")
-    starts = np.cumsum([0, *map(len, documents)])
-    cuts = np.clip(size - held_back - starts, 0, None)  # one document is cut in two
-    return ([document[:cut] for document, cut in zip(documents, cuts) if cut > 0],
-            [document[cut:] for document, cut in zip(documents, cuts) if cut < len(document)])
-
-
-def order_0_entropy(text):
-    """Bits per byte of the best code that knows how often each byte occurs and nothing else."""
-    share = np.bincount(text, minlength=256) / len(text)
-    share = share[share > 0]
-    return float(-(share * np.log2(share)).sum())
-
-
-def rows_of(text, documents, settings):
-    """What batches are drawn from, arrays of rows of seq_len bytes and the one after: all that the text has, or those
-    of its documents, packed, with the ids that tell these apart."""
-    length = settings.seq_len + 1
-    return pack(documents, length) if settings.packed else (np.lib.stride_tricks.sliding_window_view(text, length),)
-
-
-def pack(documents, length):
-    """Pieces of documents, no longer than `length`, in as few rows as best fit finds: `(rows, length)` of bytes and of
-    the pieces' numbers, -1 where a row has room left. The last byte of a piece, which is predicted and predicts
-    nothing, is the first of the next."""
-    pieces = [document[start:start + length] for document in documents
-              for start in range(0, len(document) - 1, length - 1)]
-    if not pieces:
-        sys.exit("train.py: --packed needs documents of two bytes or more, to train and to validate on.")
-    rows, room = [], []  # what there is in each row, and `(how much room is left, row)`, in order
-    for piece in sorted(pieces, key=len, reverse=True):
-        fits = bisect.bisect_left(room, (len(piece), 0))
-        if fits < len(room):
-            left, row = room.pop(fits)
-        else:
-            left, row = length, len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        if left > len(piece):
-            bisect.insort(room, (left - len(piece), row))
-    tokens, ids = np.zeros((len(rows), length), np.uint8), np.full((len(rows), length), -1, np.int32)
-    for row, pieces in enumerate(rows):
-        tokens[row, :sum(map(len, pieces))] = np.concatenate(pieces)
-        ids[row, :sum(map(len, pieces))] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-    return tokens, ids
-
-
-def training_batches(rows, settings, step, rank=0):
-    """The batches of one step, a function of seed and step alone: a resumed run sees what it would have seen. Those of
-    several processes, side by side, are the batches of one."""
-    chosen = np.random.default_rng((settings.seed, step)).integers(
-        0, len(rows[0]), (settings.grad_accum, settings.ranks * settings.batch_size))
-    return batches_of(rows, chosen, settings, rank)
-
-
-def validation_batches(rows, settings, rank=0):
-    """Rows evenly spread over those of the validation text, the same at every validation."""
-    shape = settings.validate_batches, settings.ranks * settings.batch_size
-    return batches_of(rows, np.linspace(0, len(rows[0]) - 1, math.prod(shape)).astype(int).reshape(shape), settings,
-                      rank)
-
-
-def batches_of(rows, chosen, settings, rank):
-    return [tuple(Tensor(each[numbers].astype(np.int32)) for each in rows)
-            for numbers in np.split(chosen, settings.ranks, 1)[rank]]
 
 
 # ---- training

@@ -124,8 +124,7 @@ class Runner:
                 print(f"{what}: {error}", flush=True)
 
     def windowed(self, what, peer, repeat=None, tolerance=None, **spec):
-        """Compare our `windowed_attention` with a PyTorch peer or, if `peer` is a dict, with itself at those
-        settings."""
+        """Compare our `windowed_attention` with a PyTorch peer or, if `peer` is a dict, with itself so set."""
         spec = {**WINDOWED, "backend": self.args.backend, "mode": self.args.mode, **spec}
         try:
             ours = self.side("here", sys.executable, **spec)

@@ -57,8 +57,7 @@ def here(spec):
 
 
 def peer(spec):
-    """Return PyTorch's SDPA under a mask of the window, or compiled FlexAttention with blocks of window and
-    documents."""
+    """Return PyTorch's SDPA under a mask of the window, or compiled FlexAttention with window and documents."""
     import torch
     n, window = spec["shape"][2], spec["window"]
     q, k, v, dout = (torch.from_numpy(x).requires_grad_(spec["backward"]) for x in inputs_of(spec))

@@ -30,8 +30,7 @@ def layer_weights():
 
 
 def step_parts(own, ranks, settings):
-    """Return the seconds of a rank's step: work on its own tokens, exchanges with neighbours, the average of all
-    gradients."""
+    """Return the seconds of a rank's step: its own tokens, exchanges with neighbours, averaging all gradients."""
     work = settings.layers * own * settings.token_seconds
     exchange = settings.layers * (halo_bytes() / settings.bandwidth + 2 * settings.latency)
     gradients = 2 * (ranks - 1) / ranks * settings.layers * layer_weights() * 4 / settings.bandwidth

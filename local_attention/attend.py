@@ -20,7 +20,7 @@ BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length"
 
 @dataclass(frozen=True)
 class Problem:
-    """What is known of a call before its tensors have values. A backend is chosen and planned by it.
+    """What is known of a call before its tensors have values. The choice of a backend and its plan depend on it alone.
 
     A length, or the number of groups, is None in a graph that is compiled for any length.
     """
@@ -41,7 +41,7 @@ class Problem:
     lse: bool = False  # whether the log-sum-exp is returned too
     offset: Optional[int] = 0  # the position of the first query among the keys
     origin: tuple = (0, 0)  # the first (group, position) within a larger problem; dropout counts from it
-    beside: int = 1  # heads that stand beside each other in a row of the output, where a backend writes it so
+    beside: int = 1  # how many heads are side by side in a row of the output, for backends that write it so
 
     @property
     def heads(self):
@@ -73,7 +73,7 @@ class Frame:
     dtype: Optional[ms.Type] = None  # the precision to compute in if it is not q's, as after a rotation in float32
     bias_is_constant: bool = False  # whether the bias needs no gradient
     lse: bool = False  # whether the log-sum-exp is returned too
-    tokens_first: bool = False  # whether the output of q `(b, heads, n, d)` is wanted as `(b, n, heads * d)`
+    tokens_first: bool = False  # whether to return the output of q `(b, heads, n, d)` as `(b, n, heads * d)`
 
 
 WHOLE = Frame()
@@ -272,8 +272,7 @@ def _flat(x):
 
 
 def _in_float32(x):
-    """Cast to float32. A backward pass runs outside the Cell that keeps the forward pass in float32, so it needs
-    float32 inputs."""
+    """Cast to float32. A backward pass runs outside the Cell that keeps the forward pass in float32."""
     return None if x is None else ops.cast(x, ms.float32)
 
 
@@ -301,14 +300,12 @@ def draw_seed(salt=0):
 
 
 def new_salt(dropout):
-    """Return a random int for a Cell with dropout, from the generator that `mindspore.set_seed` also seeds; 0 without
-    dropout."""
+    """Return a random int for a Cell with dropout, else 0. `mindspore.set_seed` also seeds its generator."""
     return int(np.random.randint(2**31)) if dropout else 0
 
 
 def explain(problem, backend=None):
-    """Describe which backend runs a problem, why the others do not, how much it computes, and what causes a new
-    compilation."""
+    """Describe which backend runs a problem and why no other does, what it costs, and what compiles it again."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
     elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k // problem.share) * problem.head_dim

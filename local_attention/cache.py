@@ -1,17 +1,18 @@
-"""Decoding: the keys and values of the last tokens, of one shape whatever was fed, and attention of new tokens to them.
+"""Decoding: the cache of the last tokens' keys and values, whose shape does not depend on how much was fed, and
+attention of new tokens to it.
 
-A cache is a tuple of keys and values `(groups, capacity, d)`, and of how many tokens were fed, int32 `(1,)`. Kept are
-the first `prefix` tokens, each in its own place, and behind them the last `backward + bucket`, oldest first: new tokens
-enter on the right and old ones leave on the left. A token of the prefix that is among the last too is seen there, and
-in the prefix once no span holds it. Where rows are of unequal length, the last of each stands on the right all the
-same, and the third is `(1 + b,)`: how many the longest row was fed, which is the clock that keys are rotated by, as a
-rotation is relative, and then each row. Keys are kept as attention takes them: normalised under `shared_qk`, and
-rotated by their positions, but not by xpos, whose scales would overflow. What is compiled for one step serves all
-positions, as a position is a tensor. Into a compiled function a cache goes as `ms.mutable(cache)`: any other tuple is a
-constant there.
+A cache is a tuple of keys and values `(groups, capacity, d)`, and the number of tokens fed so far, int32 `(1,)`. It
+keeps the first `prefix` tokens, each in its own place, and behind them the last `backward + bucket` tokens, oldest
+first: new tokens enter on the right, and old ones leave on the left. A token of the prefix that is also among the last
+ones is seen there, and in the prefix only once no span holds it. If rows have unequal lengths, the last token of each
+row is still on the right. The third part is then `(1 + b,)`: the number of tokens of the longest row, and then that of
+each row. The first is the clock that keys are rotated by, which is right for every row, as a rotation is relative. Keys
+are kept as attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose
+scales would overflow. A position is a tensor, so one compiled step serves all positions. Pass a cache to a compiled
+function as `ms.mutable(cache)`: any other tuple is a constant there.
 
-`generate` keeps the same keys and values in place, as rings: a cache that goes in and out is written anew at each step,
-which takes longer than the attention to it.
+`generate` keeps the same keys and values in place, as ring buffers. A cache that goes in and out is written anew at
+each step, which takes longer than the attention to it.
 """
 import mindspore as ms
 import numpy as np
@@ -31,18 +32,18 @@ _slice, _update = ops.Slice(), ops.ScatterNdUpdate()
 
 
 def recent(windows):
-    """How many of the last tokens are kept."""
+    """Return how many of the last tokens are kept."""
     return windows.backward + windows.spec.bucket
 
 
 def capacity(windows):
-    """How many tokens are kept."""
+    """Return how many tokens are kept in all."""
     return windows.prefix + recent(windows)
 
 
 @constexpr
 def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
-    """The rules of a cache that is handed in, of its keys and values as `described`."""
+    """Check the keys and values of a cache that is passed in, as `described`."""
     wanted = (groups, capacity(windows), head_dim), dtype
     for got in (keys, values):
         if got != wanted:
@@ -51,7 +52,7 @@ def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
 
 
 def form(cache):
-    """What a cache is made of, or is in place of one, as `described`."""
+    """Return what a cache, or anything in its place, consists of, as `described`."""
     if not isinstance(cache, tuple):
         return checks.described(cache)
     parts = []
@@ -62,8 +63,8 @@ def form(cache):
 
 @constexpr
 def check_form(owner, cache, batch, windows, attn_bias):
-    """The rules of a block's cache that hold whatever the block: keys, values and position, or only that, or a ring;
-    and of a bias beside it."""
+    """Check what is common to the caches of all blocks: keys, values and position, or only the last, or a ring. Also
+    check a bias that comes with a cache."""
     rule = "what a call of this block with 'return_cache' returned, or None"
     if not isinstance(cache, tuple) or cache[0] != "tuple" or len(cache[1]) not in (1, 3, 4):
         raise checks.value_error(owner, "cache", rule, cache)
@@ -86,37 +87,37 @@ def _range(start, stop, step=1):
 
 
 def rotated(attn, x, position):
-    """Queries or keys from a position on as attention takes them, but for xpos."""
+    """Rotate queries or keys, from a position on, as attention takes them, but not for xpos."""
     if attn.rel_pos is None or attn.use_xpos:
         return x
     return ops.cast(attn.rel_pos.rotate_at(ops.cast(x, ms.float32), position), x.dtype)
 
 
 def as_kept(attn, k, position):
-    """Keys from a position on as attention takes them and as they are kept."""
+    """Return keys, from a position on, as attention takes them and as they are kept."""
     return rotated(attn, l2norm(k) if attn.shared_qk else k, position)
 
 
 def first_cache(attn, k, v, position=None):
-    """The cache after a first call on `k, v (groups, n, d)`. Where a `position (1 + b,)` is given, as the cache is to
-    have it, only the first of each row are tokens, as many as it says."""
+    """Return the cache after a first call on `k, v (groups, n, d)`. If a `position (1 + b,)` is given, in the form of a
+    cache, only that many tokens at the start of each row are real."""
     n, prefix, kept = k.shape[1], attn.windows.prefix, recent(attn.windows)
     position = ops.full((1,), n, dtype=ms.int32) if position is None else position
     _, rows = clock_and_rows(position)
     pads = n - rows[:, None]
-    if rows.shape[0] > 1:  # to the right, where the clock is the same for all
+    if rows.shape[0] > 1:  # moves rows to the right, where all have the same clock
         index = ops.maximum(_range(0, n)[None] - pads, 0)
         k, v = _at(k, index), _at(v, index)
     k = as_kept(attn, k, 0)
-    index = ops.maximum(_range(n - kept, n), 0)[None]  # of a token that is not there another, which nobody sees
+    index = ops.maximum(_range(n - kept, n), 0)[None]  # for a missing token, some other one, which nobody sees
     if prefix > 0:
         index = _beside(ops.minimum(pads + _range(0, prefix)[None], n - 1), index)
     return _at(k, index), _at(v, index), position
 
 
 def _at(x, index):
-    """Of `x (groups, n, d)` the tokens in places `index`, `(1, m)` or, of each row its own, `(b, m)`: by a gather,
-    which in PyNative is forty times as fast as a slice."""
+    """Return the tokens of `x (groups, n, d)` at the places `index`, `(1, m)`, or `(b, m)` if each row has its own. In
+    PyNative, this gather is forty times as fast as a slice."""
     groups, n, head_dim = x.shape
     if index.shape[0] == 1:
         return ops.gather(x, index.reshape(-1), 1)
@@ -125,7 +126,7 @@ def _at(x, index):
 
 
 def _beside(of_each, of_all):
-    """What there is of each row, `(rows, n)`, and behind it what is the same for all, `(1, m)`."""
+    """Put values of each row, `(rows, n)`, in front of values that are the same for all, `(1, m)`."""
     return ops.cat((of_each, ops.tile(of_all, (of_each.shape[0], 1))), 1)
 
 
@@ -135,19 +136,19 @@ def _row_of_group(rows, groups):
 
 
 def _of_heads(x, groups):
-    """What there is of each row, `(rows, n)`, for all of its heads: `(groups, n)`."""
+    """Repeat values of each row, `(rows, n)`, for all of its heads: `(groups, n)`."""
     return ops.gather(x, _row_of_group(x.shape[0], groups), 0)
 
 
 def clock_and_rows(position):
-    """A cache's third: the clock `(1,)`, and where each row is, `(1,)` where that is the same."""
+    """Split a cache's third part: the clock `(1,)`, and the position of each row, `(1,)` if it is the same for all."""
     rows = position.shape[0] - 1
     return (position, position) if rows == 0 else (_slice(position, (0,), (1,)), _slice(position, (1,), (rows,)))
 
 
 class Rings(nn.Cell):
-    """Each block's cache as two Parameters `(groups, capacity, d)`: what is behind the first `prefix` places is a ring
-    of `kept`, the token of clock p in place p % kept of it."""
+    """Each block's cache as two Parameters `(groups, capacity, d)`. Behind the first `prefix` places is a ring buffer
+    of `kept` places; the token of clock p is at its place p % kept."""
 
     def __init__(self, caches, prefix):
         super().__init__()
@@ -156,7 +157,7 @@ class Rings(nn.Cell):
         self.values = ms.ParameterTuple([_ring(f"value{number}", cache[1]) for number, cache in enumerate(caches)])
 
     def construct(self, fed, *caches):
-        """Takes over keys and values, a cache's after the other's, after so many tokens as were `fed` to them."""
+        """Copy keys and values, of one cache after the other, into the rings, after `fed` tokens."""
         for number in range(len(self.keys)):
             kept = self.keys[number].shape[1] - self.prefix
             order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
@@ -167,7 +168,7 @@ class Rings(nn.Cell):
 
 
 def _behind(prefix, order):
-    """An order of places behind a prefix, which stays where it is."""
+    """Return an order of places behind a prefix, which stays in place."""
     return ops.cat((_range(0, prefix), order + prefix)) if prefix > 0 else order
 
 
@@ -177,7 +178,7 @@ def _ring(name, like):
 
 class _Entry(Float32):
     """Writes the key and the value of a token, projected as `qkv (b, 1, (heads + 2 * kv_heads) * d)`, to a ring, and
-    gives its query `(g, 1, d)`: the native kernel, whose output, the query, is what attention to the ring waits for."""
+    returns its query `(g, 1, d)`. The native kernel does it; attention to the ring waits for its output, the query."""
 
     def __init__(self, prefix, frequencies):
         super().__init__()
@@ -191,26 +192,26 @@ class _Entry(Float32):
 
 @constexpr
 def _fused_entry(prefix, frequencies, dtype):
-    """The kernel, None where it cannot run."""
+    """Return the kernel as a Cell, None if it cannot run."""
     return native.made(_Entry, prefix, frequencies) if checks.dtype_name(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):
-    """What writes a token to a ring as it is projected, None where `entered` is to."""
+    """Return a Cell that writes a projected token to a ring, None if `entered` has to do it."""
     if attn.shared_qk or attn.use_xpos:
         return None
     return _fused_entry(attn.prefix, () if attn.rel_pos is None else attn.rel_pos.frequencies, dtype)
 
 
 def entered(attn, q, k, v, ring):
-    """The query and the ring `(keys, values, clock, rows)` once a token `q, k, v (g, 1, d)` is written to it."""
+    """Write a token `q, k, v (g, 1, d)` to a ring; return its query and the ring `(keys, values, clock, rows)`."""
     keys, values, clock, rows = ring
     groups, total, head_dim = keys.shape
     prefix = attn.windows.prefix
     q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
     place = prefix + clock % (total - prefix)
     places = ops.stack((_range(0, groups), ops.tile(place, (groups,))), 1)
-    if prefix > 0:  # a token that is not of the prefix is written to its place twice
+    if prefix > 0:  # a token beyond the prefix is written to its place twice
         own = _of_heads(ops.where(rows < prefix, rows, place)[:, None], groups)
         places = ops.cat((places, ops.cat((_range(0, groups)[:, None], own), 1)))
         k, v = ops.cat((k, k)), ops.cat((v, v))
@@ -219,10 +220,10 @@ def entered(attn, q, k, v, ring):
 
 
 def attend_in_place(attn, q, ring, attn_bias=None, sinks=None):
-    """What `attend_cached` gives for one new token, whose key and value are in the ring."""
+    """Compute what `attend_cached` does, for one new token whose key and value are already in the ring."""
     keys, values, clock, rows = ring
     kept = recent(attn.windows)
-    if attn.shared_qk or attn.use_xpos:  # these depend on where a key is
+    if attn.shared_qk or attn.use_xpos:  # these depend on the places of keys
         order = _behind(attn.windows.prefix, (clock + 1 + _range(0, kept)) % kept)
         return _next_token(attn, q, ops.gather(keys, order, 1), ops.gather(values, order, 1), rows, attn_bias, sinks)
     return _next_token(attn, q, keys, values, rows, attn_bias, sinks, (clock + kept - _range(0, kept)) % kept)
@@ -230,15 +231,15 @@ def attend_in_place(attn, q, ring, attn_bias=None, sinks=None):
 
 def reorder_cache(cache, rows):
     """
-    The cache whose row r continues row `rows[r]`: as a beam search drops some of its beams and splits others.
+    Return a cache whose row r continues row `rows[r]`, for beam search, which drops some beams and splits others.
 
     Args:
-        cache (tuple): What a call of :class:`LocalMHA` or :class:`LocalTransformer` on `b` rows returned.
+        cache (tuple): The cache that a call of :class:`LocalMHA` or :class:`LocalTransformer` on `b` rows returned.
         rows (Tensor): int32 or int64 :math:`(b,)`, each in [0, b).
 
     Returns:
-        tuple, the cache for the next call. A global layer's part has the rows of the batch, or of batch and heads,
-        along the first axis of each Tensor, or one row for all.
+        tuple, the cache for the next call. In a global layer's part, the first axis of each Tensor must have the rows
+        of the batch, or of batch and heads, or a single row for all.
 
     Raises:
         TypeError: If `cache` is not a tuple or `rows` not a Tensor of ints.
@@ -263,14 +264,14 @@ def reorder_cache(cache, rows):
     shape = checks.tensor(owner, "rows", checks.described(rows), checks.INTEGERS)
     if len(shape) != 1 or shape[0] == 0:
         raise checks.value_error(owner, "rows", "of shape (batch,), not empty", shape)
-    if isinstance(cache[0], tuple):  # a model's
+    if isinstance(cache[0], tuple):  # of a model
         return tuple(reorder_cache(layer, rows) for layer in cache[0]), *cache[1:]
     return tuple(_reordered(part, rows) for part in cache)
 
 
 def _reordered(part, rows):
     groups, batch = part.shape[0], rows.shape[0]
-    if groups == 1:  # of all rows
+    if groups == 1:  # the same for all rows
         return part
     if groups % batch:
         raise checks.value_error("reorder_cache", "rows", "as many as the cache has", batch)
@@ -279,7 +280,7 @@ def _reordered(part, rows):
 
 
 def attend_cached(attn, q, k, v, cache, attn_bias=None, sinks=None):
-    """What `attn`, a causal LocalAttention, gives for new tokens `q, k, v (groups, m, d)`, and the next cache."""
+    """Return the output of `attn`, a causal LocalAttention, for new `q, k, v (groups, m, d)`, and the next cache."""
     m, prefix = k.shape[1], attn.windows.prefix
     old_k, old_v, position = cache
     clock, rows = clock_and_rows(position)
@@ -294,7 +295,7 @@ def attend_cached(attn, q, k, v, cache, attn_bias=None, sinks=None):
 
 
 def _kept(x, m, prefix, rows):
-    """What is kept of what was, and of `m` new tokens behind it."""
+    """Return what is kept of the former tokens and of `m` new ones behind them."""
     groups, total, head_dim = x.shape
     if prefix == 0:
         return _slice(x, (0, m, 0), (groups, total - m, head_dim))
@@ -304,15 +305,15 @@ def _kept(x, m, prefix, rows):
 
 
 def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
-    """One query of each group against the whole cache, its own key the last unless the `ages` in tokens of the keys
-    behind the prefix are given; `position` is where the queries stand, of all rows `(1,)` or of each `(b,)`. What a
-    query does not see is hidden by a bias and not by a mask: a mask would also erase what masked keys hold, in case it
-    is NaN, and here that is tokens out of sight."""
+    """Compute attention of one query of each group to the whole cache. Its own key is the last one, unless `ages` gives
+    the age in tokens of each key behind the prefix. `position` is where the queries are, `(1,)` for all rows or `(b,)`
+    for each. A bias, not a mask, hides the keys that a query does not see: a mask would also erase masked keys, in case
+    they are NaN, and here these are only tokens out of sight."""
     windows, groups = attn.windows, q.shape[0]
     dtype, last = q.dtype, recent(windows) - 1
     ages = (_range(last, -1, -1) if ages is None else ages)[None]
     position = position[:, None]
-    place = position % windows.size  # of the query in its window
+    place = position % windows.size  # the place of the query in its window
     reach = last if windows.exact else windows.backward + place
     unseen = ages > ops.minimum(position, reach)
     if windows.prefix > 0:
@@ -338,7 +339,7 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
 
 
 class _Hide(Float32):
-    """A bias `(heads, 1, n)` that hides what is unseen of n keys, `(heads, n)`, added to another."""
+    """Returns a bias `(heads, 1, n)` that hides the unseen ones of n keys, `(heads, n)`, plus another bias."""
 
     def construct(self, unseen, attn_bias):
         bias = ops.mul(ops.cast(unseen, ms.float32), HIDDEN)
@@ -350,19 +351,20 @@ _hide = _Hide()
 
 @constexpr
 def _one_query(last, scale, softcap, hide_self, dropout, dtype, bias_is_constant):
-    """The numbers of a call of one query that sees all keys, its own the last."""
+    """Return the numbers of a call of one query that sees all keys, with its own key last."""
     return (WindowSpec(bucket=1, backward=last, forward=0, causal=True), Scoring(scale, softcap, hide_self, dropout),
             Frame(last, dtype=dtype, bias_is_constant=bias_is_constant))
 
 
 def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
-    """Several queries after what is kept: the sequence from the start of a window on, as long as it can be, through
-    what a call on all of it goes through. In front of it the prefix; a gap between them is whole windows shorter."""
+    """Compute attention of several queries after the kept tokens. The sequence, from the start of a window on and as
+    long as possible, goes the way of a call on all of it. The prefix is in front of it; the gap between them is
+    shortened by whole windows."""
     windows, m, total = attn.windows, q.shape[1], k.shape[1]
     dtype, prefix, kept = q.dtype, windows.prefix, total - windows.prefix - m
     before = -(-prefix // windows.size) * windows.size + windows.backward
     index, place = _range(0, before + windows.size - 1 + m), position % windows.size
-    own = ops.minimum(position, before + place)  # where the first new token stands
+    own = ops.minimum(position, before + place)  # the place of the first new token
     last = index >= own - ops.minimum(ops.minimum(position, windows.backward + place), kept)
     real = index < ops.where(last, own + m, prefix)
     keys = ops.clamp(ops.where(last, index + (total - m - own), index), 0, total - 1)

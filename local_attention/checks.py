@@ -22,8 +22,7 @@ def type_error(owner, name, rule, got):
 
 
 def integer(owner, name, value, minimum):
-    """Check that a value is an int of at least `minimum`. The message says "non-negative" for 0 and "positive" for
-    1."""
+    """Check for an int of at least `minimum`. Messages say "non-negative" for 0 and "positive" for 1."""
     rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise type_error(owner, name, rule, value)

@@ -238,8 +238,7 @@ def _all_described(pieces):
 @constexpr
 def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed, scale, softcap, sinks, segment_ids,
                      return_lse, backend):
-    """Check the arguments of a call; return its number of groups, its span within the sequence, and the mask's shape
-    and how to tile it."""
+    """Check the arguments; return the number of groups, the span within the sequence, the mask's shape and tiling."""
     owner = "sliding_window_attention"
     checks.non_negative_int(owner, "window_size_left", left)
     checks.non_negative_int(owner, "window_size_right", right)

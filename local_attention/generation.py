@@ -13,7 +13,7 @@ from . import checks
 from .backends import native
 from .cache import Rings, clock_and_rows
 
-# What MindSpore notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
+# MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {
     "current_phase", "sequence_modified", "_func_graph_flags", "__parse_method__", "__compile_cell_hook__"}
 
@@ -105,8 +105,7 @@ def longest_window(model):
 
 
 def padded(model, n):
-    """Return a length of at least n, the same for many n: each new length is planned, and in Graph mode compiled,
-    anew."""
+    """Return a length of at least n, the same for many n: each length is planned, and in Graph mode compiled, anew."""
     if not model.global_takes_cache:  # it is unknown what such a layer sees
         return n
     step = min(longest_window(model), 1 << int(n - 1).bit_length())
@@ -114,8 +113,7 @@ def padded(model, n):
 
 
 def whole_logits(model, tokens, ends):
-    """Return the logits after the first `ends` tokens of each row of `tokens`, by a call on the last `max_seq_len`
-    tokens."""
+    """Return the logits after the first `ends` tokens of each row, by a call on the last `max_seq_len` of these."""
     starts = np.maximum(0, ends - model.max_seq_len)
     lengths = ends - starts
     even = (lengths == lengths[0]).all()
@@ -230,8 +228,7 @@ _numbers = numbers()
 
 
 def _compiled(function):
-    """Compile a function under a unique name. Otherwise MindSpore warns that it was compiled before, for another
-    model."""
+    """Compile a function under a unique name, else MindSpore warns of one compiled before, for another model."""
     function.__name__ += f"_{next(_numbers)}"
     return ms.jit(function)
 

@@ -1,4 +1,4 @@
-"""Layers that a model has beside attention, by the kernel of backends/native.py where there is one."""
+"""The layers of a model beside attention, by the kernel of backends/native.py where it can run."""
 import math
 from functools import lru_cache
 
@@ -14,21 +14,21 @@ from .backends.any_length import unknown
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cells import InFloat32, last
 
-EPSILON = 1e-5  # of LayerNorm, as in PyTorch
+EPSILON = 1e-5  # LayerNorm's, as in PyTorch
 
 
 class _Reorder(nn.Cell):
-    """The rows of a matrix in another order: numbered along the axes of `shape`, they are taken along the given `axes`.
+    """Takes the rows of a matrix, which are numbered along the axes of `shape`, in the order of the given `axes`.
 
-    It is what a transpose and a split are to whole rows. On CPU, outside a graph, MindSpore copies a strided view
-    thirty times slower than it gathers rows.
+    It replaces a transpose and a split of whole rows. On CPU, outside a graph, MindSpore copies a strided view thirty
+    times slower than it gathers rows.
     """
 
     def __init__(self, shape, axes):
         super().__init__()
         order = np.arange(math.prod(shape), dtype=np.int32).reshape(shape).transpose(axes).reshape(-1)
         self.order, self.back = Tensor(order), Tensor(np.argsort(order).astype(np.int32))
-        self.as_it_is = bool((np.diff(order) == 1).all())  # so for one token
+        self.as_it_is = bool((np.diff(order) == 1).all())  # true for one token
         self.gather = ops.Gather()
 
     def construct(self, rows):
@@ -42,7 +42,7 @@ reorder = constexpr(lru_cache(maxsize=64)(_Reorder))
 
 
 class _Take(nn.Cell):
-    """The same, the rows of each part of the last axis of `shape`, which has `sizes`, as a tensor of their own."""
+    """Takes rows in this order, but splits the last axis of `shape` into `sizes`; returns a tensor for each part."""
 
     def __init__(self, shape, sizes, axes):
         super().__init__()
@@ -66,8 +66,9 @@ take = constexpr(lru_cache(maxsize=64)(_Take))
 
 
 class _FusedHeads(InFloat32):
-    """Heads of what is projected, `(b, n, (heads + 2 * kv_heads) * d)`, as queries `(b, heads, n, d)`, keys and values,
-    queries and keys rotated where there are frequencies: the kernel, which passes over it once, and once back."""
+    """Splits projected heads, `(b, n, (heads + 2 * kv_heads) * d)`, into queries `(b, heads, n, d)`, keys and values,
+    and rotates queries and keys if there are frequencies. The kernel does it in one pass, and its gradient in
+    another."""
 
     def __init__(self, heads, kv_heads, first_query, frequencies):
         super().__init__()
@@ -88,9 +89,19 @@ def _fused_heads(*args):
     return native.made(_FusedHeads, *args)
 
 
+@constexpr
+def _hooked(cell):
+    """Whether something waits for a call of this Cell; in a graph, where a Cell is None here, nothing does."""
+    return cell is not None and bool(cell._forward_pre_hook or cell._forward_hook or cell._backward_pre_hook
+                                     or cell._backward_hook or cell._recompute_cell)
+
+
 def fused_heads(attn, heads, kv_heads):
-    """What splits the projected heads of a LocalAttention, rotates them and leaves no more to do than attention; None
-    where that is not all, or the kernel cannot run."""
+    """Return a Cell that splits the projected heads of a LocalAttention and rotates them, so that only attention is
+    left to compute. Return None if `attn` is another Cell or has hooks, if there is more to compute, or if the kernel
+    cannot run."""
+    if not hasattr(attn, "may_be_split") or not attn.may_be_split or _hooked(attn):
+        return None
     if attn.shared_qk or attn.use_xpos or attn.group is not None or attn.backend not in (None, "native"):
         return None
     return _fused_heads(heads, kv_heads, attn.windows.forward,
@@ -98,7 +109,7 @@ def fused_heads(attn, heads, kv_heads):
 
 
 class _FusedLayerNorm(InFloat32):
-    """The kernel and its gradient, float32 in and out."""
+    """Runs the kernel and its gradient, float32 in and out."""
 
     def __init__(self, epsilon):
         super().__init__()
@@ -115,7 +126,7 @@ class _FusedLayerNorm(InFloat32):
 
 
 class _FusedGEGLU(InFloat32):
-    """The kernel and its gradient, float32 in and out."""
+    """Runs the kernel and its gradient, float32 in and out."""
 
     def __init__(self):
         super().__init__()
@@ -133,15 +144,15 @@ class _FusedGEGLU(InFloat32):
 
 @constexpr
 def _fused(name, shape, *args):
-    """The kernel of a layer for inputs of a shape; None where plain operators are to do it."""
+    """Return the kernel of a layer for inputs of a shape, None if plain operators have to run it."""
     cell = {"layer_norm": _FusedLayerNorm, "geglu": _FusedGEGLU}[name]
     return None if None in shape or 0 in shape else native.made(cell, *args)
 
 
 class LayerNorm(nn.Cell):
-    """MindSpore's, over the last axis, with PyTorch's epsilon and, on CPU, a gradient twenty times as fast.
+    """MindSpore's LayerNorm over the last axis, with PyTorch's epsilon and, on CPU, a gradient twenty times as fast.
 
-    A class of its own: what inherits from MindSpore's, `amp` at O1 cannot rewrite.
+    It does not inherit from MindSpore's class, because `amp` at O1 cannot rewrite what does.
     """
 
     def __init__(self, dim):
@@ -199,7 +210,7 @@ class GEGLU(nn.Cell):
 
 @constexpr
 def _halves(owner, x):
-    """Of a tensor with halves side by side: a half's shape, how many rows it has and how long they are."""
+    """Return the shape of half of a tensor with halves side by side, its number of rows, and their length."""
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
     if not shape or shape[-1] % 2 or 0 in shape:
         raise checks.value_error(owner, "x", "of an even last axis, not empty", shape)
@@ -208,7 +219,7 @@ def _halves(owner, x):
 
 
 class _Dropout(nn.Cell):
-    """Dropout in training that a seed repeats: which numbers `nn.Dropout` drops on CPU depends on its threads too."""
+    """Dropout in training that a seed repeats. What `nn.Dropout` drops on CPU depends on its threads, too."""
 
     def __init__(self, rate):
         super().__init__()
@@ -239,9 +250,9 @@ class FeedForward(nn.SequentialCell):
 
     Args:
         dim (int): Size of the last axis.
-        mult (float): How many times wider than `dim` a plain feed-forward of as many weights would be.
+        mult (float): How many times wider than `dim` a plain feed-forward with as many weights would be.
             Default: ``4`` .
-        dropout (float): Rate in [0, 1), in training alone. Default: ``0.`` .
+        dropout (float): Rate in [0, 1) at which activations are dropped in training. Default: ``0.`` .
 
     Inputs:
         - **x** (Tensor) - :math:`(..., dim)`.

@@ -14,7 +14,7 @@ from .local_attention import LocalAttention, l2norm
 
 @constexpr
 def check_cacheable(owner, causal, masked, n, sliced, documents, global_takes_cache=True):
-    """A cache is for what comes next: where nothing that came before could have seen it, or have been hidden."""
+    """Check that a call can use a cache: no token may see later ones or be hidden, and its length must be known."""
     if sliced:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
     if not global_takes_cache:
@@ -32,7 +32,7 @@ def check_cacheable(owner, causal, masked, n, sliced, documents, global_takes_ca
 
 @constexpr
 def checked_block(owner, dim, x, mask, return_cache):
-    """The rules of a call on vectors: its batch and length."""
+    """Check a call on vectors; return its batch and length."""
     checks.boolean(owner, "return_cache", return_cache)
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
     if len(shape) != 3 or shape[2] != dim or 0 in shape:
@@ -42,7 +42,7 @@ def checked_block(owner, dim, x, mask, return_cache):
 
 @constexpr
 def _distances(owner, i, j, after):
-    """Every distance there is, as a column, and which of them each query and key are apart, flattened."""
+    """Return every distance, as a column, and the index of the distance of each query and key, flattened."""
     checks.positive_int(owner, "i", i)
     if checks.positive_int(owner, "j", j) < i:
         raise checks.value_error(owner, "j", f"at least i ({i})", j)
@@ -96,16 +96,15 @@ class DynamicPositionBias(nn.Cell):
 
 @constexpr
 def checked_segments(owner, segment_ids, b, n):
-    """The rules of documents in a block or a model."""
+    """Check the documents of a call of a block or a model."""
     checks.segment_ids(owner, segment_ids, b, n)
 
 
 class _Heads(nn.Cell):
-    """What LocalMHA does between its projections: a base class, so that MindSpore's O1 leaves it as it is, as `cells`
-    says."""
+    """What LocalMHA does between projections, in a base class, which MindSpore's O1 does not rewrite (see `cells`)."""
 
     def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids):
-        """x after the rules of a call, with its batch and length: a graph has no check of which nothing is used."""
+        """Check a call; return x, its batch and length. They are used, because a graph drops unused checks."""
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
@@ -117,7 +116,7 @@ class _Heads(nn.Cell):
         return x, b, n
 
     def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
-        """Attention of what is projected, `(b, n, heads * d)`, and the next cache."""
+        """Compute attention of the projection, `(b, n, heads * d)`, and the next cache."""
         b, n, _ = qkv.shape
         if unknown((b, n)):
             return self._attend_any_length(qkv, mask, attn_bias, segment_ids), cache
@@ -136,7 +135,7 @@ class _Heads(nn.Cell):
         return reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head)).reshape(b, n, -1), cache
 
     def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
-        """The same, heads before positions."""
+        """Compute the same; the output has heads before positions."""
         b, n, _ = qkv.shape
         sizes = self.heads, self.kv_heads, self.kv_heads
         q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
@@ -163,7 +162,7 @@ class _Heads(nn.Cell):
         return out, cache
 
     def _attend_any_length(self, qkv, mask, attn_bias, segment_ids):
-        """Attention of what is projected in a graph that is compiled for every length."""
+        """Compute attention of the projection in a graph that is compiled for any length."""
         b, n, _ = qkv.shape
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = ops.split(qkv.reshape(b, n, self.heads + 2 * self.kv_heads, self.dim_head), sizes, 2)
@@ -174,7 +173,7 @@ class _Heads(nn.Cell):
         return out.swapaxes(1, 2).reshape(b, n, self.heads * self.dim_head)
 
     def _gated(self, out, gates):
-        """Each head's output `(b, n, heads * d)` times its gate, of `(b, n, heads)` before the sigmoid."""
+        """Multiply each head's output `(b, n, heads * d)` by its gate, which is `(b, n, heads)` before the sigmoid."""
         b, n, _ = out.shape
         gates = ops.sigmoid(gates)
         if unknown((b, n)):
@@ -199,35 +198,35 @@ class LocalMHA(_Heads):
         prenorm (bool): Whether LayerNorm comes first. Default: ``False`` .
         qk_rmsnorm (bool): Whether queries and keys are scaled to a learned length, and their products by `qk_scale`.
             Default: ``False`` .
-        qk_scale (float): Used with `qk_rmsnorm` alone. Default: ``8`` .
-        use_xpos (bool): Whether rotary embedding, where it is on, is xpos's. Default: ``False`` .
-        xpos_scale_base (float): In positions; ``None`` is half the window. Default: ``None`` .
+        qk_scale (float): Used only with `qk_rmsnorm`. Default: ``8`` .
+        use_xpos (bool): Whether rotary embedding, if it is on, is xpos. Default: ``False`` .
+        xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is half the window. Default: ``None`` .
         exact_windowsize (bool): Whether every query sees the same number of keys; ``None`` is ``True`` .
             Default: ``None`` .
         gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
             Default: ``False`` .
         kv_heads (int): Heads of keys and values, a divisor of `heads`: query head :math:`i` reads key head
             :math:`\lfloor i / (heads / kv\_heads) \rfloor`. ``None`` is `heads`. Default: ``None`` .
-        learned_sinks (bool): Whether each head has a learned score, a Parameter `sinks` :math:`(heads)`, zeros at
-            first, that joins the softmax of its queries and has no value. Default: ``False`` .
+        learned_sinks (bool): Whether each head has a learned score that joins the softmax of its queries and has no
+            value: a Parameter `sinks` :math:`(heads)`, initially zeros. Default: ``False`` .
         kwargs (dict): Further arguments of :class:`LocalAttention`. With its `sequence_parallel`, inputs and output are
-            this rank's slice, and gradients of weights are its part.
+            this rank's slice, and gradients of weights are this rank's part.
 
     Inputs:
         - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
-        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
           :class:`LocalAttention` takes it. Default: ``None`` .
-        - **cache** - What an earlier call returned, of a causal block without a mask: `x` holds the tokens that come
-          next, one or more. It holds the prefix and the last tokens, and its size does not grow with what has been fed.
+        - **cache** - The cache that an earlier call of a causal block without a mask returned. `x` holds the next
+          tokens, one or more. The cache has the prefix and the last tokens; its size does not grow with the sequence.
           Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document, each as if it were
-          alone; a negative id is padding. Not with a cache. Default: ``None`` .
+        - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
+          if it were alone; a negative id is padding. Not with a cache. Default: ``None`` .
 
     Outputs:
-        Tensor of the shape of `x`: with a cache, the same rows that one call on all the tokens gives. With
-        `return_cache` a tuple of it and the cache.
+        Tensor of the shape of `x`; with a cache, the same rows as in one call on all the tokens. With `return_cache`, a
+        tuple of the output and the cache.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype.

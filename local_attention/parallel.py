@@ -1,10 +1,10 @@
 """Sequence parallelism: every rank of a group holds one slice of the sequences, in the order of the ranks.
 
 A slice needs from its neighbours only the halo: the keys, values, mask and ids of documents that its outermost queries
-see. So the amount exchanged depends neither on the length of the sequence nor on the number of ranks. (Once per model,
-each rank also sends three numbers that say where documents began.) All ranks must execute collectives in one order, and
-a compiler may reorder operations that do not depend on each other. So each collective here works on data, and depends
-on the one before it.
+see. So the amount exchanged depends neither on the length of the sequence nor on the number of ranks. (Once in a call
+of a model, each rank also sends three numbers per row, which say where documents began.) All ranks must execute
+collectives in one order, and a compiler may reorder operations that do not depend on each other. So each collective
+here works on data, and depends on the one before it.
 """
 from dataclasses import dataclass
 from functools import lru_cache, cache
@@ -101,8 +101,7 @@ class _PairSums(nn.Cell):
                             self.slice(of_next, (self.down,), (self.up,))))
 
     def _with_next(self, mine, last):
-        """Return what the two put in, first what goes down; without a next rank, something of that shape that is not
-        read."""
+        """Return what the two put in, what goes down first; without a next rank, any tensor of that shape."""
         if not self.has_next:
             return last
         if self.down == 0:
@@ -308,8 +307,7 @@ def with_halo(group, k, v, mask, segment_ids, backward, forward):
 
 
 def places(group, segment_ids):
-    """Return the place of each token in its document, for ids `(b, n)`. The document may have begun on any earlier
-    rank."""
+    """Return each token's place in its document, for ids `(b, n)`. Documents may begin on any earlier rank."""
     b, n = segment_ids.shape
     first = document_bounds(segment_ids)[..., 0]
     own = ops.arange(0, n, 1).reshape(1, n) - first
@@ -320,7 +318,7 @@ def places(group, segment_ids):
     heads, tails, last = _every_rank(group, edges.reshape(1, -1)).reshape(group.size, 3, b).unbind(1)
     goes_on = ops.logical_and(heads[1:] == tails[:-1], heads[1:] >= 0)  # a document continues from the rank before
     goes_on = ops.cat((ops.zeros((1, b), ms.bool_), goes_on))
-    # where the document of each rank's last token began; 0 if before this rank
+    # where the document of each rank's last token began; 0 if before that rank
     began = ops.arange(n - 1, group.size * n, n).reshape(-1, 1) - last
     began = ops.masked_fill(began, ops.logical_and(goes_on, last == n - 1), 0)
     before = group.rank * n - ops.amax(began[:max(group.rank, 1)], 0)
@@ -329,8 +327,7 @@ def places(group, segment_ids):
 
 
 def _every_rank(group, mine):
-    """Return the integers `(1, n)` of every rank side by side. They are summed, because groups on CPU have no other
-    collective."""
+    """Return the integers `(1, n)` of every rank side by side, by a sum: groups on CPU have no other collective."""
     digits, n = _digits(mine, ms.float32), mine.shape[1]
     parts = [digits]
     if group.rank > 0:

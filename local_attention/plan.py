@@ -24,8 +24,7 @@ class Run:
 
 
 def block_size(span, unit):
-    """Return how many queries a block has, given how many keys a query sees: a multiple or a divisor of `unit`, so that
-    patterns repeat."""
+    """Return the queries of a block for a span of keys: a multiple or divisor of `unit`, so that patterns repeat."""
     target = min(max(span // 2, SMALLEST), BLOCK) if span < 16 * BLOCK else span // 8
     if unit <= target:
         return target // unit * unit

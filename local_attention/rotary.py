@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, Su et al., 2021) and its length-extrapolating form, xpos (Sun et al., 2022).
 
-The functions under upstream's names give upstream's results. `SinusoidalEmbeddings.rotate` is what LocalAttention
-runs: a rotation is relative, so each token is rotated once, by its own position, before any windowing.
+The functions with upstream's names return upstream's results. LocalAttention runs `SinusoidalEmbeddings.rotate`: a
+rotation is relative, so each token is rotated once, by its own position, before any windowing.
 """
 import math
 from functools import lru_cache
@@ -16,7 +16,7 @@ from .cells import Float32, InFloat32, last
 from .backends import native
 from .backends.any_length import unknown
 
-ELEMENTS_AT_ONCE = 2**22  # of a table: products of one shape are fast, but tables as large as q need not stay around
+ELEMENTS_AT_ONCE = 2**22  # in a table: products of equal shapes are fast, but a table as large as q wastes memory
 
 
 def exists(value):
@@ -25,20 +25,20 @@ def exists(value):
 
 
 def rotate_half(x):
-    """`(-second, first)` of the two halves of the last axis."""
+    """Return `(-second, first)` of the two halves of the last axis."""
     first, second = ops.split(x, x.shape[-1] // 2, -1)
     return ops.cat((ops.neg(second), first), -1)
 
 
 def apply_rotary_pos_emb(q, k, freqs, scale=1):
-    """Rotate q and k by the angles `freqs (n, d)`, in units of radians, the queries by the last `q.shape[-2]` of them.
+    """Rotate k by the angles `freqs (n, d)`, in radians, and q by the last `q.shape[-2]` of them.
 
     Args:
         q (Tensor): `(..., n_q, d)`.
         k (Tensor): `(..., n, d)`, `n >= n_q`.
-        freqs (Tensor): `(n, d)`, as `SinusoidalEmbeddings` gives them.
-        scale (Union[Tensor, float]): xpos's `(n, d)` factors of the queries, inverse for the keys; a scalar or a
-            tensor of one element for none. Default: ``1``.
+        freqs (Tensor): `(n, d)`, as `SinusoidalEmbeddings` returns them.
+        scale (Union[Tensor, float]): xpos's factors `(n, d)`, which multiply the queries and divide the keys; without
+            xpos, a scalar or a tensor of one element. Default: ``1``.
 
     Returns:
         Tuple of the rotated q and k.
@@ -60,9 +60,9 @@ class SinusoidalEmbeddings(nn.Cell):
 
     Args:
         dim (int): Head dimension, even.
-        scale_base (float): How many positions it takes an xpos scale to fall by its base; needed with `use_xpos`.
-            Default: ``None`` .
-        use_xpos (bool): Whether scales are given. Default: ``False`` .
+        scale_base (float): The number of positions over which an xpos scale is multiplied by its base; needed with
+            `use_xpos`. Default: ``None`` .
+        use_xpos (bool): Whether to return xpos scales. Default: ``False`` .
         theta (float): Base of the wavelengths. Default: ``10000`` .
 
     Inputs:
@@ -104,7 +104,7 @@ class SinusoidalEmbeddings(nn.Cell):
 
     @property
     def inv_freq(self):
-        """Radians a position, float64 `(dim / 2,)`."""
+        """Radians per position, float64 `(dim / 2,)`."""
         return np.array(self.frequencies)
 
     @inv_freq.setter
@@ -116,7 +116,7 @@ class SinusoidalEmbeddings(nn.Cell):
 
     def rotate(self, x, start=0, xpos_power=None):
         """
-        Rotate `x (..., n, dim)`, float32, whose tokens stand at `start, start + 1, …`.
+        Rotate `x (..., n, dim)`, float32, whose tokens are at `start, start + 1, …`.
 
         `xpos_power` is None or `(first, step)`: the token at index r is scaled by xpos's base to the power of
         `(first + step * r) / scale_base`.
@@ -130,8 +130,8 @@ class SinusoidalEmbeddings(nn.Cell):
         return _rotation(self.frequencies, x.shape, start, power)(x)
 
     def rotate_at(self, x, position):
-        """Rotate `x (g, n, dim)`, float32, whose tokens stand at `position, position + 1, …`, which is an int, or a
-        Tensor, int32 `(1,)`, where a step of decoding finds out."""
+        """Rotate `x (g, n, dim)`, float32, whose tokens are at `position, position + 1, …`. `position` is an int, or in
+        a step of decoding a Tensor, int32 `(1,)`."""
         fused = _fused_rotation(self.frequencies)
         if fused is not None:
             return fused(x, _as_tensor(position) if isinstance(position, int) else position)
@@ -141,7 +141,7 @@ class SinusoidalEmbeddings(nn.Cell):
 
 
 def _xpos_base(dim):
-    """What xpos raises to a power of the position, float64 `(dim / 2,)`, in (0, 1)."""
+    """Return the bases of xpos's scales, float64 `(dim / 2,)`, in (0, 1); their exponents depend on the position."""
     return (np.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
 
 
@@ -154,13 +154,13 @@ def _embeddings(frequencies, n, scale_base):
 
 
 def rotation_matrix(dim):
-    """`rotate_half` as a matrix that rows are multiplied with."""
+    """Return `rotate_half` as a matrix by which rows are multiplied."""
     half = np.eye(dim // 2)
     return Tensor(np.block([[0 * half, half], [-half, 0 * half]]).astype(np.float32))
 
 
 def rotation_tables(frequencies, start, n, power=None):
-    """Cosines and sines for the positions `start … start + n - 1`, float64 `(n, dim)`, times xpos's scales."""
+    """Return cosines and sines for the positions `start … start + n - 1`, float64 `(n, dim)`, times xpos's scales."""
     angles, scale = np.tile(np.outer(np.arange(start, start + n), frequencies), 2), 1.
     if power is not None:
         scale = np.tile(_xpos_base(2 * len(frequencies)) ** (power[0] + power[1] * np.arange(n)[:, None]), 2)
@@ -168,7 +168,7 @@ def rotation_tables(frequencies, start, n, power=None):
 
 
 class _Rotation(Float32):
-    """`x * cos + rotate_half(x) * sin` with tables of the shape of x."""
+    """Computes `x * cos + rotate_half(x) * sin`, with tables of the shape of x."""
 
     def __init__(self, frequencies, shape, start, power):
         super().__init__()
@@ -184,7 +184,7 @@ class _Rotation(Float32):
 
     def construct(self, x):
         rows = x.reshape(-1, x.shape[-1])
-        if self.parts == 1:  # MindSpore warns of the gradient of a Concat of one
+        if self.parts == 1:  # MindSpore warns about the gradient of a Concat of one
             return self._turned(rows).reshape(x.shape)
         parts = []
         for part in self.split(rows):
@@ -199,8 +199,9 @@ _rotation = constexpr(lru_cache(maxsize=64)(_Rotation))
 
 
 def _in_turns(frequencies):
-    """Frequencies in 2**-32 of a turn, int32, which products with positions wrap around in as turns do: an angle is as
-    good at any position, and rounding changes the distance between two tokens by less than 1e-9 of it."""
+    """Return frequencies in units of 2**-32 of a turn, int32. Their products with positions wrap around as turns do, so
+    angles are equally precise at any position. Rounding changes the distance between two tokens by less than 1e-9 of
+    it."""
     return np.round(np.array(frequencies) / (2 * np.pi) * 2**32).astype(np.int64).astype(np.int32)
 
 
@@ -210,7 +211,7 @@ def _rounded(frequencies):
 
 
 class _RotationAt(Float32):
-    """The same for n tokens from a position on that is a Tensor."""
+    """Computes the same for n tokens whose first position is a Tensor."""
 
     def __init__(self, frequencies, n):
         super().__init__()
@@ -228,7 +229,7 @@ _rotation_at = constexpr(lru_cache(maxsize=64)(_RotationAt))
 
 
 class _RotationOfAny(Float32):
-    """The same where a graph does not know how many there are of x, or, without xpos, how long x is."""
+    """Computes the same if a graph does not know the leading axes of x or, without xpos, its length."""
 
     def __init__(self, frequencies, n, start, power):
         super().__init__()
@@ -253,7 +254,7 @@ _rotation_of_any = constexpr(lru_cache(maxsize=64)(_RotationOfAny))
 
 
 class _FusedRotation(InFloat32):
-    """The same by the native kernel, for tokens from a position on that is a Tensor."""
+    """Computes the same by the native kernel, for tokens whose first position is a Tensor."""
 
     def __init__(self, frequencies):
         super().__init__()
@@ -269,7 +270,7 @@ class _FusedRotation(InFloat32):
 
 @constexpr
 def _fused_rotation(frequencies):
-    """The kernel, None where it cannot run."""
+    """Return the kernel as a Cell, None if it cannot run."""
     return native.made(_FusedRotation, frequencies)
 
 

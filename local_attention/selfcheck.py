@@ -51,8 +51,8 @@ def computed(case, backend, precision, compiled):
 
 
 def distance(got, wanted):
-    """Return the largest difference, relative to the largest value or 1; infinite for a NaN, or if shapes or infinities
-    differ."""
+    """Return the largest difference, relative to the largest value or 1; infinite for NaN, other shapes or
+    infinities."""
     worst = 0.
     for a, b in zip(got, wanted):
         if a.shape != b.shape or np.isnan(a).any() or (np.isfinite(a) != np.isfinite(b)).any():
@@ -73,8 +73,7 @@ class Report:
         print(f"{'what':26}{'backend':12}{'how':20}{'error':>10}{'from dense':>12}{'seconds':>9}")
 
     def check(self, what, backend, how, limit, function):
-        """Add one row. `function` returns the error and the distance from dense. A backend that refuses with a reason
-        is no failure."""
+        """Add one row. `function` returns the error and the distance from dense. A reasoned refusal is no failure."""
         start, error, apart, note = time.perf_counter(), None, None, ""
         try:
             error, apart = function()

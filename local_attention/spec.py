@@ -58,15 +58,13 @@ class WindowSpec:
         checks.non_negative_int("WindowSpec", "prefix", self.prefix)
 
     def span(self, i):
-        """Return the first and the last key of the span of query `i`, both included; `i` is an int or an array of
-        ints."""
+        """Return the first and the last key of the span of query `i`, an int or an array of ints; both are included."""
         start = i // self.bucket * self.bucket
         first, last = start - self.backward, start + self.bucket - 1 + self.forward
         return first, np.minimum(last, i) if self.causal else last
 
     def visible(self, queries, keys):
-        """Return a bool array `(len(queries), len(keys))`: whether the query at one position sees the key at
-        another."""
+        """Return a bool array `(len(queries), len(keys))`: whether the query at a position sees the key at another."""
         queries, keys = np.asarray(queries)[:, None], np.asarray(keys)[None, :]
         first, last = self.span(queries)
         in_prefix = (keys >= 0) & (keys < self.prefix) & ((keys <= queries) | (not self.causal))
@@ -85,8 +83,7 @@ class WindowSpec:
 
     @classmethod
     def from_flash(cls, window_size, causal=False):
-        """Return flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 means no
-        limit."""
+        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 is no limit."""
         owner = "WindowSpec.from_flash"
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
             raise checks.type_error(owner, "window_size", "a pair (left, right)", window_size)

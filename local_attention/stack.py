@@ -1,5 +1,4 @@
-"""What a language model does between its embedding tables and its logits: check a call, make positions and labels, and
-run the blocks in turn."""
+"""The blocks of a language model, between embedding tables and logits: checks of a call, positions and labels."""
 import copy
 import inspect
 
@@ -30,8 +29,7 @@ def _seen(size, max_seq_len, causal, by_distance):
 
 
 def _takes(layer):
-    """Return whether a global layer takes a mask, takes documents, and keeps a cache. True for all without a global
-    layer."""
+    """Return whether a global layer takes a mask, takes documents, keeps a cache; all True if there is none."""
     if layer is None:
         return True, True, True
     taken = inspect.signature(layer.construct).parameters
@@ -51,8 +49,7 @@ def _checked_shape(owner, out, shape):
 
 
 def _form(cache):
-    """Return the number of layers of a model's cache, its biases as `form`, and how many tokens it has seen; None for
-    anything else."""
+    """Return a cache's number of layers, its biases as `form`, and its number of tokens; None for anything else."""
     if isinstance(cache, tuple) and len(cache) == 3 and isinstance(cache[0], tuple):
         return len(cache[0]), form(cache[1]), cache[2]
     return None
@@ -134,8 +131,7 @@ def _given_back(x, out, beta):
 
 
 class CrossEntropy(Float32):
-    """Computes the mean of -log softmax over the labels of all ranks of a group that are not `ignore_index`; 0 if all
-    are."""
+    """Computes the mean of -log softmax over all ranks' labels that are not `ignore_index`; 0 if there are none."""
 
     def __init__(self, ignore_index, group=None):
         super().__init__()
@@ -275,8 +271,7 @@ class Stack(nn.Cell):
         return x, tuple(caches + global_caches)
 
     def _taken(self, x, number, part):
-        """Return the input of a part of a layer (0: local, 1: feed-forward, 2: global), and what its output is added
-        to."""
+        """Return the input of part 0 (local), 1 (feed-forward) or 2 (global), and what to add its output to."""
         if self.hyper_connections is None:
             return x, x, None
         if part == 2:

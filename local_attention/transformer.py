@@ -101,7 +101,7 @@ class LocalTransformer(Stack):
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
         - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
-          if it were alone: positions start anew, and no label is in another document than the token before it. A
+          if it were alone: positions start anew, and the loss predicts no token from another document. A
           negative id is padding. Not with a cache, nor with a global layer whose `construct` does not take it.
           Default: ``None`` .
 

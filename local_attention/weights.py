@@ -172,8 +172,7 @@ def export_torch_weights(cell):
 
 
 def _places(owner, cell):
-    """Return where the weights of a model go, by MindSpore's names: its parameters, and the Cells with rotary
-    frequencies."""
+    """Return the places of a model's weights by MindSpore's names: parameters, and Cells with rotary frequencies."""
     if not isinstance(cell, (LocalMHA, LocalTransformer, DynamicPositionBias)):
         raise checks.type_error(owner, "cell", "a LocalMHA, LocalTransformer or DynamicPositionBias", cell)
     return {**dict(cell.parameters_and_names()),
@@ -201,8 +200,7 @@ def _torch_shape(ours, place):
 
 
 def _fitted(value, place, shape):
-    """Return (an entry as its place takes it, None), or (None, why it does not fit); `shape` is its shape in
-    PyTorch."""
+    """Return (an entry as its place takes it, None) or (None, why it does not fit); PyTorch's has this `shape`."""
     array = _array(value)
     if array.dtype.kind not in NUMBERS:
         return None, f"is of type {type(value).__name__}"

@@ -60,8 +60,7 @@ class Windows:
 
     @property
     def distances(self):
-        """The size of a bias of distances: the number of queries, of keys up to the last query, and of keys after
-        it."""
+        """The size of a bias of distances: queries, keys up to the last query, and keys after it."""
         rows = 1 if self.exact else self.size
         return rows, self.backward + rows, self.forward
 
@@ -236,8 +235,8 @@ class Windowed(nn.Cell):
             checks.described(sinks), window_size)
 
     def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, dtype):
-        """Return what `construct` gives, as `(b, n, heads * d)` of a dtype, for rotated heads `(b, heads, n, d)` in
-        float32."""
+        """Compute what `construct` does, for rotated heads `(b, heads, n, d)` in float32, as `(b, n, heads * d)` of
+        `dtype`."""
         _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks)
         documents = None if segment_ids is None else document_bounds(segment_ids)
         tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())

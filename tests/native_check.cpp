@@ -125,6 +125,27 @@ std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
   return bounds;
 }
 
+// `document_bounds` against each position's run of one id looked for from the position itself: runs of length 1, padding
+// of many ids, one id again after another, ids of 64 bits. Whether it agrees.
+bool bounds_agree(int64_t batch, int64_t n, std::mt19937 &random) {
+  std::vector<int64_t> ids(batch * n), bounds(2 * batch * n, -7);
+  const int64_t drawn[] = {0, 0, 0, 1, -1, -100, (int64_t)1 << 40, -((int64_t)1 << 40)};
+  for (int64_t at = 0; at < batch * n; ++at) ids[at] = at && random() % 4 ? ids[at - 1] : drawn[random() % 8];
+  int64_t shape[] = {batch, n}, *shapes[] = {shape};
+  void *params[] = {ids.data(), bounds.data()};
+  if (document_bounds(2, params, 0, shapes, 0, 0, 0)) return false;
+  for (int64_t row = 0; row < batch; ++row)
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t *id = &ids[row * n];
+      int64_t first = j, last = j;
+      while (first > 0 && id[first - 1] == id[j]) --first;
+      while (last + 1 < n && id[last + 1] == id[j]) ++last;
+      if (id[j] < 0) first = j, last = j - 1;
+      if (bounds[2 * (row * n + j)] != first || bounds[2 * (row * n + j) + 1] != last) return false;
+    }
+  return true;
+}
+
 // Rows (batch, heads, n, d) as (batch, n, heads, d), or those as before.
 std::vector<float> tokens_first(const Case &c, const std::vector<float> &x, bool back) {
   std::vector<float> to(x.size());
@@ -342,6 +363,12 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
 int main(int count, char **arguments) {
   const int cases = count > 1 ? std::atoi(arguments[1]) : 400;
   std::mt19937 random(7);
+  for (int64_t batch : {1, 3})
+    for (int64_t n : {1, 2, 17, 64, 301})
+      if (!bounds_agree(batch, n, random)) {
+        std::printf("bounds of documents: wrong for %d rows of %d\n", (int)batch, (int)n);
+        return 1;
+      }
   auto pick = [&](std::initializer_list<int64_t> choices) { return choices.begin()[random() % choices.size()]; };
   for (int64_t level = 0; level <= attention_level(); ++level) {
     double worst = 0;

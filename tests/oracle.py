@@ -10,8 +10,7 @@ def attention(q, k, v, spec, scale, dout=None, **options):
 
 def everything(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, hide_self=False, offset=0,
                sinks=None, softcap=None, dout=None, dlse=None):
-    """Return by name: the output `(g, n_q, d)`, the `lse (g, n_q)`, and, for given gradients of both, the inputs'
-    gradients."""
+    """Return the output `(g, n_q, d)`, the `lse (g, n_q)` and, for given gradients of both, those of the inputs."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, n_q, _ = q.shape
     share, n_k = groups // len(k), k.shape[1]

@@ -243,8 +243,7 @@ def grid():
 
 
 class EmulatedAllToAll:
-    """Emulates ops.AlltoAllV by sums of zeros and one rank's part. The parts of a flat tensor, by counts, go to the
-    ranks."""
+    """Emulates ops.AlltoAllV by sums of zeros and a rank's part. Parts of a flat tensor, by counts, go to the ranks."""
 
     def __init__(self, group):
         self.rank, self.size = communication.get_rank(group), communication.get_group_size(group)
@@ -305,8 +304,7 @@ def counted_bytes():
 
 
 def refusals():
-    """Check the messages raised before anything is exchanged: for an unknown group, and for options that exclude each
-    other."""
+    """Check messages raised before anything is exchanged: unknown groups, and options that exclude each other."""
     q, ids = ops.ones((B, H, 2 * W, D)), ops.zeros((B, 2 * W), ms.int32)
     parallel_attention = functools.partial(LocalAttention, W, sequence_parallel=True)
     model = functools.partial(LocalTransformer, num_tokens=TOKENS, max_seq_len=9 * W, dim=DIM, depth=2, heads=H,
@@ -340,8 +338,7 @@ TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --gr
 
 
 def training():
-    """Run train.py unchanged: it dies once and is resumed, then gets settings that disagree. `data` is in the working
-    directory."""
+    """Run train.py unchanged: it dies and is resumed, then gets settings that disagree. `data` is in this folder."""
     ms.set_device = lambda name: None  # communication.init() has set it already
     settings = [*TINY, "--data", "data", "--batch-size", "3"]
     train.main([*settings, "--out", "graph"])

@@ -13,8 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("mode", ["pynative", "jit"])
 @pytest.mark.parametrize("place", ["checkout", "site-packages"])
 def test_blocks_at_o1(place, mode, tmp_path):
-    """In a folder `site-packages`, except below the working directory, MindSpore takes code for that of others, and
-    rewrites only Cells."""
+    """In a folder `site-packages` that is not in the working directory, MindSpore rewrites only Cells."""
     path = ROOT
     if place == "site-packages":
         path = tmp_path / "site-packages"

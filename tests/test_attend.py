@@ -1,5 +1,4 @@
-"""Compare every backend with the float64 oracle, forward and backward, over a seeded sweep of options, in both
-modes."""
+"""Every backend against the float64 oracle, forward and backward, over a seeded sweep of options, in both modes."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -119,8 +118,7 @@ def test_half_precision(mode, backend, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_no_further_from_the_truth_than_its_rounding(backend):
-    """The softmax is in float32: compared with the oracle on the same rounded inputs, only the rounding of the result
-    is left."""
+    """The softmax is in float32, so only the result's rounding is left, compared with the oracle on rounded inputs."""
     case = Case(1, spec=SPECS[0], n=23, offset=0, bias=False)
     case.q, case.k, case.v = (x.astype(np.float16).astype(np.float32) for x in (case.q, case.k, case.v))
     np.testing.assert_allclose(case.got(backend, "pynative", ms.float16)[0], case.wanted()[0], atol=2e-3, rtol=0)

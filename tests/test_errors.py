@@ -39,8 +39,7 @@ def block(**settings):
 
 
 def sliced(build, ranks=3, **settings):
-    """Return a Cell as it is with sequence_parallel on the first of some ranks. It refuses arguments without the other
-    ranks."""
+    """Return a Cell with sequence_parallel, on the first of some ranks. It raises without the other ranks."""
     cell = build(**settings)
     for _, part in cell.cells_and_names():
         if hasattr(part, "group"):

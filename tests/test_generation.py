@@ -80,8 +80,7 @@ def ragged(lengths, pads, width):
     dict(global_attn_layer=Mean()), dict(global_attn_layer=MeanOfAll()), dict(global_attn_layer=Remembering())],
     ids=lambda settings: ",".join(settings) or "exact")
 def test_each_row_is_continued_as_if_it_were_alone(settings):
-    """With padding left, right and on both sides, shorter and longer than windows and caches; also past
-    `max_seq_len`."""
+    """Padding left, right and on both sides; lengths around windows and caches; also past `max_seq_len`."""
     cell = model(**settings)
     prime, mask = ragged([1, 9, 4, 13], [3, 2, 0, 0], 13)
     with_cache, without = (greedy(cell, prime, COUNT, mask=Tensor(mask), use_kv_cache=use) for use in (True, False))

@@ -24,8 +24,7 @@ MODELS = [*SETTINGS, dict(kv_heads=2, use_dynamic_pos_bias=True, learned_sinks=T
 
 
 def together(**settings):
-    """Return all options that can be combined with `settings`, for every layer and for a global one before the
-    second."""
+    """Return all options that go together with `settings`, in every layer and in a global one before the second."""
     options = dict(kv_heads=2, learned_sinks=True, softcap=3., qk_rmsnorm=True, gate_values_per_head=True)
     full = {"exact_windowsize": False, **options, "prefix": settings.get("prefix", 0)}
     return dict(options, num_residual_streams=4, global_attn_layer=LocalMHA(**{**BLOCK, "window_size": 40}, **full),
@@ -93,8 +92,7 @@ def test_chunks_equal_one_call(settings, chunks):
 
 
 def assert_same_tokens(settings, count):
-    """With rows of equal and of unequal length. Attention weighs as much as embeddings, so that it changes the
-    tokens."""
+    """For rows of equal and of unequal length. Attention weighs as much as embeddings, so it changes the tokens."""
     model, prime = with_sinks(LocalTransformer(**{**MODEL, **settings})), ops.randint(0, 31, (2, 7))
     for attn, _ in model.layers:
         for dense in (attn.to_qkv, attn.to_out):

@@ -38,8 +38,7 @@ def by_numpy(x, w, half):
 @in_both_modes
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_values_and_gradients(count, compiled):
-    """The streams are made different before they are mixed. Gradients are compared with differences of the
-    definition."""
+    """The streams differ before they are mixed. Gradients are compared with differences of the definition."""
     cell, weights = connection(count)
     x, cotangent = np.random.randn(B, N, DIM), np.random.randn(B, N, DIM)
     apart = Tensor((1. + np.arange(count)).reshape(1, 1, -1, 1), ms.float32)

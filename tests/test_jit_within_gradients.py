@@ -1,7 +1,7 @@
-"""What is compiled, called by a function that is not and is differentiated: gradients pass from one to the other.
+"""Gradients of a function that is not compiled and calls one that is: they pass from one to the other.
 
-MindSpore then differentiates the compiled graph by itself, and loses one way of a function that has a branch and is
-called by a `construct` and its `bprop`: "get_return() is null". Smallest inputs, through each backend, Cell and option.
+MindSpore differentiates the compiled graph on its own then. If a function with a branch is called by a `construct` and
+its `bprop`, it loses one of the two: "get_return() is null". Smallest inputs, with each backend, Cell and option.
 """
 import mindspore as ms
 import numpy as np

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from local_attention import LocalMHA, layers, mha, rotary, windows
+from local_attention import LocalAttention, LocalMHA, layers, mha, rotary, windows
 from local_attention.backends import native
 from local_attention.layers import GEGLU, LayerNorm
 from local_attention.rotary import SinusoidalEmbeddings
@@ -204,3 +204,31 @@ def test_heads_are_gathered_where_another_backend_is_asked_for():
         return layers.fused_heads(LocalMHA(dim=8, window_size=4, heads=2, dim_head=4, **options).attn_fn, 2, 2)
     assert (split() is not None) == bool(LEVELS)
     assert split(backend="blocked") is split(shared_qk=True) is split(use_xpos=True) is None
+
+
+class Twice(nn.Cell):
+    """Another Cell's output, doubled."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, q, k, v, mask=None, attn_bias=None, segment_ids=None, sinks=None):
+        return 2 * self.cell(q, k, v, mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=sinks)
+
+
+class Doubled(LocalAttention):
+    def construct(self, q, k, v, mask=None, attn_bias=None, segment_ids=None, sinks=None):
+        return 2 * super().construct(q, k, v, mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=sinks)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "jit"])
+@pytest.mark.parametrize("change", [
+    lambda attn: Twice(attn),
+    lambda attn: Doubled(4, causal=True, dim=4, autopad=True, exact_windowsize=True)], ids=["wrapped", "subclass"])
+def test_a_block_calls_what_stands_in_for_its_attention(change, compiled):
+    block, x = LocalMHA(dim=8, window_size=4, heads=2, dim_head=4, causal=True), ops.randn((2, 11, 8))
+    once = block(x)
+    block.attn_fn = change(block.attn_fn)
+    twice = (ms.jit(block) if compiled else block)(x)
+    np.testing.assert_allclose(twice.asnumpy(), 2 * once.asnumpy(), atol=1e-6)

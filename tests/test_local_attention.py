@@ -1,5 +1,4 @@
-"""What the arguments of LocalAttention mean for spans, positions and padding. test_reference.py has upstream's
-values."""
+"""The arguments of LocalAttention in terms of spans, positions and padding. test_reference.py has upstream's values."""
 import mindspore as ms
 import numpy as np
 import pytest

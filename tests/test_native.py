@@ -116,8 +116,7 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
             assert 1 <= native.threads() <= ms.get_context("runtime_num_threads")
 
     def test_calls_from_several_threads_at_once_do_not_meet():
-        """This calls the kernel itself: MindSpore's operators outside graphs must not be called from several
-        threads."""
+        """Calls the kernel itself: outside graphs, MindSpore's operators are not safe to call from several threads."""
         kernel, rng = ctypes.CDLL(native.library()[0]), np.random.default_rng(0)
         numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16)).numbers.asnumpy()
         q, k, v, dout = (rng.standard_normal((4, 700, 16)).astype(np.float32) for _ in range(4))

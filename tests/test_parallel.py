@@ -32,8 +32,7 @@ def free_port():
 
 
 def start(folder, ranks, *command):
-    """Start a job of some ranks on this machine, which listen only on loopback; return it and the file of its
-    output."""
+    """Start a job of some ranks, which listen only on loopback; return it and the file of its output."""
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MS_RETRY_INTERVAL_LOWER": "1",

@@ -13,8 +13,7 @@ ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:]]
 
 
 def sections():
-    """Return (page, section, code) of all sections. The code keeps its place in the page, so that a traceback shows the
-    page's lines."""
+    """Return (page, section, code) of all sections. Code keeps its place, so that tracebacks show the page's lines."""
     for path in PAGES:
         lines = path.read_text(encoding="utf-8").splitlines()
         title, code, language = path.name, [""] * len(lines), None

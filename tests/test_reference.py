@@ -1,5 +1,4 @@
-"""Compare every option with results of the PyTorch package, saved by tests/reference/make_reference.py, in both
-modes."""
+"""Every option against results of the PyTorch package, saved by tests/reference/make_reference.py, in both modes."""
 import json
 from functools import cache
 from pathlib import Path

@@ -47,8 +47,7 @@ def test_its_definition_is_that_of_the_oracle(case):
 
 @pytest.mark.parametrize("case", selfcheck.CASES, ids=lambda case: case.name)
 def test_values_with_gradients_in_one_graph(case):
-    """One graph returns both values and gradients: a function that the forward pass and the gradient share may get
-    lost."""
+    """Such a graph may lose a function that both the forward pass and the gradient call."""
     assert selfcheck.distance(selfcheck.computed(case, "blocked", "float32", True), selfcheck.reference(case)) < 1e-5
 
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 import train
+from training.data import (
+    order_0_entropy, pack, read_documents, rows_of, standard_library, training_batches, validation_batches)
+from training.settings import make_parser, read_settings, run_folder
 
 TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --batch-size 3 --grad-accum 2 "
         "--warmup 2 --validate-every 2 --validate-batches 2 --sample-every 4 --sample-len 5 --save-every 3 "
@@ -43,8 +46,7 @@ def losses(records):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
-    """A run that dies, and is interrupted again later, logs bit by bit what an undisturbed run logs once it is
-    resumed."""
+    """A run that dies, and is later interrupted, logs bit by bit what an undisturbed run logs, once it is resumed."""
     whole = run("whole", "--mode", mode)
 
     take_step = train.Trainer.train_step
@@ -76,7 +78,7 @@ def test_what_a_run_leaves_behind(run, tmp_path, capsys):
     for name in ("curve.png", "heads.png"):
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / "new" / "settings.json").read_text())
-    assert settings["seq_len"] == 24 and settings["learning_rate"] == train.make_parser().get_default("learning_rate")
+    assert settings["seq_len"] == 24 and settings["learning_rate"] == make_parser().get_default("learning_rate")
     assert [record["step"] for record in records if "validation" in record] == [2, 4, 6, 8]
     assert [record["step"] for record in records if "sample" in record] == [4, 8]
     assert np.isfinite([record["loss"] for record in records]).all()
@@ -120,10 +122,10 @@ def test_a_run_goes_on_with_as_many_processes(run, tmp_path):
 def test_processes_share_the_batches_of_one():
     text = np.arange(250, dtype=np.uint8)
     ids = np.arange(100, 350)
-    one = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "6"])
-    each = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "2"])
+    one = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "6"])
+    each = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "2"])
     each.ranks = 3
-    for batches, *step in ((train.training_batches, 3), (train.validation_batches,)):
+    for batches, *step in ((training_batches, 3), (validation_batches,)):
         parts = [batches((text, ids), each, *step, rank=rank) for rank in range(3)]
         for number, (rows, their_ids) in enumerate(batches((text, ids), one, *step)):
             together = np.concatenate([part[number][0].asnumpy() for part in parts])
@@ -154,18 +156,18 @@ def test_a_step_of_one_batch_is_that_of_several(mode):
     text = np.random.default_rng(0).integers(0, 256, 500, np.uint8)
     weights = []
     for sizes in (["--batch-size", "4", "--grad-accum", "1"], ["--batch-size", "2", "--grad-accum", "2"]):
-        settings, _ = train.read_settings([*TINY, *sizes, "--mode", mode])
-        trainer, rows = train.Trainer(settings), train.rows_of(text, None, settings)
+        settings, _ = read_settings([*TINY, *sizes, "--mode", mode])
+        trainer, rows = train.Trainer(settings), rows_of(text, None, settings)
         before = trainer.model.to_logits[1].weight.asnumpy().copy()
         for step in range(2):
-            trainer.train_step(train.training_batches(rows, settings, step))
+            trainer.train_step(training_batches(rows, settings, step))
         weights.append(trainer.model.to_logits[1].weight.asnumpy())
     assert np.abs(weights[0] - before).max() > 1e-3
     np.testing.assert_allclose(weights[0], weights[1], atol=1e-5)
 
 
 def test_learning_rate_rises_and_falls():
-    settings = train.make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
+    settings = make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
     rates = [train.learning_rate(settings, step) for step in range(101)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[10] == 1 and rates[100] == pytest.approx(0)
@@ -173,19 +175,19 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_order_0_entropy():
-    assert train.order_0_entropy(np.arange(256, dtype=np.uint8)) == 8
-    assert train.order_0_entropy(np.array([1, 1, 2, 3], np.uint8)) == 1.5
-    assert train.order_0_entropy(np.zeros(9, np.uint8)) == 0
+    assert order_0_entropy(np.arange(256, dtype=np.uint8)) == 8
+    assert order_0_entropy(np.array([1, 1, 2, 3], np.uint8)) == 1.5
+    assert order_0_entropy(np.zeros(9, np.uint8)) == 0
 
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.run_folder(None, False) == Path("runs/1")
+    assert run_folder(None, False) == Path("runs/1")
     for name in ("9", "10", "mine"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert train.run_folder(None, False) == Path("runs/11")
-    assert train.run_folder(None, True) == Path("runs/10")
-    assert train.run_folder("mine", True) == Path("mine")
+    assert run_folder(None, False) == Path("runs/11")
+    assert run_folder(None, True) == Path("runs/10")
+    assert run_folder("mine", True) == Path("mine")
 
 
 def test_folder_is_read_in_order_without_what_is_not_text(tmp_path):
@@ -195,13 +197,13 @@ def test_folder_is_read_in_order_without_what_is_not_text(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\0" * 500)
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "hidden").write_bytes(b"hidden" * 50)
-    training, validation = train.read_documents(str(tmp_path), seq_len=8)
+    training, validation = read_documents(str(tmp_path), seq_len=8)
     assert [each.tobytes() for each in training] == [b"first" * 50, (b"second" * 50)[:-55]]
     assert [each.tobytes() for each in validation] == [(b"second" * 50)[-55:]]
 
 
 def test_standard_library_is_found():
-    names = {path.name for path in train.standard_library()}
+    names = {path.name for path in standard_library()}
     assert {"argparse.py", "gzip.py"} <= names
     assert "conftest.py" not in names
 
@@ -210,9 +212,9 @@ def test_batches_depend_on_seed_and_step_alone():
     text = np.arange(250, dtype=np.uint8)
 
     def batches(step, seed="0"):
-        settings = train.make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--seed", seed])
-        rows = train.rows_of(text, None, settings)
-        return np.stack([batch.asnumpy() for batch, in train.training_batches(rows, settings, step)])
+        settings = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--seed", seed])
+        rows = rows_of(text, None, settings)
+        return np.stack([batch.asnumpy() for batch, in training_batches(rows, settings, step)])
 
     assert batches(3).shape == (2, 4, 8)
     assert (np.diff(batches(3)) == 1).all()
@@ -223,7 +225,7 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_packed_rows_hold_every_byte_once_and_cut_no_document_that_fits():
     random = np.random.default_rng(0)
     documents = [random.integers(1, 256, size, np.uint8) for size in (0, 1, 2, 3, 5, 7, 8, 9, 14, 15, 16, 23, 40, 6, 1)]
-    rows, ids = train.pack(documents, 8)
+    rows, ids = pack(documents, 8)
     assert rows.shape == ids.shape and rows.shape[1] == 8
     pieces = [row[own == number].tobytes() for row, own in zip(rows, ids) for number in range(own.max() + 1)]
     assert (rows[ids == -1] == 0).all() and (ids[rows > 0] >= 0).all()
@@ -242,19 +244,19 @@ def test_a_packed_run_predicts_each_document_as_if_it_were_alone(run, tmp_path):
     packed = "--data", str(tmp_path / "many"), "--packed", "--steps", "3", "--batch-size", "2"
     records = run("packed", *packed)
     assert run("packed", "--resume", "--steps", "5")[:3] == records
-    settings, _ = train.read_settings([*TINY, *packed])
+    settings, _ = read_settings([*TINY, *packed])
     trainer = train.Trainer(settings)
-    _, documents = train.read_documents(settings.data, settings.seq_len)
-    rows = train.rows_of(np.concatenate(documents), documents, settings)
+    _, documents = read_documents(settings.data, settings.seq_len)
+    rows = rows_of(np.concatenate(documents), documents, settings)
     assert len(rows[0]) < len(documents)
     total, count = 0., 0
     for document in documents:
-        for piece in train.pack([document], 25)[0]:
+        for piece in pack([document], 25)[0]:
             piece = piece[piece > 0][None].astype(np.int32)
             total += float(trainer._loss(train.Tensor(piece))) * (piece.size - 1)
             count += piece.size - 1
     settings.batch_size, settings.validate_batches = len(rows[0]), 1
-    assert trainer.validate(train.validation_batches(rows, settings)) == pytest.approx(total / count * train.BITS)
+    assert trainer.validate(validation_batches(rows, settings)) == pytest.approx(total / count * train.BITS)
 
 
 def test_windows_by_layer_and_fewer_heads_of_keys(run):
@@ -264,7 +266,7 @@ def test_windows_by_layer_and_fewer_heads_of_keys(run):
     assert len(run("layers", "--resume", "--steps", "3", "--windows", "8", "none", "4")) == 3
     with pytest.raises(SystemExit, match=r"--windows is \[8, None, 4\] in the run that --resume continues"):
         run("layers", "--resume", "--windows", "none")
-    model = train.Trainer(train.read_settings([*TINY, *layers])[0]).model
+    model = train.Trainer(read_settings([*TINY, *layers])[0]).model
     assert [layer[0].attn_fn.spec.backward for layer in model.layers][::2] == [8, 4]
     assert model.layers[1][0].attn_fn.spec.span(23) == (0, 23) and model.layers[0][0].kv_heads == 1
 
@@ -293,7 +295,7 @@ def test_wrong_data(content, message, tmp_path, run):
 def test_broken_gz(tmp_path):
     (tmp_path / "data.gz").write_bytes(b"not compressed")
     with pytest.raises(SystemExit, match="data.gz cannot be read"):
-        train.read_documents(str(tmp_path / "data.gz"), seq_len=8)
+        read_documents(str(tmp_path / "data.gz"), seq_len=8)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -306,7 +308,7 @@ def test_broken_gz(tmp_path):
 ])
 def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        train.read_settings(arguments)
+        read_settings(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -325,7 +327,7 @@ def test_what_the_model_refuses(arguments, message, tmp_path, run):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(SystemExit, match="nothing to resume"):
-        train.read_settings(["--resume", "--out", str(tmp_path)])
+        read_settings(["--resume", "--out", str(tmp_path)])
 
 
 def test_a_message_is_one_line_and_no_traceback(tmp_path):

@@ -179,8 +179,7 @@ def test_what_training_scripts_put_around(keys):
 
 
 class TorchTensor:
-    """The part of torch.Tensor that is used. Like the real one, it gives NumPy no bfloat16 and nothing with a
-    gradient."""
+    """The part of torch.Tensor that is used: like the real one, it gives NumPy no bfloat16 and no gradient."""
 
     def __init__(self, array, dtype="torch.float32", detached=False):
         self.array, self.dtype, self.detached = array, dtype, detached

@@ -144,8 +144,7 @@ def run(constants, q, k, v, tensors):
 
 
 def _in_order(x, share, groups, width, back):
-    """Put blocks back into the order of positions, and the heads that share a key head back as heads: `(g, n_q,
-    width)`."""
+    """Put blocks back into the order of positions, and heads that share a key head apart: `(g, n_q, width)`."""
     if share > 1:
         x = x.swapaxes(1, 2)
     return ops.gather(x.reshape(groups, -1, width), back, 1)

@@ -79,8 +79,7 @@ def _more_columns(problem):
 
 
 def _heads(problem):
-    """Return how many groups are the heads of one batch entry. They share a row of the key mask; with a bias, there are
-    as many as it has."""
+    """Return how many groups are the heads of a batch entry: of one row of the key mask, or as many as a bias has."""
     if problem.bias_shape:
         return problem.heads
     alike, share = problem.groups // max(problem.batch, problem.documents, 1), problem.share
@@ -88,8 +87,7 @@ def _heads(problem):
 
 
 def band(problem):
-    """Return `(pre_tokens, next_tokens)`, both inclusive and counted with the last query at the last key; None if the
-    span is no such band."""
+    """Return `(pre_tokens, next_tokens)`, both inclusive, with the last query at the last key; None if no such band."""
     spec, shift = problem.spec, problem.offset - (problem.n_k - problem.n_q)
     forward = min(spec.forward, 0) if spec.causal else spec.forward
     before, after = min(spec.backward - shift, problem.n_k), min(forward + shift, problem.n_k)

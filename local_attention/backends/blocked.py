@@ -1,18 +1,19 @@
-"""Blocks of queries against the keys they can see, in MindSpore's own operators: CPU, GPU and Ascend.
+"""Blocks of queries against the keys that they can see, by MindSpore's own operators: on CPU, GPU and Ascend.
 
 Memory is linear in the sequence: the forward pass keeps its inputs and its output, and the backward pass computes the
-weights of each block again. On CPU, broadcasts are slow and matrix products are not, so there two things travel inside
-the products: the key mask is one more entry of every key, met by a 1 in every query, and the row sums that the gradient
-of softmax subtracts are one more entry of `dout`, met by a 1 in every value. GPU and Ascend broadcast at little cost
-and want dimensions that are multiples of 16: there both are added (`broadcasts`).
+weights of each block again. On CPU, broadcasting is slow and matrix products are fast. So there, two things are part of
+the products. The key mask is one more entry of every key, multiplied by a 1 in every query. The row sums that the
+gradient of softmax subtracts are one more entry of `dout`, multiplied by a 1 in every value. On GPU and Ascend,
+broadcasting is cheap and dimensions should be multiples of 16, so there both are added (`broadcasts`).
 """
 import mindspore as ms
 from mindspore import ops
 
+from ..cells import InFloat32
 from . import any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
-from .spans import HIDDEN, bounds_of, finished, repeated, sees_something, spans, tanh, without_padding
+from .spans import HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
 
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
@@ -27,12 +28,12 @@ _concat = ops.Concat(-1)
 
 
 def why_not(problem):
-    """Why it cannot run a problem, None where it can."""
+    """Return why it cannot run a problem, None if it can."""
     return "plans blocks by lengths, which a graph does not know here" if problem.any_length else None
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once."""
+    """Return how many scores are computed in all, and how many at once."""
     if without_plan(problem):
         return any_length.scores(problem)
     runs, together, steps = schedule(problem)
@@ -41,19 +42,19 @@ def scores(problem):
 
 
 def without_plan(problem):
-    """Whether `any_length` runs it: rows of a bias that start anew with each document are in no constant order."""
+    """Whether `any_length` runs it: if rows of a bias start anew with each document, their order is not constant."""
     return problem.documents > 0 and problem.bias_shape is not None
 
 
 def prepare(problem):
-    """The problem, and the Cell that works with its constants, or the constants of `any_length`."""
+    """Return the problem, and the Cell with its constants, or the constants of `any_length`."""
     if without_plan(problem):
         return problem, None, any_length.prepare(problem)
     return problem, Blocks(problem), None
 
 
 def run(constants, q, k, v, tensors):
-    """Around the blocks, what is cheap enough to be left to automatic differentiation."""
+    """Run the blocks, and around them the steps that are cheap enough for automatic differentiation."""
     problem, blocks, others = constants
     if blocks is None:
         return any_length.run(others, q, k, v, tensors)
@@ -61,7 +62,9 @@ def run(constants, q, k, v, tensors):
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
-        q, mask = without_padding(q, mask, documents, problem.offset)
+        queries = documents[:, problem.offset:problem.offset + problem.n_q]
+        q = _zeroed(q, _everywhere(repeated(ops.logical_not(real(queries)), q.shape[0]), q))
+        mask = merge_masks(mask, real(documents))
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
@@ -69,9 +72,10 @@ def run(constants, q, k, v, tensors):
     if rel_pos_emb is not None:
         emb = ops.div(rel_pos_emb, problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
-    if mask is not None:  # masked keys read as zeros, whatever they hold, and carry a score that hides them
+    if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
         hidden = repeated(ops.logical_not(mask), k.shape[0])
-        k, block_v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        everywhere = _everywhere(hidden, k)
+        k, block_v = _zeroed(k, everywhere), _zeroed(v, everywhere)
         v, block_k = block_v, k
         if blocks.masked:
             veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
@@ -99,7 +103,7 @@ def run(constants, q, k, v, tensors):
     elif not blocks.all_see_something:
         seen = ops.cast(blocks.first < blocks.after, ms.float32).reshape(1, -1, 1)
     if seen is not None:
-        out = ops.mul(out, seen)
+        out = _times(out, seen)
     if not blocks.with_lse:
         return out, None
     if bias is not None:
@@ -109,23 +113,52 @@ def run(constants, q, k, v, tensors):
     return finished(problem, q, k, v, out, lse[..., 0], tensors)
 
 
+class _Zeroed(InFloat32):
+    """Zeros where something is hidden, by a mask of the same shape: to broadcast one, CPU keeps 16 bytes a number.
+    MindSpore's own gradient has one of the zero, too."""
+
+    def construct(self, x, hidden):
+        return ops.masked_fill(x, hidden, 0.)
+
+    def bprop(self, x, hidden, out, dout):
+        return ops.masked_fill(dout, hidden, 0.), hidden
+
+
+class _Times(InFloat32):
+    """A product with what has no gradient."""
+
+    def construct(self, x, factor):
+        return ops.mul(x, factor)
+
+    def bprop(self, x, factor, out, dout):
+        return ops.mul(dout, factor), factor
+
+
+_zeroed, _times = _Zeroed(), _Times()
+
+
+def _everywhere(hidden, x):
+    return ops.tile(hidden, (1, 1, x.shape[-1]))
+
+
 def _swap(x, outer, inner):
-    """From groups in the order (outer, inner, ...) to groups in the order (inner, outer, ...)."""
+    """Reorder groups from (outer, inner, ...) to (inner, outer, ...)."""
     return x.reshape(outer, inner, -1).swapaxes(0, 1).reshape(x.shape)
 
 
 class Blocks(Layout):
-    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is there where it is needed."""
+    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is computed only if it is needed."""
 
     def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
-        outs, lses = [], []
+        outs, lses, added = [], [], []
         for part in range(self.parts):
-            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            added = self._added(added, self._tiles(tiles, part), ends, places, part)
+            rows = self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
             out, lse = [], []
-            for step in self.steps:
+            for index in range(len(self.steps)):
+                step, row = self.steps[index], added[index]
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
-                row = self._row(tile[step.run], ends, places, part, step)
                 scores, _ = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 if self.with_lse:
@@ -146,17 +179,18 @@ class Blocks(Layout):
             row_sums = ops.add(row_sums, dlse)
         if not self.broadcasts:
             dout, v = ops.cat((dout, row_sums), -1), ops.cat((v, ops.ones(v.shape[:-1] + (1,), ms.float32)), -1)
-        dqs, dks, dvs, dtiles = [], [], [], []
+        dqs, dks, dvs, dtiles, added = [], [], [], [], []
         demb = ops.zeros(emb.shape, ms.float32)
         for part in range(self.parts):
-            tile, rows = self._tiles(tiles, part), self._rows(seed, part)
+            added = self._added(added, self._tiles(tiles, part), ends, places, part)
+            rows = self._rows(seed, part)
             part_q, part_k, part_v = self._part(q, part, self.share), self._part(k, part), self._part(v, part)
             part_dout = self._part(dout, part, self.share)
             dq, dk, dv, dtile = [], [], [], []
-            for step in self.steps:
+            for index in range(len(self.steps)):
+                step, row = self.steps[index], added[index]
                 query, key = self._queries(part_q, step), self._take(part_k, step.keys, step.width)
                 grad, value = self._queries(part_dout, step), self._take(part_v, step.keys, step.width)
-                row = self._row(tile[step.run], ends, places, part, step)
                 scores, slope = self._scores(step, query, key, row, emb, self._veil(veil, part, step))
                 weights = _softmax(scores)
                 dweights = _bmm_transpose_b(grad, value)
@@ -193,27 +227,34 @@ class Blocks(Layout):
         return (self._cat(dqs, 0), self._cat(dks, 0), dv if self.broadcasts else dv[..., :-1],
                 self._tiles_grad(tiles, dtiles), demb, veil, ends, places, seed)
 
-    def _row(self, tile, ends, places, part, step):
-        """What to add to a step's scores: for each of its blocks, or, in documents, for each of the entries' blocks."""
+    def _added(self, known, tile, ends, places, part):
+        """What to add to scores, for each step: one row to all its blocks, or, in documents, to each of an entry's
+        blocks its own. These are made once for the parts of an entry: `known` are those of the part before."""
         if not self.in_documents:
-            return tile
-        row = self._hidden(self._of_entries(ends, part), self._of_entries(places, part), step)
-        if self.share > 1:
-            row = ops.cat((row,) * self.share, -1)
-        return self.plus_row(row, tile)
+            return [tile[step.run] for step in self.steps]
+        if part % self.parts_of_entry > 0:
+            return known
+        ends, places = self._of_entries(ends, part), self._of_entries(places, part)
+        found = []
+        for step in self.steps:
+            row = self._hidden(ends, places, step)
+            if self.share > 1:
+                row = ops.cat((row,) * self.share, -1)
+            found.append(self.plus_row(row, tile[step.run]))
+        return found
 
     def _veil(self, veil, part, step):
-        """What hides masked keys of a step's blocks, `(blocks, 1, width)`, where it is added to scores."""
+        """Return what hides the masked keys of a step's blocks, `(blocks, 1, width)`, if it is added to scores."""
         if not (self.masked and self.broadcasts):
             return None
         return self._take(self._part(veil, part), step.keys, step.width).reshape(-1, 1, step.width)
 
     def _scores(self, step, query, key, row, emb, veil):
-        """Scores `(blocks, share * rows, width)`, and what turns their gradients into those of products, if not 1."""
+        """Return scores `(blocks, share * rows, width)`, and their derivative by the products, None if it is 1."""
         slope = None
         if self.softcap is None:
             scores = _bmm_transpose_b(query, key)
-        elif self.masked and not self.broadcasts:  # what hides a key is not capped
+        elif self.masked and not self.broadcasts:  # the score that hides a key is not capped
             d = self.problem.head_dim
             share = tanh(ops.mul(_bmm_transpose_b(query[..., :d], key[..., :d]), 1 / self.softcap))
             slope = ops.sub(1., ops.square(share))
@@ -229,7 +270,7 @@ class Blocks(Layout):
         return scores if veil is None else ops.add(scores, veil), slope
 
     def _plus(self, scores, row):
-        """A row added to each block, or, in documents, to each group of an entry its own."""
+        """Add a row to each block or, with documents, to each group the row of its entry."""
         if not self.in_documents:
             return self.plus_row(scores.reshape(scores.shape[0], -1), row).reshape(scores.shape)
         by_group = scores.reshape(self.together, -1)
@@ -239,18 +280,20 @@ class Blocks(Layout):
         return ops.add(by_group, row.reshape(by_group.shape)).reshape(scores.shape)
 
     def _by_head(self, x, step):
-        """Rows of heads that share a key head as those of blocks of their own."""
+        """Turn the rows of heads that share a key head into blocks of their own."""
         return x.reshape(-1, step.rows, x.shape[-1])
 
     def _keep(self, step, rows):
-        """Dropout's factors `(blocks, share * rows, width)`."""
+        """Return the dropout factors `(blocks, share * rows, width)`."""
         return keep_factors(self._queries(rows, step), step.columns, self.dropout)
 
 
 def _offsets_to_keys(x, step):
-    """From scores `(blocks, rows, offsets)` to `(blocks, rows, width)`: each row moved one place further than the last.
+    """Turn scores `(blocks, rows, offsets)` into `(blocks, rows, width)`: each row moves one place further than the
+    last.
 
-    Read with rows one shorter than they were written, a matrix moves by one more place with every row: no index needed.
+    If a matrix is read with rows one shorter than they were written, each row moves by one more place: no index is
+    needed.
     """
     blocks, rows, offsets = x.shape
     x = _concat((x, ops.zeros((blocks, rows, rows), ms.float32))).reshape(blocks, -1)
@@ -259,7 +302,7 @@ def _offsets_to_keys(x, step):
 
 
 def _keys_to_offsets(x, step, offsets):
-    """The transpose of `_offsets_to_keys`."""
+    """Compute the transpose of `_offsets_to_keys`."""
     blocks, rows, width = x.shape
     after = offsets + rows - 1 - step.shift - width
     if step.shift > 0:

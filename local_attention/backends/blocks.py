@@ -1,4 +1,4 @@
-"""From positions to blocks and back: the constants of a problem's blocks, and what moves tensors into their order."""
+"""From positions to blocks and back: the constants of a problem's blocks, and the methods that reorder tensors."""
 from dataclasses import replace
 from typing import NamedTuple, Optional
 
@@ -9,12 +9,12 @@ from mindspore import Tensor, nn, ops
 from ..plan import make_plan
 from ..spec import WindowSpec
 from .dropout import column_hash, row_hash, seeded_rows
-from .spans import HIDDEN, SELF_SCORE, reach
+from .spans import HIDDEN, SELF_SCORE
 
-SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little beside a long sequence
-GATHERED_AT_ONCE = 2**24  # elements of gathered keys, whose gradients stand side by side before they are summed
-FARTHER = 2.**100  # what a place outside of a span counts: beyond `HIDDEN`, and exact in float32
-CHUNKS = 64  # about as many at most, so that the graph of a long sequence stays small
+SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little compared with a long sequence
+GATHERED_AT_ONCE = 2**24  # elements of gathered keys; all of their gradients exist before they are summed
+FARTHER = 2.**100  # the cost of each place outside of a span: beyond `HIDDEN`, and exact in float32
+CHUNKS = 64  # about the largest number of chunks, so that the graph of a long sequence stays small
 
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
@@ -25,32 +25,32 @@ _relu = ops.ReLU()
 
 
 def broadcasts():
-    """Whether adding a row to each, or a number to each of a row, costs little."""
+    """Whether broadcasting is cheap: adding a row to each row, or a number to each of a row."""
     return ms.get_context("device_target") != "CPU"
 
 
 def key_heads(problem):
-    """How many key heads differ in more than their tensors: in the bias of the heads that share them."""
+    """Return how many key heads have query heads with different biases; 1 if all are alike."""
     return max(1, problem.heads // problem.share)
 
 
 def planned(problem):
-    """The spans that blocks are planned for. Windows of documents start anew anywhere, so there each query gets a span
-    of its own that holds them wherever they start; what of it is too much is hidden in the running graph."""
+    """Return the spans that blocks are planned for. Windows of documents start anywhere. So with documents, each query
+    gets a span of its own that contains its window wherever that starts; the running graph hides the rest."""
     if problem.documents == 0:
         return replace(problem.spec, prefix=0)
-    backward, forward, _ = reach(problem)
-    return WindowSpec(1, backward, forward, problem.spec.causal)
+    spec, forward = problem.spec, problem.spec.forward + problem.spec.bucket - 1
+    return WindowSpec(1, spec.backward + spec.bucket - 1, min(forward, 0) if spec.causal else forward, spec.causal)
 
 
 def schedule(problem):
-    """The plan's runs, how many groups of keys are worked on together, and the steps of that: (run, queries, keys)."""
+    """Return the plan's runs, how many key groups are computed together, and their steps: (run, queries, keys)."""
     runs = make_plan(planned(problem), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
     largest = max(run.visible.size for run in runs) * problem.share
     gathered = sum(run.keys.size for run in runs) * problem.head_dim
     alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
-    entry = alike // max(1, problem.documents)  # of these those that share documents
+    entry = alike // max(1, problem.documents)  # those of them that share documents
     together = max(size for size in range(1, alike + 1)
                    if alike % size == 0 and (entry % size == 0 or size % entry == 0) and
                    (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
@@ -63,22 +63,22 @@ def schedule(problem):
 
 
 class Step(NamedTuple):
-    """Some blocks of a run, as one batched computation. An index of None takes the sequence as it stands."""
+    """Some blocks of a run, as one batched computation. An index of None takes the whole sequence, in order."""
     run: int
     rows: int
     width: int
     queries: Optional[Tensor]
     keys: Optional[Tensor]
-    columns: Optional[Tensor]  # hashes of the keys, where dropout needs them
+    columns: Optional[Tensor]  # hashes of the keys, for dropout
     shift: int  # a block's first key as an offset from its first query, counted from the first that it sees
 
 
 class Layout(nn.Cell):
-    """The constants that a problem takes, and moves between orders: `together` groups of keys and one `Step` at a time.
+    """The constants of a problem, and the methods that reorder: `together` groups of keys and one `Step` at a time.
 
-    Queries of heads that share a key head are further rows of its blocks. What moves them are methods: of a function
-    that has a branch and is called by a `construct` and by its `bprop`, a graph that is differentiated from outside of
-    graphs loses one of the two ("get_return() is null"); of a Cell too that is called by its name.
+    Queries of heads that share a key head are more rows of its blocks. The methods are no functions: if a function with
+    a branch is called by a `construct` and by its `bprop`, a graph that is differentiated from outside of graphs loses
+    one of the two ("get_return() is null"). So it does with a Cell that is called by its name.
     """
 
     def __init__(self, problem):
@@ -87,12 +87,15 @@ class Layout(nn.Cell):
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
         self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
         self.in_documents, self.broadcasts = problem.documents > 0, broadcasts()
-        self.masked = problem.batch > 0 and not self.in_documents  # there the bounds of spans have a part in masks
-        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # one row to each
+        self.masked = problem.batch > 0 and not self.in_documents  # with documents, masks depend on bounds
+        self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # adds one row to each
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
+        ends_with_query = problem.spec.causal and (problem.spec.forward >= 0 or problem.spec.bucket == 1)
+        self.sides = 1 if ends_with_query else 2  # at which documents hide what `planned` shows
         self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # of a part
+        self.parts_of_entry = max(1, self.parts // max(1, problem.documents))
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -112,7 +115,7 @@ class Layout(nn.Cell):
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
                 for run in self.runs]))
-        if self.dropout > 0:  # in the order that a bias has groups in
+        if self.dropout > 0:  # in the order of groups that a bias needs
             groups = np.arange(problem.groups).reshape(-1, self.heads, self.share).swapaxes(0, 1).reshape(-1)
             group, position = problem.origin
             queries = np.arange(problem.n_q) + problem.offset
@@ -127,7 +130,7 @@ class Layout(nn.Cell):
     def _step(self, number, queries, keys):
         problem = self.problem
         shift = int(keys[0, 0] - queries[0, 0]) - problem.offset + problem.spec.backward
-        if not self.runs[number].visible.any():  # such a block gathers some key, whatever its offset
+        if not self.runs[number].visible.any():  # such a block gathers any key, at any offset
             shift = 0
         columns = None
         if self.dropout > 0:
@@ -135,55 +138,61 @@ class Layout(nn.Cell):
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
-    # ---- what documents hide: bounds of spans and places of keys, the two sides of a span one after the other
+    # ---- what documents hide: bounds of spans against places of keys, at one side of the span or at both
 
     def ends(self, low, high):
-        """Bounds `(entries, n_q)` as `_hidden` takes them, `(2 * entries, n_q, 1 or 2)`."""
+        """Bounds `(entries, n_q)` as `_hidden` takes them, `(sides * entries, n_q, 1 or 2)`."""
         if self.broadcasts:
-            return ops.stack((low, high), 1).reshape(-1, self.problem.n_q, 1)
+            return self._sides(ops.expand_dims(low, -1), ops.expand_dims(high, -1))
         low, high = ops.cast(low, ms.float32), ops.cast(high, ms.float32)
-        ones = ops.ones_like(low)
-        return ops.stack((ops.stack((low, ones), -1), ops.stack((ops.neg(high), ones), -1)), 1).reshape(
-            -1, self.problem.n_q, 2)
+        return self._sides(ops.stack((low, ops.ones_like(low)), -1), ops.stack((ops.neg(high), ops.ones_like(low)), -1))
 
     def places(self, mask):
-        """Places of keys likewise, of a mask `(entries, n_k)`: a masked key is before them all."""
+        """Return places of keys in that form, for a mask `(entries, n_k)`: a masked key is before all others."""
         place = ops.sub(ops.mul(ops.cast(mask, ms.int32), self.after_each), 1)
         if self.broadcasts:
-            return ops.tile(ops.expand_dims(place, 1), (1, 2, 1)).reshape(-1, self.problem.n_k, 1)
+            return self._sides(ops.expand_dims(place, -1), ops.expand_dims(place, -1))
         place = ops.mul(ops.cast(place, ms.float32), FARTHER)
         far = ops.mul(ops.ones_like(place), FARTHER)
-        return ops.stack((ops.stack((far, ops.neg(place)), -1), ops.stack((far, place), -1)), 1).reshape(
-            -1, self.problem.n_k, 2)
+        return self._sides(ops.stack((far, ops.neg(place)), -1), ops.stack((far, place), -1))
+
+    def _sides(self, before, after):
+        if self.sides == 1:
+            return before
+        return ops.stack((before, after), 1).reshape(-1, before.shape[1], before.shape[2])
 
     def _of_entries(self, x, part):
-        """Rows of the entries that a part is of."""
+        """Return the rows of the entries that a part belongs to."""
         entry = part * self.together * self.share * self.problem.documents // self.problem.groups
-        return _slice(x, (2 * entry, 0, 0), (2 * self.entries, x.shape[1], x.shape[2]))
+        return _slice(x, (self.sides * entry, 0, 0), (self.sides * self.entries, x.shape[1], x.shape[2]))
 
     def _hidden(self, ends, places, step):
-        """0 where a query sees a key and far below any score where it does not, `(entries * blocks, rows * width)`."""
+        """Return 0 for keys that a query sees, else less than any score, `(entries * blocks, rows * width)`."""
         ends, places = self._take(ends, step.queries, step.rows), self._take(places, step.keys, step.width)
         if self.broadcasts:
-            ends = ends.reshape(self.entries, 2, -1, step.rows, 1)
-            places = places.reshape(self.entries, 2, -1, 1, step.width)[:, 0]
-            outside = ops.logical_or(ops.less(places, ends[:, 0]), ops.greater(places, ends[:, 1]))
+            ends = ends.reshape(self.entries, self.sides, -1, step.rows, 1)
+            places = places.reshape(self.entries, self.sides, -1, 1, step.width)[:, 0]
+            outside = ops.less(places, ends[:, 0])
+            if self.sides == 2:
+                outside = ops.logical_or(outside, ops.greater(places, ends[:, 1]))
             return ops.mul(ops.cast(outside, ms.float32), HIDDEN).reshape(-1, step.rows * step.width)
-        outside = _relu(_bmm_transpose_b(ends, places)).reshape(self.entries, 2, -1)  # by how far, at each end
-        both = ops.neg(ops.ones((self.entries, 1, 2), ms.float32))
-        return _bmm(both, outside).reshape(-1, step.rows * step.width)
+        outside = _relu(_bmm_transpose_b(ends, places))  # by how far
+        if self.sides == 1:
+            return ops.neg(outside).reshape(-1, step.rows * step.width)
+        outside = outside.reshape(self.entries, 2, -1)
+        return _bmm(ops.neg(ops.ones((self.entries, 1, 2), ms.float32)), outside).reshape(-1, step.rows * step.width)
 
-    # ---- orders
+    # ---- reordering
 
     def _part(self, x, part, share=1):
-        """The groups that are worked on together as part number `part`."""
+        """Return the groups of part number `part`, which are computed together."""
         if self.parts == 1:
             return x
         count = self.together * share
         return _slice(x, (part * count, 0, 0), (count, x.shape[1], x.shape[2]))
 
     def _queries(self, x, step):
-        """Positions of queries as blocks of `share * rows`."""
+        """Turn positions of queries into blocks of `share * rows`."""
         x = self._take(x, step.queries, step.rows)
         if self.share > 1:
             x = x.reshape(self.together, self.share, -1, step.rows * x.shape[-1]).swapaxes(1, 2)
@@ -191,14 +200,14 @@ class Layout(nn.Cell):
         return x
 
     def _rows_back(self, x, step):
-        """Those blocks back to positions, a row for each group."""
+        """Turn such blocks back into positions, a row for each group."""
         last = x.shape[-1]
         if self.share > 1:
             x = x.reshape(self.together, -1, self.share, step.rows * last).swapaxes(1, 2)
         return x.reshape(self.together * self.share, -1, last)
 
     def _flat(self, x):
-        """Blocks of keys back to positions, a row for each group."""
+        """Turn blocks of keys back into positions, a row for each group."""
         return x.reshape(self.together, -1, x.shape[-1])
 
     def _in_order(self, parts):
@@ -206,7 +215,7 @@ class Layout(nn.Cell):
         return x if self.order is None else _gather(x, self.order, 1)
 
     def _scattered(self, parts):
-        """The sum, for each key, over all the blocks that gathered it."""
+        """Return the sum, for each key, over all the blocks that gathered it."""
         x = self._cat(parts, 1)
         if self.scatter is None:
             return x
@@ -214,7 +223,7 @@ class Layout(nn.Cell):
         return self._flat(x)
 
     def _tiles(self, tiles, part):
-        """What to add to a block's scores, for each run, by the heads that a part belongs to."""
+        """Return what to add to a block's scores, for each run, for the heads of a part."""
         first = part * self.heads // self.parts * self.share
         found = []
         for start, size in self.tile_ranges:
@@ -225,7 +234,7 @@ class Layout(nn.Cell):
         return found
 
     def _tiles_grad(self, tiles, dtiles):
-        """The sum over every step of a head's parts, run by run."""
+        """Return the sum over every step of a head's parts, run by run."""
         if self.problem.bias_shape is None:
             return ops.zeros(tiles.shape, ms.float32)
         heads = []
@@ -250,7 +259,7 @@ class Layout(nn.Cell):
         return seeded_rows(self._part(self.row_hash, part, self.share), seed)
 
     def _take(self, x, index, length):
-        """Positions of each group by index, as blocks of `length`."""
+        """Take positions of each group by index, as blocks of `length`."""
         if index is not None:
             x = _gather(x, index, 1)
         return x.reshape(-1, length, x.shape[-1])

@@ -1,5 +1,4 @@
-"""Attention by its definition: compute every score, and hide the invisible ones. O(n²); other backends are tested by
-it."""
+"""Attention by its definition: compute every score, hide the invisible ones. O(n²). The reference of other backends."""
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
@@ -10,8 +9,7 @@ from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_pref
 
 
 def why_not(problem):
-    """Return why it cannot run a problem, None if it can: it runs everything except lengths that a graph does not
-    know."""
+    """Return why it cannot run a problem, None if it can: everything but lengths that a graph does not know."""
     return "needs lengths that are known where a graph is compiled" if problem.any_length else None
 
 
@@ -35,8 +33,7 @@ def prepare(problem):
 
 
 def _offset_index(problem, queries, keys):
-    """Return, for each query and key, the index of their score among a head's scores of every query with every
-    offset."""
+    """Return, for each query and key, the index of theirs among a head's scores of every query and offset."""
     offsets = problem.spec.backward + 1 + problem.spec.forward
     row = np.clip(keys - queries + problem.spec.backward, 0, offsets - 1)
     return Tensor((queries - problem.offset) * offsets + row)

@@ -36,8 +36,7 @@ def seeded_rows(rows, seed):
 
 
 def keep_factors(rows, columns, rate):
-    """Return 0 where a weight is dropped and `1 / (1 - rate)` where it is kept; the hashes broadcast to the shape of
-    the weights."""
+    """Return 0 for dropped weights and `1 / (1 - rate)` for the others; the hashes broadcast to the weights' shape."""
     kept = ops.greater_equal(_scramble(ops.bitwise_xor(rows, columns)), int(rate * 2**32) - 2**31)
     return ops.mul(ops.cast(kept, ms.float32), 1 / (1 - rate))
 

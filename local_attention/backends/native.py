@@ -1,7 +1,7 @@
-"""The fused kernel of native.cpp, for the CPU: tiles of queries by keys with an online softmax, threads, every option.
+"""The fused kernel of native.cpp, for CPU: tiles of queries by keys with an online softmax, threads, and every option.
 
-The kernel is a library without a header of MindSpore's, called through its Custom operator. It is built where the
-package is installed if a C++ compiler is there; `unavailable` says so where it is not.
+The kernel is a library without MindSpore's headers, called through MindSpore's Custom operator. It is built when the
+package is installed, if there is a C++ compiler; otherwise `unavailable` says so.
 """
 import ctypes
 import os
@@ -20,18 +20,18 @@ FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
           "emb": FLOATS, "seed": INT32, "numbers": INT64}
-TILE = 64  # queries by as many keys
-TOKENS_FIRST = True  # its output, where that is asked for
-ANY_AXES = True  # before the last two of q, k and v, as they are counted and not looked at
-INTERFACE = 6  # of the kernel that this file was written for
+TILE = 64  # queries, and keys
+TOKENS_FIRST = True  # whether it can write its output so
+ANY_AXES = True  # axes before the last two of q, k and v are only counted
+INTERFACE = 6  # the version of the kernel's interface that this file needs
 LEVELS = ("baseline", "AVX2", "AVX-512")
-level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have less
-wanted = [None]  # the backend that `use_backend` asks for: layers beside attention follow it
+level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have narrower ones
+wanted = [None]  # the backend that `use_backend` requests; layers beside attention follow it
 
 
 @cache
 def library():
-    """The built kernel: its path, or None, and why it is of no use, or None."""
+    """Return (path of the built kernel, None), or (None, why it cannot be used)."""
     path = str(Path(__file__).with_name("_native.so"))
     if not os.path.isfile(path):
         return None, "was not built: that takes a C++ compiler where the package is installed"
@@ -43,12 +43,12 @@ def library():
 
 
 def machine_level():
-    """The widest vectors that the kernel can use on this machine, as an index of LEVELS."""
+    """Return the widest vectors that the kernel can use on this machine, as an index of LEVELS."""
     return ctypes.CDLL(library()[0]).attention_level()
 
 
 def threads():
-    """How many threads may work: OMP_NUM_THREADS, and no more than MindSpore's own or the process's cores."""
+    """Return how many threads may work: OMP_NUM_THREADS, else the fewer of MindSpore's threads and our cores."""
     try:
         asked = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
     except ValueError:
@@ -58,7 +58,7 @@ def threads():
 
 
 def exporting():
-    """Whether what calls this is compiled to be exported, to where this library is not: a graph does not tell, but
+    """Whether the caller is being exported, to machines without this library. A graph does not show it, but
     `mindspore.export` is then among the callers."""
     frame = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != "mindspore.train.serialization":
@@ -67,7 +67,7 @@ def exporting():
 
 
 def unavailable():
-    """Why nothing of the library can run here and now, None where it can."""
+    """Return why the library cannot run here and now, None if it can."""
     if ms.get_context("device_target") != "CPU":
         return "runs on CPU alone"
     if exporting():
@@ -76,14 +76,14 @@ def unavailable():
 
 
 def why_not(problem):
-    """Why it cannot run a problem, None where it can: all that `attend` is asked for is implemented."""
+    """Return why it cannot run a problem, None if it can: everything that `attend` offers is implemented."""
     if problem.any_length:
         return "takes its numbers from lengths, which a graph does not know here"
     return unavailable()
 
 
 def scores(problem):
-    """How many scores are computed, and how many at once; of documents, as of one."""
+    """Return how many scores are computed in all, and how many at once; with documents, as for one document."""
     starts = np.arange(0, problem.n_q, TILE) + problem.offset
     first, _ = problem.spec.span(starts)
     _, last = problem.spec.span(np.minimum(starts + TILE, problem.n_q + problem.offset) - 1)
@@ -93,12 +93,12 @@ def scores(problem):
 
 
 def prepare(problem):
-    """The Cell that calls the kernel with the problem's numbers."""
+    """Return the Cell that calls the kernel with the problem's numbers."""
     return Fused(problem)
 
 
 def run(fused, q, k, v, tensors):
-    """One operator forward, one backward."""
+    """Run one operator forward, and one backward."""
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     out, _, lse = fused(q, k, v, _there(mask, ms.bool_), _there(documents, ms.int32), _there(bias, ms.float32),
                         _there(sinks, ms.float32), _there(rel_pos_emb, ms.float32), _there(seed, ms.int32))
@@ -106,12 +106,12 @@ def run(fused, q, k, v, tensors):
 
 
 def _there(x, dtype):
-    """A tensor, or something in its place that is not read."""
+    """Return a tensor, or a placeholder that is not read."""
     return ops.zeros((1,), dtype) if x is None else x
 
 
 class Fused(nn.Cell):
-    """The kernel, forward and backward, for one problem."""
+    """Runs the kernel, forward and backward, for one problem."""
 
     def __init__(self, problem):
         super().__init__()
@@ -136,8 +136,8 @@ class Fused(nn.Cell):
 
 
 def made(cell, *args):
-    """A Cell of operators that work row by row, `cell(*args)`, for as many threads and as wide vectors as there may be
-    now; None where the library cannot run, or is not wanted."""
+    """Return a Cell of operators that work row by row, `cell(*args)`, for the threads and the widest vectors allowed
+    now; None if the library cannot run or is not wanted."""
     return _made(cell, threads(), level, *args) if wanted[0] in (None, "native") and unavailable() is None else None
 
 
@@ -147,17 +147,17 @@ def _made(cell, threads, level, *args):
 
 
 def row_numbers(*more):
-    """What such an operator is told."""
+    """Return the numbers that such an operator gets."""
     return integers(threads(), level, *more)
 
 
 def integers(*numbers):
-    """A Tensor of ints, floats among them by their bits: a Cell that stays in float32 would cast any other."""
+    """Return a Tensor of int64, with floats as their bits: a Cell that stays in float32 would cast any other dtype."""
     return Tensor(np.array([np.float64(x).view(np.int64) if isinstance(x, float) else x for x in numbers], np.int64))
 
 
 def custom(name, inputs, outputs):
-    """An operator of the library, of inputs and outputs of these types; it gives the shapes itself."""
+    """Return an operator of the library with inputs and outputs of these types; it infers shapes itself."""
     info = CustomRegOp(name)
     for number in range(len(inputs)):
         info = info.input(number, f"x{number}")

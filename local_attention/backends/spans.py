@@ -115,11 +115,12 @@ def bias_entries(problem, positions, keys, first):
 def without_padding(q, mask, documents, offset):
     """Return q with zeros where queries are padding, whatever they hold, and a mask that hides padding too."""
     queries = documents[:, offset:offset + q.shape[1]]  # slices the bounds, because Ascend cannot slice bool
-    q = ops.masked_fill(q, repeated(ops.logical_not(_real(queries)), q.shape[0]), 0.)
-    return q, merge_masks(mask, _real(documents))
+    q = ops.masked_fill(q, repeated(ops.logical_not(real(queries)), q.shape[0]), 0.)
+    return q, merge_masks(mask, real(documents))
 
 
-def _real(documents):
+def real(documents):
+    """Return which positions are in a document."""
     return documents[..., 0] <= documents[..., 1]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import local_attention
-from devices import cases, platforms
+from devices import cases, platforms, process
 
 HERE = Path(__file__).parent
 # Arithmetic of lengths, which a graph for every length is made of: on any platform the host's.
@@ -48,7 +48,7 @@ def _run(name, environment, chosen):
     packages = os.pathsep.join(str(folder) for folder in (HERE.parent.parent, HERE.parent))
     environment = {**inherited, **environment, "PATH": path, "PYTHONPATH": packages, "RANK_SIZE": str(cases.RANKS),
                    "RANK_ID": "0", "DEVICE_ID": "0"}
-    return subprocess.run([sys.executable, HERE / "cases.py", name, *chosen], cwd=environment["MS_OM_PATH"],
+    return subprocess.run([sys.executable, HERE / "process.py", name, *chosen], cwd=environment["MS_OM_PATH"],
                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           errors="replace").stdout
 
@@ -68,7 +68,7 @@ def found(made):
     """By a platform's name and a mode the outcomes of its cases."""
     @cache
     def run(name, mode, quick):
-        return outcomes(name, made(name), cases.names(name, mode, quick))
+        return outcomes(name, made(name), process.names(name, mode, quick))
     return run
 
 
@@ -80,8 +80,8 @@ def skip_without(name):
 
 def parametrized(quick):
     return pytest.mark.parametrize("name, mode, case", [
-        (name, mode, case) for name in cases.DTYPES for mode in cases.MODES
-        for case in cases.names(name, mode, quick) if not case.startswith(cases.STAND_IN)])
+        (name, mode, case) for name in process.DTYPES for mode in process.MODES
+        for case in process.names(name, mode, quick) if not case.startswith(cases.STAND_IN)])
 
 
 @parametrized(True)
@@ -97,8 +97,8 @@ def test_has_all_that_is_asked_for_in_every_dtype(name, mode, case, found):
     assert found(name, mode, False)[case] is None
 
 
-@pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize("name", cases.DTYPES)
+@pytest.mark.parametrize("mode", process.MODES)
+@pytest.mark.parametrize("name", process.DTYPES)
 def test_says_so_of_an_operator_that_it_lacks(name, mode, found):
     skip_without(name)
     refusal = found(name, mode, True)[f"{cases.STAND_IN}/float32/{mode}"]

@@ -27,8 +27,7 @@ ZERO = 1e-12                            # a smaller value is exactly zero by the
 
 
 def attention(q, k, v, left, right, mask=None, rel_pos_emb=None):
-    """Compute attention of query i over the keys i - left … i + right - 1; q, k, v `(..., n, d)`, rel_pos_emb `(left +
-    right, d)`."""
+    """Attend to the keys i - left … i + right - 1; q, k, v `(..., n, d)`, rel_pos_emb `(left + right, d)`."""
     n, d = q.shape[-2:]
     i, j = jnp.arange(n)[:, None], jnp.arange(n)[None, :]
     visible = (i - left <= j) & (j <= i + right - 1)

@@ -1,0 +1,82 @@
+"""Which cases are run, and the process that runs them: `process.py PLATFORM NAME…` prints a line before and after each;
+logs of MindSpore's go between these."""
+import sys
+
+import mindspore as ms
+from mindspore import Tensor, communication, nn, ops
+
+from devices.cases import CASES, RANKS
+from local_attention import parallel
+
+DTYPES = {"GPU": ("float32", "float16"), "Ascend": ("float32", "float16", "bfloat16")}
+MODES = ("pynative", "graph")
+QUICK_HALVES = {  # what the quick suite runs in half precision too
+    "windowed_attention", "blocked.prefix", "ascend.span", "ascend.chunks", "ascend.bias", "LocalMHA",
+    "training.dropout", "generate", "sequence_parallel.training"}
+QUICK_GRAPHS = {  # and what it compiles, at some seconds each
+    "windowed_attention/float16", "blocked.prefix/float32", "any_length.mask/float16", "training.dropout/float16",
+    "generate.ragged/float32", "sequence_parallel.attention/float32", "ascend.span/bfloat16", "of_cpu_alone/float32"}
+
+
+def names(platform, mode, quick):
+    """The cases of a platform in a mode, as `NAME/DTYPE/MODE`."""
+    found = []
+    for name, (_, dtypes) in CASES.items():
+        for dtype in dtypes:
+            there = dtype in DTYPES[platform] and (platform == "Ascend" or not name.startswith("ascend"))
+            soon = dtype == "float32" or name in QUICK_HALVES
+            if mode == "graph":
+                soon = f"{name}/{dtype}" in QUICK_GRAPHS
+            if there and (soon or not quick):
+                found.append(f"{name}/{dtype}/{mode}")
+    return found
+
+
+class Alone(nn.Cell):
+    """AllReduce of one process: on GPU none can join others before they are there."""
+
+    def __init__(self, group=None):
+        super().__init__()
+
+    def construct(self, x):
+        return x + 0
+
+
+def begin(platform):
+    """The platform, with this process as the first of two ranks."""
+    ms.set_device(platform)
+    ms.set_context(pynative_synchronize=True)
+    ms.set_seed(0)
+    if platform == "Ascend":  # whose dry run knows ranks that are not there
+        communication.GlobalComm.CHECK_ENVS = False
+        communication.init()
+    else:
+        parallel.group_of = lambda *names: parallel.Group("ranks", 0, RANKS)
+        parallel._pair = lambda *names: "pair"
+        ops.AllReduce = Alone
+
+
+def values(result):
+    """Waits for whatever a case returned."""
+    if isinstance(result, (tuple, list)):
+        for part in result:
+            values(part)
+    elif isinstance(result, Tensor):
+        (result.astype(ms.float32) if result.dtype == ms.bfloat16 else result).asnumpy()
+
+
+def main(platform, chosen):
+    begin(platform)
+    for name in chosen:
+        print("\ncase", name, flush=True)
+        what, dtype, mode = name.split("/")
+        try:
+            values(CASES[what][0](dtype, mode))
+            print("\ndone", flush=True)
+        except Exception as error:
+            print("\nfailed", type(error).__name__, " ".join(str(error).split())[:1500], flush=True)
+            return  # after an error within a gradient, what is compiled next fails too
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
