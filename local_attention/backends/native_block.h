@@ -175,12 +175,16 @@ struct Block {
   }
 
   void add_to_one(const float *weights, const float *from, float *to_t) {
-    for (int64_t c = 0; c < d; c += WIDTH) {
-      Vec total{};
-      for (int i = 0; i < pieces; ++i)
-        for (int j = piece[i].key; j < piece[i].end_key; ++j)
-          total += weights[j * QUERIES] * take(from + j * d + c, d - c);
-      for (int64_t lane = 0; lane < std::min<int64_t>(WIDTH, d - c); ++lane) to_t[(c + lane) * QUERIES] += total[lane];
+    for (int i = 0; i < pieces; ++i) {
+      const int j = piece[i].key, seen = piece[i].end_key - j;
+      if (d == padded) {
+        matmul(1, d / WIDTH, seen, weights + j * QUERIES, 0, QUERIES, from + j * d, d, row, 0, false);
+      } else {
+        std::fill(row, row + d, 0.f);
+        for (int key = j; key < j + seen; ++key)
+          for (int64_t c = 0; c < d; ++c) row[c] += weights[key * QUERIES] * from[key * d + c];
+      }
+      for (int64_t c = 0; c < d; ++c) to_t[c * QUERIES] += row[c];
     }
   }
 
