@@ -147,7 +147,7 @@ def _hidden(places, documents, spec, position_ids, batch, n_q, n_k):
     `position_ids` start anew."""
     real = None if places is None or (places >= 0).all() else places >= 0
     starts = None
-    if documents is None and position_ids is not None and len(position_ids.shape) == 2 and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
+    if documents is None and position_ids is not None and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
         ids = position_ids.asnumpy()
         starts = np.zeros((batch, n_q), bool)
         starts[:, 1:] = ids[:, 1:] <= ids[:, :-1]
