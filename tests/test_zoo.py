@@ -288,7 +288,7 @@ def both_of(one, other):
 def test_a_sliding_layer_that_hands_on_no_window():
     """mindone's Gemma 2 has its window in the mask of four axes alone."""
     real = np.ones((B, N), bool)
-    layer = module(is_sliding=True, config=dict(sliding_window=W))
+    layer = module(config=dict(sliding_window=W, layer_types=["sliding_attention"] * 4))
     same(layer, tensors(), Tensor(causal(real, SLIDING)), wanted(tensors(), SLIDING), sliding_window=None)
 
 

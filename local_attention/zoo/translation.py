@@ -50,7 +50,7 @@ def window(module, causal, options):
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and (kind == "chunked_attention" or kind is None and getattr(module, "use_rope", True)):
         return WindowSpec.from_chunks(int(chunk))
-    if options.get("sliding_window") is None and getattr(module, "is_sliding", False):
+    if options.get("sliding_window") is None and kind == "sliding_attention":
         size = getattr(config, "sliding_window", None)  # mindone's Gemma 2 has its window in the 4-D mask alone
     elif "sliding_window" in options:
         size = options["sliding_window"]

@@ -70,6 +70,26 @@ def repeat_interleave(input, repeats, dim=None, **options):
     return ops.repeat_interleave(input, repeats, dim if dim is not None else options.get("axis"))
 
 
+def nonzero(input, as_tuple=False):
+    found = np.nonzero(input.asnumpy())
+    return tuple(map(Tensor, found)) if as_tuple else Tensor(np.stack(found, 1))
+
+
+def where(condition, input=None, other=None):
+    return nonzero(condition, as_tuple=True) if input is None else ops.where(condition, input, other)
+
+
+def scattered(tensor, dim, index, src, **options):
+    values = tensor.asnumpy().copy()
+    src = src.asnumpy() if isinstance(src, Tensor) else src
+    np.put_along_axis(values, index.asnumpy(), src, dim)
+    return values
+
+
+def index_add(input, dim, index, source, **options):
+    return ops.index_add(input, index.astype(ms.int32), source, dim)
+
+
 def in_place(function):
     """A method of Tensor that takes over what a function of it gives."""
     def method(self, *args, **options):
@@ -87,7 +107,8 @@ for name, function in dict(
         full=lambda size, fill_value, dtype=None: ops.full(size, fill_value, dtype=dtype or ms.float32),
         argmax=lambda input, dim=None, keepdim=False: Tensor(np.argmax(input.asnumpy(), dim).astype(np.int64)),
         outer=lambda input, vec2: input.reshape(-1, 1) * vec2.reshape(1, -1),
-        clone=lambda input: input * 1, bitwise_or=ops.logical_or).items():
+        full_like=lambda input, fill_value, dtype=None: ops.full(input.shape, fill_value, dtype=dtype or input.dtype),
+        nonzero=nonzero, where=where, clone=lambda input: input * 1, bitwise_or=ops.logical_or).items():
     setattr(mint, name, function)
 for name, function in dict(
         embedding=embedding, gelu=gelu, layer_norm=layer_norm, pad=pad,
@@ -105,3 +126,8 @@ Tensor.masked_fill_ = in_place(lambda self, mask, value: ops.masked_fill(self, m
 Tensor.zero_ = in_place(lambda self: np.zeros(self.shape))
 Tensor.fill_ = in_place(lambda self, value: np.full(self.shape, value))
 Tensor.bitwise_or_ = in_place(lambda self, other: ops.logical_or(self, other))
+Tensor.scatter_ = in_place(scattered)
+Tensor.nonzero = nonzero
+Tensor.repeat = lambda self, *sizes: ops.tile(self, sizes if isinstance(sizes[0], int) else sizes[0])
+Tensor.index_add = mint.index_add = index_add
+Tensor.index_add_ = in_place(lambda self, dim, index, source, **options: index_add(self, dim, index, source))
