@@ -139,9 +139,13 @@ def main(which, folder, *names):
     if len(names) == 1:
         return bool(family(which, folder, *names))
     print(f"MindSpore {ms.__version__}, {VERSIONS[which]}, local_attention {local_attention.__version__}", flush=True)
-    # each in a process of its own: an operator without a kernel leaves MindSpore unable to index tensors
-    wrong = [name for name in names or FAMILIES
-             if subprocess.run([sys.executable, __file__, which, folder, name], stderr=subprocess.DEVNULL).returncode]
+    wrong = []
+    for name in names or FAMILIES:
+        # in a process of its own: an operator without a kernel leaves MindSpore unable to index tensors
+        process = subprocess.run([sys.executable, __file__, which, folder, name], capture_output=True, text=True)
+        lines = [line for line in process.stdout.splitlines() if line.startswith((f"{name} ", " " * 18))]
+        print("\n".join(lines or [f"{name:18} ended with {process.returncode}"]), flush=True)
+        wrong += [name] if process.returncode else []
     print(f"wrong: {', '.join(wrong)}" if wrong else "all as it is to be, or known", flush=True)
     return bool(wrong)
 
