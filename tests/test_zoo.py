@@ -197,10 +197,12 @@ def test_packed():
     packed = Tensor(documents)  # as a zoo's mask knows of them, where its layers are handed no `position_ids`
     for seen, spec, options in ((lambda q, k: k <= q, SLIDING, {}),
                                 (lambda q, k: k > -1, WindowSpec.from_flash((W - 1, W - 1)), dict(is_causal=False))):
-        mask = translation.positions(
-            B, Tensor(np.arange(N)), N, allow_is_causal_skip=False,
-            mask_function=lambda b, h, q, k, seen=seen: both_of(seen(q, k), packed[b, q] == packed[b, k]))
-        same(module(**options), tensors(), mask, wanted(tensors(), spec, segment_ids=documents), sliding_window=W)
+        for batch in (lambda b: b, lambda b: slice(None)):  # mindnlp's is of all rows, whichever is asked for
+            mask = translation.positions(
+                B, Tensor(np.arange(N)), N, allow_is_causal_skip=False,
+                mask_function=lambda b, h, q, k, seen=seen, batch=batch: both_of(
+                    seen(q, k), packed[batch(b), q] == packed[batch(b), k]))
+            same(module(**options), tensors(), mask, wanted(tensors(), spec, segment_ids=documents), sliding_window=W)
     chunks = wanted(tensors(), WindowSpec.from_chunks(W), segment_ids=documents)
     same(module(config=dict(attention_chunk_size=W)), tensors(), None, chunks, position_ids=Tensor(ids[None]))
 

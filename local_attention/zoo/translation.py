@@ -118,9 +118,12 @@ def _starts(mask_function, cache_position, batch_size):
     before, after = cache_position[:-1], cache_position[1:]
 
     def seen(query, key):
-        rows = [mask_function(before * 0 + row, before * 0, query, key) for row in range(batch_size)]
-        rows = [row.asnumpy() if isinstance(row, Tensor) else np.asarray(row) for row in rows]
-        return np.array([np.broadcast_to(row.reshape(-1), before.shape) for row in rows])
+        rows = []
+        for row in range(batch_size):
+            found = mask_function(before * 0 + row, before * 0, query, key)
+            found = np.atleast_2d(found.asnumpy() if isinstance(found, Tensor) else found)
+            rows.append(np.broadcast_to(found[row if len(found) == batch_size else 0], before.shape))  # mindnlp: of all
+        return np.array(rows)
     starts, ahead = ~seen(after, before), seen(before, after)
     if ahead.any() and not (ahead | starts).all():
         where = int(np.argwhere(ahead)[0, -1])
