@@ -288,10 +288,13 @@ def both_of(one, other):
 
 
 def test_a_sliding_layer_that_hands_on_no_window():
-    """mindone's Gemma 2 has its window in the mask of four axes alone."""
-    real = np.ones((B, N), bool)
-    layer = module(config=dict(sliding_window=W, layer_types=["sliding_attention"] * 4))
-    same(layer, tensors(), Tensor(causal(real, SLIDING)), wanted(tensors(), SLIDING), sliding_window=None)
+    """mindone's Gemma 2 and Starcoder 2 have their windows in the mask of four axes alone."""
+    layer, real = module(config=dict(sliding_window=W)), padding("left")
+    for spec in (SLIDING, FULL):
+        right = wanted(tensors(), spec, key_mask=real)
+        same(layer, tensors(), Tensor(causal(real, spec)), right, real, sliding_window=None)
+    other = causal(np.ones((B, N), bool), WindowSpec.from_sliding_window(W + 1))
+    refused("in row 0, query 6 does not see key 0", Tensor(other), layer)
 
 
 def test_a_mask_is_read_again_when_it_has_changed():

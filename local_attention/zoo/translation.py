@@ -29,7 +29,12 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     if attention_mask is not None:
         if len(attention_mask.shape) == 3 and attention_mask.shape[1] == 2:  # of `positions`
             attention_mask, documents = attention_mask[:, 0], attention_mask[:, 1].asnumpy()
-        places = _places(attention_mask, spec, n_q, key.shape[2])
+        if len(attention_mask.shape) == 4:
+            size = getattr(getattr(module, "config", None), "sliding_window", None)
+            configured = WindowSpec.from_sliding_window(int(size)) if causal and size else None
+            places, spec = four_axes(attention_mask, spec, n_q, key.shape[2], configured)
+        else:
+            places = _places(attention_mask, key.shape[2])
         used = int((places != UNUSED).any(0).sum())
         if used < key.shape[2]:  # queries stand at the last keys
             key, value, places = key[:, :, :used], value[:, :, :used], places[:, :used]
@@ -50,9 +55,7 @@ def window(module, causal, options):
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and (kind == "chunked_attention" or kind is None and getattr(module, "use_rope", True)):
         return WindowSpec.from_chunks(int(chunk))
-    if options.get("sliding_window") is None and kind == "sliding_attention":
-        size = getattr(config, "sliding_window", None)  # mindone's Gemma 2 has its window in the 4-D mask alone
-    elif "sliding_window" in options:
+    if "sliding_window" in options:
         size = options["sliding_window"]
     elif hasattr(module, "sliding_window"):
         size = module.sliding_window
@@ -132,10 +135,8 @@ def _starts(mask_function, cache_position, batch_size):
     return starts
 
 
-def _places(mask, spec, n_q, n_k):
-    """As `positions` has them, whoever made the mask; a NumPy array."""
-    if len(mask.shape) == 4:
-        return four_axes(mask, spec, n_q, n_k)
+def _places(mask, n_k):
+    """Return the places of keys, as `positions` has them, of a mask of two axes, whoever made it; a NumPy array."""
     if len(mask.shape) != 2:
         raise checks.value_error(OWNER, "attention_mask", "of 2 or 4 axes", f"one of shape {tuple(mask.shape)}")
     places = mask.asnumpy()

@@ -87,7 +87,7 @@ def scattered(tensor, dim, index, src, **options):
 
 
 def index_add(input, dim, index, source, **options):
-    return ops.index_add(input, index.astype(ms.int32), source, dim)
+    return ops.index_add(input, index.astype(ms.int32), source, dim) if index.size > 0 else input
 
 
 def in_place(function):
