@@ -194,6 +194,15 @@ def test_packed():
     right = wanted(tensors(), SLIDING, segment_ids=documents)
     for given in (ids[None], ids[None].repeat(B, 0)):
         same(module(), tensors(), None, right, sliding_window=W, position_ids=Tensor(given))
+    packed = Tensor(documents)  # as a zoo's mask knows of them, where its layers are handed no `position_ids`
+    for seen, spec, options in ((lambda q, k: k <= q, SLIDING, {}),
+                                (lambda q, k: k > -1, WindowSpec.from_flash((W - 1, W - 1)), dict(is_causal=False))):
+        for batch in (lambda b: b, lambda b: slice(None)):  # mindnlp's is of all rows, whichever is asked for
+            mask = translation.positions(
+                B, Tensor(np.arange(N)), N, allow_is_causal_skip=False,
+                mask_function=lambda b, h, q, k, seen=seen, batch=batch: both_of(
+                    seen(q, k), packed[batch(b), q] == packed[batch(b), k]))
+            same(module(**options), tensors(), mask, wanted(tensors(), spec, segment_ids=documents), sliding_window=W)
     chunks = wanted(tensors(), WindowSpec.from_chunks(W), segment_ids=documents)
     same(module(config=dict(attention_chunk_size=W)), tensors(), None, chunks, position_ids=Tensor(ids[None]))
 
@@ -272,6 +281,20 @@ def test_what_a_model_adds_to_its_mask():
 
 def either(one, other):
     return ms.ops.logical_or(one, other)
+
+
+def both_of(one, other):
+    return ms.ops.logical_and(one, other)
+
+
+def test_a_sliding_layer_that_hands_on_no_window():
+    """mindone's Gemma 2 and Starcoder 2 have their windows in the mask of four axes alone."""
+    layer, real = module(config=dict(sliding_window=W)), padding("left")
+    for spec in (SLIDING, FULL):
+        right = wanted(tensors(), spec, key_mask=real)
+        same(layer, tensors(), Tensor(causal(real, spec)), right, real, sliding_window=None)
+    other = causal(np.ones((B, N), bool), WindowSpec.from_sliding_window(W + 1))
+    refused("in row 0, query 6 does not see key 0", Tensor(other), layer)
 
 
 def test_a_mask_is_read_again_when_it_has_changed():

@@ -7,9 +7,13 @@ from ..spec import NO_LIMIT, WindowSpec
 ROWS = 128  # that are looked at together
 
 
-def four_axes(mask, spec, n_q, n_k):
-    """The position of each key `(b, n_k)` among its row's real ones, -1 for padding and -2 for what a cache has not
-    come to; a ValueError where the mask says more than causal, the layer's window and padding."""
+def four_axes(mask, spec, n_q, n_k, configured=None):
+    """Read a mask `(b, 1, n_q, n_k)`: the position of each key `(b, n_k)` among its row's real ones, -1 for padding and
+    -2 for what a cache has not come to, and the WindowSpec of the layer.
+
+    That is `spec`, or, where the mask has it and a layer of no window was called, `configured`, the window of the
+    model's config. A ValueError refuses a mask that says more than causal, the layer's window and padding.
+    """
     if mask.shape[1] != 1 or mask.shape[2] != n_q or mask.shape[3] < n_k:
         raise _refused(f"one of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys")
     seen = _Seen(mask.asnumpy()[:, 0, :, :n_k])
@@ -27,13 +31,13 @@ def four_axes(mask, spec, n_q, n_k):
         real[:, offset:used] = seen[:, rows, rows + offset]
     if causal:  # a query without any key is often let see all of them: padding
         real[:, offset:used - 1] &= ~seen[:, rows[:-1], rows[:-1] + offset + 1]
-    fingerprint = (spec, n_q, n_k, real.tobytes(), seen[:, 0].tobytes(), seen[:, -1].tobytes())
-    if getattr(mask, "_read_by_local_attention", None) != fingerprint:  # once for the layers that share it
-        _check(seen, real, spec, offset)
-        mask._read_by_local_attention = fingerprint
+    fingerprint = (spec, configured, n_q, n_k, real.tobytes(), seen[:, 0].tobytes(), seen[:, -1].tobytes())
+    read = getattr(mask, "_read_by_local_attention", (None, None))
+    if read[0] != fingerprint:  # once for the layers that share it
+        read = mask._read_by_local_attention = fingerprint, _matched(seen, real, spec, configured, offset)
     places = np.where(real, np.arange(n_k) - real.argmax(1)[:, None], -1)
     places[:, used:] = -2
-    return places
+    return places, read[1]
 
 
 class _Seen:
@@ -53,11 +57,14 @@ class _Seen:
         return ~hidden
 
 
-def _check(seen, real, spec, offset):
-    """Every row of a mask, some at a time: what it is to be, with the layer's window in it or without, is all it is."""
+def _matched(seen, real, spec, configured, offset):
+    """Compare every row of a mask, some at a time, with what it may be: padding, and the layer's window or none. Return
+    the layer's WindowSpec."""
     batch, n_q, n_k = seen.values.shape
     wide = WindowSpec(1, NO_LIMIT, 0 if spec.causal else NO_LIMIT, spec.causal)
     wanted, wrong = [spec, wide], None
+    if configured is not None and spec == wide:
+        wanted = [wide, configured]
     own = offset + np.arange(n_q)
     for start in range(0, n_q, ROWS):
         part = own[start:start + ROWS]
@@ -76,6 +83,7 @@ def _check(seen, real, spec, offset):
         wanted = left
         if not wanted:
             raise _refused(wrong)
+    return configured if wanted == [configured] else spec
 
 
 def _refused(got):

@@ -25,13 +25,20 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     n_q = query.shape[2]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     spec = window(module, causal, kwargs)
-    places = None
+    places = documents = None
     if attention_mask is not None:
-        places = _places(attention_mask, spec, n_q, key.shape[2])
+        if len(attention_mask.shape) == 3 and attention_mask.shape[1] == 2:  # of `positions`
+            attention_mask, documents = attention_mask[:, 0], attention_mask[:, 1].asnumpy()
+        if len(attention_mask.shape) == 4:
+            size = getattr(getattr(module, "config", None), "sliding_window", None)
+            configured = WindowSpec.from_sliding_window(int(size)) if causal and size else None
+            places, spec = four_axes(attention_mask, spec, n_q, key.shape[2], configured)
+        else:
+            places = _places(attention_mask, key.shape[2])
         used = int((places != UNUSED).any(0).sum())
         if used < key.shape[2]:  # queries stand at the last keys
             key, value, places = key[:, :, :used], value[:, :, :used], places[:, :used]
-    mask, segment_ids = _hidden(places, spec, position_ids, query.shape[0], n_q, key.shape[2])
+    mask, segment_ids = _hidden(places, documents, spec, position_ids, query.shape[0], n_q, key.shape[2])
     out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, sinks=s_aux, scale=scaling,
                              softcap=softcap, dropout_rate=float(dropout))
     return ops.transpose(out, (0, 2, 1, 3)), None
@@ -75,49 +82,61 @@ def _configured(config, layer, kind):
 def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None,
               allow_is_causal_skip=True, **kwargs):
     """What a zoo's table of masks holds, in place of a mask of n²: for each key `(b, kv_length)` its position among its
-    row's real tokens, `HIDDEN` where it is padding and `UNUSED` where a cache has not come to it; None where these are
-    the keys' own indices."""
+    row's real tokens, `HIDDEN` where it is padding and `UNUSED` where a cache has not come to it. With packed documents
+    `(b, 2, kv_length)`, the number of each key's document below. None where keys stand at their own indices and there
+    are no documents."""
     kv_length, kv_offset = int(kv_length), int(kv_offset)
-    if not allow_is_causal_skip and mask_function is not None:
-        _check_direction(mask_function, cache_position)
+    n_q, documents = cache_position.shape[0], None
+    if not allow_is_causal_skip and mask_function is not None and n_q > 1:
+        starts = _starts(mask_function, cache_position, batch_size)
+        if kv_length == n_q and starts.any():
+            documents = np.cumsum(np.pad(starts, ((0, 0), (1, 0))), 1)
     used = kv_length
-    if kv_length > cache_position.shape[0]:
+    if kv_length > n_q:
         used = min(kv_length, int(cache_position[-1]) + 1 - kv_offset)
     index = kv_offset + np.arange(kv_length)
+    first_to_last = documents is None and kv_offset == 0 and used == kv_length
     if attention_mask is None:
-        if kv_offset == 0 and used == kv_length:
+        if first_to_last:
             return None
         places = np.tile(index, (batch_size, 1))
     else:
         real = attention_mask.asnumpy().astype(bool)
-        if kv_offset == 0 and used == kv_length and real[:, :kv_length].all() and real.shape[1] >= kv_length:
+        if first_to_last and real[:, :kv_length].all() and real.shape[1] >= kv_length:
             return None
         first = real.argmax(1)[:, None]
         short = kv_offset + kv_length - real.shape[1]
         real = np.pad(real, ((0, 0), (0, max(0, short))))[:, kv_offset:kv_offset + kv_length]
         places = np.where(real, index - first, HIDDEN)
     places[:, used:] = UNUSED
-    return Tensor(places.astype(np.int32))
+    return Tensor((places if documents is None else np.stack([places, documents], 1)).astype(np.int32))
 
 
-def _check_direction(mask_function, cache_position):
-    """Refuses what a model adds to its mask (images whose tokens see each other), seen in whether a query sees the key
-    after its own: everywhere in a model of both directions, nowhere in a causal one."""
-    if cache_position.shape[0] < 2:
-        return
+def _starts(mask_function, cache_position, batch_size):
+    """Whether a query does not see the key before its own, `(b, n - 1)`: a document starts there.
+
+    A ValueError refuses what a model adds to its mask (images whose tokens see each other). It shows in whether a query
+    sees the key after its own: within documents everywhere in a model of both directions, nowhere in a causal one.
+    """
     before, after = cache_position[:-1], cache_position[1:]
-    seen = mask_function(before * 0, before * 0, before, after)
-    seen = seen.asnumpy() if isinstance(seen, Tensor) else np.asarray(seen)
-    if seen.any() and not seen.all():
-        where = int(np.argwhere(seen)[0, -1])
+
+    def seen(query, key):
+        rows = []
+        for row in range(batch_size):
+            found = mask_function(before * 0 + row, before * 0, query, key)
+            found = np.atleast_2d(found.asnumpy() if isinstance(found, Tensor) else found)
+            rows.append(np.broadcast_to(found[row if len(found) == batch_size else 0], before.shape))  # mindnlp: of all
+        return np.array(rows)
+    starts, ahead = ~seen(after, before), seen(before, after)
+    if ahead.any() and not (ahead | starts).all():
+        where = int(np.argwhere(ahead)[0, -1])
         raise checks.value_error(OWNER, "attention_mask", "causal, or of both directions, everywhere",
                                  f"one in which query {where} sees key {where + 1} and others see none after theirs")
+    return starts
 
 
-def _places(mask, spec, n_q, n_k):
-    """As `positions` has them, whoever made the mask; a NumPy array."""
-    if len(mask.shape) == 4:
-        return four_axes(mask, spec, n_q, n_k)
+def _places(mask, n_k):
+    """Return the places of keys, as `positions` has them, of a mask of two axes, whoever made it; a NumPy array."""
     if len(mask.shape) != 2:
         raise checks.value_error(OWNER, "attention_mask", "of 2 or 4 axes", f"one of shape {tuple(mask.shape)}")
     places = mask.asnumpy()
@@ -127,11 +146,12 @@ def _places(mask, spec, n_q, n_k):
     return places[:, -n_k:]
 
 
-def _hidden(places, spec, position_ids, batch, n_q, n_k):
-    """The `mask` and the `segment_ids` of a call; documents are what a row's `position_ids` start anew for."""
+def _hidden(places, documents, spec, position_ids, batch, n_q, n_k):
+    """The `mask` and the `segment_ids` of a call; where the mask says nothing of documents, one starts wherever a row's
+    `position_ids` start anew."""
     real = None if places is None or (places >= 0).all() else places >= 0
     starts = None
-    if position_ids is not None and len(position_ids.shape) == 2 and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
+    if documents is None and position_ids is not None and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
         ids = position_ids.asnumpy()
         starts = np.zeros((batch, n_q), bool)
         starts[:, 1:] = ids[:, 1:] <= ids[:, :-1]
@@ -141,8 +161,8 @@ def _hidden(places, spec, position_ids, batch, n_q, n_k):
         starts = starts if (starts & ~first).any() else None
     if starts is not None:
         documents = np.cumsum(starts, 1)
-    elif spec == WindowSpec.from_chunks(spec.bucket) and spec.bucket > 1 and places is not None:
+    elif documents is None and spec == WindowSpec.from_chunks(spec.bucket) and spec.bucket > 1 and places is not None:
         documents = places // spec.bucket  # chunks count from a row's first real token, wherever its keys begin
-    else:
+    if documents is None:
         return None if real is None else Tensor(real), None
     return None, Tensor(np.where(True if real is None else real, documents, HIDDEN).astype(np.int32))

@@ -152,4 +152,18 @@ FAMILIES = {
             eos_token_id=2,
         ),
     ),
+    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", dict(B, sliding_window=W)),
+    "exaone4": ("Exaone4Config", "Exaone4ForCausalLM", dict(B, sliding_window=W, sliding_window_pattern=4)),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", dict(
+        B, sliding_window=W, use_sliding_window=True, layer_types=["sliding_attention", "full_attention"] * 2)),
+    "vaultgemma": ("VaultGemmaConfig", "VaultGemmaForCausalLM", dict(
+        B, sliding_window=W, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0)),
+    "dots1": ("Dots1Config", "Dots1ForCausalLM", dict(
+        B, sliding_window=W, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=8,
+        n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, n_shared_experts=1, n_group=1,
+        topk_group=1, first_k_dense_replace=2)),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", dict(B)),
+    "llama4": ("Llama4TextConfig", "Llama4ForCausalLM", dict(
+        B, attention_chunk_size=W, head_dim=8, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48,
+        no_rope_layers=[1, 1, 1, 0], attn_temperature_tuning=False)),
 }
