@@ -89,18 +89,11 @@ def _fused_heads(*args):
     return native.made(_FusedHeads, *args)
 
 
-@constexpr
-def _hooked(cell):
-    """Whether something waits for a call of this Cell; in a graph, where a Cell is None here, nothing does."""
-    return cell is not None and bool(cell._forward_pre_hook or cell._forward_hook or cell._backward_pre_hook
-                                     or cell._backward_hook or cell._recompute_cell)
-
-
 def fused_heads(attn, heads, kv_heads):
     """Return a Cell that splits the projected heads of a LocalAttention and rotates them, so that only attention is
     left to compute. Return None if `attn` is another Cell or has hooks, if there is more to compute, or if the kernel
     cannot run."""
-    if not hasattr(attn, "may_be_split") or not attn.may_be_split or _hooked(attn):
+    if not hasattr(attn, "may_be_split") or not attn.may_be_split:
         return None
     if attn.shared_qk or attn.use_xpos or attn.group is not None or attn.backend not in (None, "native"):
         return None

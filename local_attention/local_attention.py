@@ -139,7 +139,6 @@ class LocalAttention(Windowed):
                  use_rotary_pos_emb=True, use_xpos=False, xpos_scale_base=None, *, prefix=0, softcap=None,
                  backend=None, sequence_parallel=False):
         super().__init__()
-        self.may_be_split = type(self).construct is Windowed.construct  # see `layers.fused_heads`
         owner = type(self).__name__
         self.window_size = checks.positive_int(owner, "window_size", window_size)
         self.causal = checks.boolean(owner, "causal", causal)

@@ -227,6 +227,13 @@ class Windowed(nn.Cell):
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
 
+    @property
+    def may_be_split(self):
+        """Whether a call does no more than `construct` here: `layers.fused_heads` does a part of it elsewhere."""
+        return type(self).construct is Windowed.construct and not (
+            self._forward_pre_hook or self._forward_hook or self._backward_pre_hook or self._backward_hook
+            or self._recompute_cell)
+
     def _by_the_rules(self, q, k, v, mask, attn_bias, segment_ids, sinks, window_size=None):
         return _checked(
             "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,

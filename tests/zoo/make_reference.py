@@ -30,6 +30,8 @@ for name, (c, m, kw) in FAMILIES.items():
             if p.dim() >= 2:
                 torch.nn.init.normal_(p, std=0.25)
         model.save_pretrained(os.path.join(folder, name), safe_serialization=True)
+        # of what is in the file: ModernBERT's decoder ties a weight only when it is loaded
+        model = getattr(transformers, m).from_pretrained(os.path.join(folder, name), attn_implementation="eager").eval()
         causal = "CausalLM" in m
         kwargs = dict(use_cache=False) if causal else {}
         t = torch.from_numpy(ids)
