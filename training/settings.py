@@ -40,7 +40,7 @@ def make_parser():
                         "none seen from another, and not one text to be cut anywhere; longer ones are cut into pieces")
     add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
     parser.add_argument("--resume", action="store_true", help="continue the run of --out, or the newest in runs/")
-    add("--steps", count, 4000, "optimizer steps")
+    add("--steps", count, 3000, "optimizer steps")
     add("--batch-size", count, 4, "sequences in a batch, of each process")
     add("--grad-accum", count, 1, "batches whose gradients are averaged for a step")
     add("--seq-len", count, 128, "bytes in a sequence")
