@@ -19,10 +19,10 @@ import sys
 import zipfile
 from functools import partial
 from importlib import metadata, util
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from choices import pairwise, random_mask, varied, visible
 
 HERE = Path(__file__).resolve().parent
 UPSTREAM = "1.11.2"
@@ -106,51 +106,6 @@ def with_weights(module, weights):
     return module.eval()
 
 
-def pairwise(options, possible, rng):
-    """Return a short list of cases that contains, if possible, all pairs of values of any two options."""
-    def covers(case, pair):
-        return all(case[name] == value for name, value in pair)
-
-    missing = [((a, x), (b, y)) for a, b in combinations(options, 2)
-               for x in range(len(options[a])) for y in range(len(options[b]))]
-    cases = []
-    while missing:
-        draws = ({name: int(rng.integers(len(values))) for name, values in options.items()} | dict(missing[0])
-                 for _ in range(1000))
-        valid = [case for case in draws if possible(**{name: options[name][x] for name, x in case.items()})][:50]
-        if not valid:
-            missing.pop(0)
-            continue
-        best = max(valid, key=lambda case: sum(covers(case, pair) for pair in missing))
-        missing = [pair for pair in missing if not covers(best, pair)]
-        cases.append({name: options[name][x] for name, x in best.items()})
-    return cases
-
-
-# Which keys a query sees, to choose masks that leave a key for each query
-
-
-def visible(n, window_size, causal=False, look_backward=1, look_forward=None, exact_windowsize=False, **_):
-    """Return a bool array (n, n) for arguments of LocalAttention, and the number of windows in the span of one."""
-    forward = int(not causal) if look_forward is None else look_forward
-    i, j = np.ogrid[:n, :n]
-    first = i if exact_windowsize else i // window_size * window_size
-    last = first + (0 if exact_windowsize else window_size - 1) + window_size * forward
-    sees = (j >= first - window_size * look_backward) & (j <= last) & ((j <= i) | (not causal))
-    return sees, look_backward + 1 + forward
-
-
-def varied(n, shared_qk=False, **args):
-    """Whether a query can choose between keys: without a choice, the scores have no gradient."""
-    return visible(n, **args)[0].sum(axis=-1).max() > 1 + shared_qk
-
-
-def random_mask(rng, sees):
-    """Return a bool array (BATCH, n). A query that would see nothing sees itself."""
-    mask = rng.random((BATCH, len(sees))) < .6
-    return mask | ~(mask @ sees.T)
-
-
 # LocalAttention
 
 POSITIONS = ({}, {"dim": DIM_HEAD}, {"rel_pos_emb_config": [DIM_HEAD, HEADS]},
@@ -209,7 +164,7 @@ def add_attention(arrays, name, inputs, rng, n, lead, position, bias, mask, call
 
     masks = {}
     if mask:
-        arrays[f"{name}/{mask}"] = random_mask(rng, sees)
+        arrays[f"{name}/{mask}"] = random_mask(rng, BATCH, sees)
         masks[mask] = tensor(arrays[f"{name}/{mask}"])
     hidden = not mask and not args["causal"] and n % window > 0
     if hidden:
@@ -268,7 +223,7 @@ def add_mha(arrays, name, inputs, weights, rng, n, mask, bias, **args):
     masks = {}
     hidden = not mask and not args["causal"] and n % window > 0
     if mask:
-        arrays[f"{name}/mask"] = random_mask(rng, sees)
+        arrays[f"{name}/mask"] = random_mask(rng, BATCH, sees)
         masks["mask"] = tensor(arrays[f"{name}/mask"])
     elif hidden:
         masks["mask"] = torch.ones(BATCH, n, dtype=torch.bool)
@@ -343,7 +298,7 @@ def add_transformer(arrays, name, weights, rng, args, n, mask, primes):
     causal, masks = spec["causal"], {}
     hidden = not mask and not causal
     if mask:
-        masks["mask"] = random_mask(rng, visible(n, **spec)[0])
+        masks["mask"] = random_mask(rng, BATCH, visible(n, **spec)[0])
         masks["mask"][:, :-1] |= ~(masks["mask"][:, :-1] @ visible(n - 1, **spec)[0].T)     # for the loss
     elif hidden:
         masks["mask"] = np.ones((BATCH, n), bool)
