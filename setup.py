@@ -23,7 +23,7 @@ def version():
 
 
 TRAIN = ["tqdm", "matplotlib"]
-TEST = ["pytest>=7", *TRAIN]
+TEST = ["pytest>=7", "pytest-xdist>=3", *TRAIN]
 
 # For any machine of its kind: what a processor has beyond that is found out when the kernel runs. Where it cannot be
 # built, the package works without it.
