@@ -1,5 +1,6 @@
-// The kernel against attention written out in double, over a sweep of options, each tensor in memory of exactly its
-// size: what tests/native_check.sh builds with sanitizers, for other processors and with other compilers.
+// Compares the kernel with attention written out in double, over many combinations of options. Each tensor is in memory
+// of exactly its size, so that a sanitizer finds every access outside it. tests/native_check.sh builds this file: with
+// sanitizers, for other processors, and with other compilers.
 
 #include "../local_attention/backends/native.cpp"
 
@@ -8,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t ORIGIN[] = {3, 11};  // where dropout counts groups and positions from
+constexpr int64_t ORIGIN[] = {3, 11};  // the group and the position from which dropout counts
 
 struct Case {
   int64_t batch, heads, share, n_q, n_k, d, bucket, backward, forward, causal, prefix, offset, beside;
@@ -48,7 +49,7 @@ std::vector<std::vector<double>> wanted(const Case &c, const Tensors &x, double 
       const int64_t i = row + c.offset, kg = g / c.share, batch = g / c.heads;
       const int64_t begun = c.documents ? x.documents[2 * (batch * c.n_k + i)] : 0;
       const int64_t end = c.documents ? x.documents[2 * (batch * c.n_k + i) + 1] + 1 : c.n_k;
-      const int64_t p = i - begun, start = p / c.bucket * c.bucket;  // within its document
+      const int64_t p = i - begun, start = p / c.bucket * c.bucket;  // the position in its document
       int64_t last = start + c.bucket - 1 + c.forward;
       if (c.causal) last = std::min(last, p);
       const float *q = &x.q[(g * c.n_q + row) * c.d], *dout = &x.dout[(g * c.n_q + row) * c.d];
@@ -109,7 +110,7 @@ std::vector<std::vector<double>> wanted(const Case &c, const Tensors &x, double 
   return to;
 }
 
-// Documents of many lengths in each row of a batch, and padding here and there.
+// Draws documents of many lengths for each row of a batch, some of them padding.
 std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
   std::vector<int32_t> bounds(2 * c.batch * c.n_k);
   const int64_t lengths[] = {1, 2, 5, 30, 64, 150, 400};
@@ -125,8 +126,8 @@ std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
   return bounds;
 }
 
-// `document_bounds` against each position's run of one id looked for from the position itself: runs of length 1, padding
-// of many ids, one id again after another, ids of 64 bits. Whether it agrees.
+// Whether `document_bounds` agrees with a search from each position for both ends of its run of one id. There are runs
+// of length 1, padding with several ids, an id that comes again after another, and ids of 64 bits.
 bool bounds_agree(int64_t batch, int64_t n, std::mt19937 &random) {
   std::vector<int64_t> ids(batch * n), bounds(2 * batch * n, -7);
   const int64_t drawn[] = {0, 0, 0, 1, -1, -100, (int64_t)1 << 40, -((int64_t)1 << 40)};
@@ -146,7 +147,7 @@ bool bounds_agree(int64_t batch, int64_t n, std::mt19937 &random) {
   return true;
 }
 
-// Rows (batch, heads, n, d) as (batch, n, heads, d), or those as before.
+// Reorders (batch, heads, n, d) to (batch, n, heads, d), or back.
 std::vector<float> tokens_first(const Case &c, const std::vector<float> &x, bool back) {
   std::vector<float> to(x.size());
   for (int64_t row = 0; row < c.groups() * c.n_q; ++row) {
@@ -157,7 +158,7 @@ std::vector<float> tokens_first(const Case &c, const std::vector<float> &x, bool
   return to;
 }
 
-// What `wanted` gives, of the kernel; nothing where it fails.
+// Returns what `wanted` returns, computed by the kernel; nothing if the kernel fails.
 std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, int64_t level, int64_t threads) {
   const int64_t columns = c.backward + c.bucket + c.forward;
   std::vector<int64_t> numbers{c.groups(), c.kv_groups(), c.n_q, c.n_k, c.d, c.bucket, c.backward, c.forward, c.causal,
@@ -186,7 +187,7 @@ std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, i
   return to;
 }
 
-// The largest difference, as a share of the largest number of its tensor.
+// Returns the largest error, divided by the largest number of its tensor if that is above 1.
 double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) {
   std::normal_distribution<float> normal;
   auto draw = [&](int64_t size) {
@@ -204,7 +205,7 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
             c.documents ? draw_documents(c, random) : std::vector<int32_t>(1), (int32_t)random()};
   for (char &real : x.mask) real = random() % 3 > 0;
   for (std::vector<float> *of : {&x.emb, &x.dout})
-    for (float &y : *of) y *= (float)(1 / std::sqrt((double)c.d));  // that products with them are of size 1
+    for (float &y : *of) y *= (float)(1 / std::sqrt((double)c.d));  // so that products with them are about 1
   if (c.sinks && random() % 3 == 0) x.sinks[0] = random() % 2 ? -INFINITY : 30;
   const bool poison = random() % 3 == 0;
   for (int64_t key = 0; poison && key < keys; ++key) {
@@ -219,11 +220,11 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
   double worst = 0;
   for (int i = 0; i < 8; ++i) {
     if ((i == 5 && !c.bias) || (i == 6 && !c.sinks) || (i == 7 && !c.emb)) continue;
-    const bool sliced = i == 5 || i == 7;  // into parts, of which there are more for more threads
+    const bool sliced = i == 5 || i == 7;  // summed in slices, whose number depends on threads
     if (!sliced && std::memcmp(got[i].data(), again[i].data(), got[i].size() * sizeof(float))) return INFINITY;
     double largest = 1, error = 0;
     for (size_t at = 0; at < truth[i].size(); ++at) {
-      if (truth[i][at] == got[i][at]) continue;  // infinities
+      if (truth[i][at] == got[i][at]) continue;  // equal infinities, too
       largest = std::max(largest, std::fabs(truth[i][at]));
       const double difference = std::fabs(got[i][at] - truth[i][at]);
       error = std::isnan(difference) ? INFINITY : std::max(error, difference);
@@ -233,7 +234,8 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
   return worst;
 }
 
-// Row by row: LayerNorm, GEGLU and rotation, and a token's way into the rings, against doubles; the worst error.
+// Compares what works row by row with doubles: LayerNorm, GEGLU, rotation, a token written into the ring buffers, and
+// the split of heads. Returns the worst error.
 double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
   std::normal_distribution<float> normal;
   auto draw = [&](int64_t size) {
@@ -245,7 +247,7 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
   int64_t bits[2];
   std::memcpy(bits, &epsilon, 8), std::memcpy(bits + 1, &frequency, 8);
   double worst = 0;
-  auto compare = [&](float got, double truth, double by = 1) {  // what numbers of about 1 are multiplied by on the way
+  auto compare = [&](float got, double truth, double by = 1) {  // `by`: the factor of numbers of about 1
     const double error = std::fabs(got - truth) / std::max(std::max(1., by), std::fabs(truth));
     worst = std::isnan(error) ? INFINITY : std::max(worst, error);
   };
@@ -272,7 +274,7 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
       total += got[c] * gamma[c] / d, along += got[c] * gamma[c] * (at[c] - mean) * inverse / d;
       dgamma_truth[c] += got[c] * (at[c] - mean) * inverse, dbeta_truth[c] += got[c];
     }
-    for (int64_t c = 0; c < d && d > 1; ++c) {  // of one number, a norm is a division by almost nothing
+    for (int64_t c = 0; c < d && d > 1; ++c) {  // for d = 1, a norm divides by almost 0
       const double normed = (at[c] - mean) * inverse;
       compare(y[row * d + c], normed * gamma[c] + beta[c], inverse);
       compare(dx[row * d + c], inverse * (got[c] * gamma[c] - total - normed * along), inverse);
@@ -307,10 +309,10 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
     }
 
   const int64_t prefix = 2, kept = 3, places = prefix + kept, batch = 2;
-  const int64_t more = 2 * count;  // a key head for each of `count`, for two query heads
+  const int64_t more = 2 * count;  // query heads: two for each of `count` key heads
   std::vector<float> qkv = draw(batch * (more + 2 * count) * 2 * d), keys(batch * count * places * 2 * d), values = keys,
                      q(batch * more * 2 * d);
-  int32_t in_rows[] = {1, position};  // the first row is in its prefix yet
+  int32_t in_rows[] = {1, position};  // the first row is still in its prefix
   turns[2] = prefix;
   int64_t qkv_shape[] = {batch, 1, (more + 2 * count) * 2 * d}, ring_shape[] = {batch * count, places, 2 * d}, one[] = {1},
           rows_shape[] = {batch}, turns_shape[] = {(int64_t)turns.size()},
@@ -334,7 +336,7 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
       }
     }
 
-  // as many tokens of two heads of queries and one of keys, split and joined again, and how a head is turned
+  // Splits `count` tokens of two query heads and one key head, and joins them again; checks the rotation of each head.
   const int64_t heads = 2, all = heads + 2, n = count;
   const std::vector<float> tokens = draw(batch * n * all * 2 * d);
   std::vector<float> parts[3]{std::vector<float>(batch * heads * n * 2 * d), std::vector<float>(batch * n * 2 * d),
@@ -382,7 +384,7 @@ int main(int count, char **arguments) {
       c.forward = c.causal ? 0 : c.bucket == 1 ? pick({-1, 0, 5, 80}) : pick({0, 1}) * c.bucket;
       c.beside = random() % 3 ? 1 : c.heads;
       c.offset = pick({0, 0, 5, 64, 200}), c.n_k = c.n_q + c.offset;
-      if (c.n_q > 200) c.d = std::min<int64_t>(c.d, 20);  // the plain way is slow
+      if (c.n_q > 200) c.d = std::min<int64_t>(c.d, 20);  // the plain computation is slow
       c.mask = random() % 3 == 0, c.bias = random() % 3 == 0, c.hide_self = random() % 4 == 0;
       const bool columns = c.backward + c.bucket + c.forward > 0;
       c.bias = c.bias && columns, c.emb = c.bucket == 1 && columns && random() % 3 == 0;

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The kernel's own check, by itself: bash tests/native_check.sh [plain | sanitize | x86-64 | aarch64] [cases]
-#   plain     as it is shipped, at each level that this machine has
+# Builds and runs the kernel's check: bash tests/native_check.sh [plain | sanitize | x86-64 | aarch64] [cases]
+#   plain     compiled as it is shipped, for each width of vectors that this machine has
 #   sanitize  with the address, undefined-behaviour and leak sanitizers
-#   x86-64    at the baseline, on an emulated processor that has nothing above SSE4 (Debian: qemu-user)
-#   aarch64   cross-built and emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
+#   x86-64    on an emulated processor that has nothing above SSE4: the baseline (Debian: qemu-user)
+#   aarch64   cross-compiled and emulated (Debian: g++-aarch64-linux-gnu, qemu-user)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 cases=${2:-400}

@@ -1,9 +1,10 @@
-// The kernels behind backends/native.py: attention over the span of each query, and what around it plain operators are
-// slow at, forward and backward, on a CPU.
+// The CPU kernels of backends/native.py, forward and backward: attention over the span of each query, and the layers
+// around it that are slow in plain operators.
 //
-// Tiles of queries by keys, never a matrix of scores: an online softmax forward (Milakov and Gimelshein, 2018), each
-// tile's weights computed again backward from its rows' maxima and sums (Dao et al., FlashAttention, 2022). A plain C
-// interface, as MindSpore's Custom operator of type "aot" calls it, and no header of anyone's but the C++ library's.
+// Attention works on tiles of queries by keys and never builds a whole matrix of scores. The forward pass is an online
+// softmax (Milakov and Gimelshein, 2018). The backward pass computes the weights of each tile again, from the maxima
+// and the sums of its rows (Dao et al., FlashAttention, 2022). The interface is plain C, as MindSpore's Custom operator
+// of type "aot" calls it. The only headers are those of the C++ library.
 
 #include <algorithm>
 #include <atomic>
@@ -27,19 +28,19 @@
 
 namespace {
 
-constexpr int INTERFACE = 6;  // one more with every change of what native.py and this file hand each other
+constexpr int INTERFACE = 6;  // to be increased when what goes in or out changes; native.py compares it
 constexpr int BLOCK_QUERIES = 64;
-constexpr int64_t WIDEST = 16;  // numbers in the widest vector
+constexpr int64_t WIDEST = 16;  // floats in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
-constexpr int64_t SHARES = 32;  // of the rows of a layer
-constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth a thread's start, about 0.03 ms of one
+constexpr int64_t SHARES = 32;  // parts that the rows of a layer are divided into
+constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth starting a thread: about 0.03 ms of its time
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #include "native_call.h"
 #include "native_threads.h"
 
-// What any machine of this kind has: SSE2 or NEON; elsewhere the compiler makes single numbers of it.
+// Every x86-64 processor has SSE2, every aarch64 one NEON. For others, the compiler splits vectors into single numbers.
 #define KERNEL baseline
 #define VECTOR_BYTES 16
 #ifdef __x86_64__
@@ -85,7 +86,7 @@ END_TARGET
 
 #endif
 
-// 0 for the baseline, 1 for AVX2, 2 for AVX-512: the widest vectors that this machine has.
+// The widest vectors that this machine has: 0 for the baseline, 1 for AVX2, 2 for AVX-512.
 int64_t highest_level() {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -105,7 +106,7 @@ const Kernel &kernel_of([[maybe_unused]] int64_t level) {
   return baseline::kernel;
 }
 
-// Nothing is thrown into MindSpore: 0 where all went well.
+// Returns 0 if all went well, else 1: no exception may reach MindSpore.
 template <typename Do>
 int guarded(void **inputs, Do &&act) {
   try {
@@ -116,7 +117,7 @@ int guarded(void **inputs, Do &&act) {
   }
 }
 
-// Does every row, in shares that depend on nothing but how many there are.
+// Acts on every row. The shares depend on the number of rows alone, so sums over them do not depend on threads.
 template <typename Do>
 int guarded_rows(const Rows &rows, int64_t shares, Do &&act) {
   try {
@@ -130,8 +131,8 @@ int guarded_rows(const Rows &rows, int64_t shares, Do &&act) {
   }
 }
 
-// Every token of all batch entries; `numbers`: threads, level, the position of the first query, and radians a position
-// for each half of d, or none for no rotation.
+// Moves every token of all batch entries. `numbers`: threads, level, the position of the first query, and d / 2
+// frequencies in radians per position, or none for no rotation.
 template <typename Function>
 int guarded_heads(Heads heads, const void *numbers, int64_t count, Function Kernel::*move, float *rows,
                   float *const *parts) try {
@@ -165,8 +166,9 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, documents, bias, sinks, emb, seed, numbers
-// -> out, statistics (..., n_q, 2), lse (..., n_q). Statistics: of each row a score near the highest, and the inverse
-// of the sum of weights relative to it. lse tells as much, but weights made from it would be off by its last digit.
+// -> out, statistics (..., n_q, 2), lse (..., n_q)
+// The statistics of a row are a score near its highest, and the inverse of the sum of weights relative to that score.
+// lse holds the same information, but weights computed from it would have the error of its last digit.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
   return guarded(params, [params](const Call &call, const Kernel &kernel) {
     float *const *out = (float *const *)params + 10;
@@ -183,8 +185,8 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
   });
 }
 
-// segment_ids (batch, n) -> the first and the last position of each one's document, a run of one id (batch, n, 2), all
-// int64. A negative id is padding, which is in none: its last is before its first.
+// segment_ids (batch, n) -> the first and the last position of each position's document (batch, n, 2), all int64
+// A document is a run of one id. A negative id is padding, which belongs to no document: its last is before its first.
 EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
   const int64_t batch = shapes[0][0], n = shapes[0][1], *ids = (const int64_t *)params[0];
   int64_t *bounds = (int64_t *)params[1];
@@ -244,8 +246,8 @@ EXPORTED int geglu_backward(int, void **params, int *ndims, int64_t **shapes, co
   });
 }
 
-// x (..., n, d), the position of the first of n tokens (1), numbers: threads, level, whether back, radians a position
-// for each half of d -> y
+// x (..., n, d), the position of the first of the n tokens (1), numbers -> y
+// `numbers`: threads, level, whether to rotate back, d / 2 frequencies in radians per position.
 EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
   const Rows rows(params[2], ndims[0], shapes[0]);
   const int64_t n = shapes[0][ndims[0] - 2], d = rows.d, half = d / 2, shares = std::min(n, SHARES);
@@ -273,8 +275,8 @@ EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char
   }
 }
 
-// qkv (batch, n, (heads + 2 kv_heads) d), what has the shape (heads, kv_heads), numbers as `guarded_heads` has them
-// -> q (batch, heads, n, d), k, v (batch, kv_heads, n, d), q and k turned
+// qkv (batch, n, (heads + 2 kv_heads) d), a tensor of shape (heads, kv_heads) that is not read, numbers as in
+// `guarded_heads` -> q (batch, heads, n, d), k, v (batch, kv_heads, n, d), with q and k rotated
 EXPORTED int split_heads(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
   const int64_t *qkv = shapes[0], heads = shapes[1][0], kv_heads = shapes[1][1];
   return guarded_heads({qkv[0], qkv[1], heads, kv_heads, qkv[2] / (heads + 2 * kv_heads), 0, {}}, params[2],
@@ -288,9 +290,11 @@ EXPORTED int join_heads(int, void **params, int *, int64_t **shapes, const char 
                        (float *)params[4], (float **)params);
 }
 
-// qkv (batch, 1, (heads + 2 kv_heads) d) of one token, keys and values (batch kv_heads, prefix + kept, d) that it is
-// written into, in place, its position (1) and that in each row (batch), or in all of them (1), numbers as of rotary, but
-// the prefix for whether back, and without radians for no rotation -> q (batch heads, 1, d)
+// qkv (batch, 1, (heads + 2 kv_heads) d) of one token, ring buffers of keys and of values (batch kv_heads,
+// prefix + kept, d), the token's position (1), its position in each row (batch) or in all rows (1), numbers
+// -> q (batch heads, 1, d)
+// The key and the value are written into the ring buffers, in place. `numbers` are those of `rotary`, with the prefix
+// in place of whether to rotate back, and without frequencies for no rotation.
 EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
   const int64_t batch = shapes[0][0], groups = shapes[1][0], places = shapes[1][1], d = shapes[1][2];
   const int64_t *numbers = (const int64_t *)params[5], position = *(const int32_t *)params[3], prefix = numbers[2];
@@ -334,8 +338,9 @@ EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char
   }
 }
 
-// Shapes and types of what they give, for MindSpore; Python functions in their place would be lost where it compiles a
-// part of a graph again while that runs. A type is one of its numbers; all are those of the first input.
+// MindSpore asks these for the shapes and types of outputs. Python functions in their place would be lost when it
+// compiles a part of a graph again while that graph runs. A type is one of MindSpore's type numbers; every output has
+// the type of the first input.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
   const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
   std::vector<int64_t> statistics = queries;

@@ -1,14 +1,14 @@
-// A block of queries, the tiles of keys that it meets one after the other, and their scores: a part of native_kernel.h.
+// A block of queries, its tiles of keys, one after the other, and their scores: a part of native_kernel.h.
 
-constexpr int KEYS = 64;   // of a tile
-constexpr int PIECE = 16;  // keys of a tile that is not seen whole, for which unseen vectors of queries are left out
+constexpr int KEYS = 64;   // in a tile
+constexpr int PIECE = 16;  // keys in a piece: a tile that some queries do not see whole is divided into these
 
-// Some keys of a tile, key ... end_key - 1, and the vectors of queries that see any of them, vector ... end_vector - 1.
+// Keys key ... end_key - 1 of a tile, and the vectors of queries, vector ... end_vector - 1, that see any of them.
 struct Piece {
   int key, end_key, vector, end_vector;
 };
 
-// A thread's worth of memory, the block of queries it holds, and the tile of keys that these meet.
+// The memory of one thread, its present block of queries, and its present tile of keys.
 struct Block {
   const Call &call;
   const int64_t d, padded;
@@ -17,18 +17,19 @@ struct Block {
 
   int64_t group, key_group, start, count;  // the block: queries start ... start + count - 1 of a group
   int vectors;
-  // Of each query its position, the first and the last key of its span, and those of its prefix, which starts where its
-  // document does: none of these goes down from one query to the next.
+  // For each query: its position, the first and the last key of its span, the first key of its document, where its
+  // prefix begins, and the last key of that prefix. None of these decreases from one query to the next.
   int32_t positions[QUERIES], first[QUERIES], last[QUERIES], document[QUERIES]{}, prefix_last[QUERIES]{};
-  int64_t bias_rows[QUERIES], columns_from[QUERIES];  // where each one's row of the bias is, the key of its column 0
-  uint32_t rows[QUERIES];                             // dropout's hash of each
+  int64_t bias_rows[QUERIES], columns_from[QUERIES];  // each query's row of the bias, and the key of its column 0
+  uint32_t rows[QUERIES];                             // each query's hash for dropout
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
-  const bool *real;  // which keys are, null where all
+  const bool *real;  // which keys are real; null if all are
 
   int64_t key;  // the tile: keys key ... key + keys - 1
   int keys, pieces;
-  int64_t begun;  // where the document starts whose prefix it is of
-  bool in_prefix, partial, careful;  // whether not all of it is seen, and whether products of what is not are left out
+  int64_t begun;  // if the tile is of a prefix: where its document begins
+  // Whether the tile is of a prefix, whether some of it is unseen, and whether products of what is unseen are skipped.
+  bool in_prefix, partial, careful;
   Piece piece[KEYS / PIECE];
 
   explicit Block(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
@@ -39,7 +40,7 @@ struct Block {
                              tile, call.softcap > 0 ? tile : 0, call.emb ? (KEYS + QUERIES) * QUERIES : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
-    memory.reset(new float[total]);  // not all of it is touched, and what is not costs nothing
+    memory.reset(new float[total]);  // memory that is never touched costs nothing
     float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
     for (int i = 0; i < 13; ++i) *parts[i] = next, next += sizes[i];
     for (float *rows : {q, q_scaled, dout})
@@ -53,7 +54,7 @@ struct Block {
     transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
     if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
-    int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position do
+    int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position begin
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       const Span within = call.document(group, position);
@@ -81,7 +82,7 @@ struct Block {
     return to;
   }
 
-  // Rows in whole vectors, one after the other: those given, or a copy.
+  // Returns rows of whole vectors, one after the other: the given rows if they are such, else a copy.
   const float *in_vectors(const float *from, int64_t stride, float *to) {
     return d == padded && stride == d ? from : copied(from, stride, to, 1);
   }
@@ -93,7 +94,7 @@ struct Block {
   const float *v_rows() const { return call.v + first_row() * d; }
   int count_real() const { return real ? std::count(real + key, real + key + keys, true) : keys; }
 
-  // Acts on one tile after the other: those of the prefix of each document that the block is of, and those of spans.
+  // Acts on one tile after the other: those of the prefix of each document in the block, then those of the spans.
   template <typename Act>
   INLINE void over_keys(Act &&act) {
     for (int lane = 0, end = 1; call.prefix && lane < count; lane = end++) {
@@ -105,8 +106,8 @@ struct Block {
       if (read_tile(tile)) act();
   }
 
-  // Turns to the tile from a key on of what the queries lane ... end - 1 have as prefix; false where all that they see
-  // of it are keys of their spans, or none is real.
+  // Reads the tile that begins at a key of the prefix of queries lane ... end - 1. Returns false if it has nothing to
+  // add: either every key that they see of it is in their spans too, or no key is real.
   bool read_prefix(int64_t from, int lane, int end) {
     in_prefix = partial = true, begun = document[lane], key = from;
     keys = std::min<int64_t>(KEYS, prefix_last[end - 1] + 1 - from);
@@ -120,7 +121,7 @@ struct Block {
     return lane < end && count_real();
   }
 
-  // Turns to the tile of spans from a key on; false where it holds no real key.
+  // Reads the tile of spans that begins at a key. Returns false if no key of it is real.
   bool read_tile(int64_t from) {
     in_prefix = false, key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
     const int real_keys = count_real();
@@ -138,7 +139,7 @@ struct Block {
     return real_keys;
   }
 
-  // Acts on what is seen of the tile, as many vectors of queries at once as there are registers for.
+  // Acts on the pieces of the tile that are seen, on as many vectors of queries at once as the registers hold.
   template <typename Act>
   INLINE void over_tile(Act &&act) {
     for (int i = 0; i < pieces; ++i) {
@@ -157,8 +158,8 @@ struct Block {
     }
   }
 
-  // The same where there is one query, as in decoding: numbers of a key side by side in a vector, and not queries; what
-  // stands for those that are not there is the one's.
+  // The same for one query, as in decoding. Here a vector holds numbers of one key instead of queries. The lanes of the
+  // missing queries get the product of the one that exists.
   void products_with_one(const float *from, const float *x_t, float *to) {
     for (int64_t c = 0; c < d; ++c) row[c] = x_t[c * QUERIES];
     for (int i = 0; i < pieces; ++i)
@@ -222,7 +223,8 @@ struct Block {
     }
   }
 
-  // The scores of the tile in units of log(2): scaled products, capped, embeddings and bias; -inf for what is not seen.
+  // Computes the scores of the tile in units of log(2): products, scaled and capped, plus embeddings and bias. What is
+  // not seen gets -inf.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
@@ -263,7 +265,7 @@ struct Block {
         const float *row = bias + bias_rows[v * WIDTH + i];
         const int64_t column = column_of(v * WIDTH + i, j);
         x[i] = bias_of(row, column);
-        __builtin_prefetch(row + real_column(column + KEYS));  // rows are pages apart, which no processor foresees
+        __builtin_prefetch(row + real_column(column + KEYS));  // rows are pages apart: no processor prefetches them
       }
       turn(x);
       for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i) {
@@ -293,7 +295,7 @@ struct Block {
     }
   }
 
-  // Embeddings that pairs of this tile can have: by_offset[x] belongs to embedding offset_of(0) + x.
+  // The embeddings for the pairs of query and key in this tile: by_offset[x] belongs to embedding offset_of(0) + x.
   int64_t offset_of(int64_t x) const {
     return key - (call.offset + start + QUERIES - 1) + call.spec_backward + x;
   }
@@ -303,8 +305,8 @@ struct Block {
     from = std::clamp<int64_t>(-offset_of(0), 0, rows), to = std::clamp(call.offsets - offset_of(0), from, rows);
   }
 
-  // 0 where there is none: a lane without a query would read what was there before, and where it finds a high score,
-  // its whole vector moves.
+  // Multiplies queries by embeddings. Offsets without an embedding get 0: a lane without a query would otherwise read
+  // an old number there, and a high score in one lane makes `move` act on the whole vector.
   void score_offsets() {
     int64_t from, to;
     offsets_within(from, to);
@@ -315,7 +317,7 @@ struct Block {
              QUERIES, false);
   }
 
-  // The column of a query's row of the bias for a key of the tile; beyond the outermost columns, those count.
+  // The column for a key of the tile in a query's row of the bias. Beyond the outermost columns, those are used.
   int64_t column_of(int64_t lane, int j) const { return key + j - columns_from[lane]; }
   int64_t real_column(int64_t column) const { return std::min(std::max<int64_t>(column, 0), call.columns - 1); }
   bool all_real(int64_t column) const { return column >= 0 && column + WIDTH <= call.columns; }

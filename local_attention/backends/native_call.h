@@ -1,4 +1,4 @@
-// What one call is told and hands on, and what a width of vectors gives for it: a part of native.cpp.
+// The inputs and outputs of a call, and the functions that each width of vectors has: a part of native.cpp.
 
 // Dropout's hashes, as in backends/dropout.py.
 inline uint32_t mix(uint32_t x) {
@@ -13,7 +13,7 @@ inline uint32_t row_hash(int64_t group, int64_t query) {
 
 inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995u); }
 
-// Keys from the first to the last; none where that stands before it.
+// Keys from the first to the last, both included; none if the last is before the first.
 struct Span {
   int64_t first, last;
 };
@@ -22,7 +22,7 @@ struct Span {
 struct Call {
   const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
   const bool *mask;          // (batch, n_k), true for a real key
-  const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each one's document
+  const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each key's document
   const float *bias;         // (heads, period, columns)
   const float *sinks;        // (sink_heads)
   const float *emb;          // (offsets, head_dim)
@@ -30,10 +30,10 @@ struct Call {
 
   int64_t groups, kv_groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, prefix, offset, batch,
       doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
-  int64_t first_group, first_position;  // which of the whole the first ones here are, for dropout
-  int64_t beside;             // heads that stand beside each other in a row of the output: all of a token's, or 1
+  int64_t first_group, first_position;  // where this call begins in the whole problem, for dropout
+  int64_t beside;             // heads beside each other in a row of the output: all heads of a token, or 1
   int64_t share;              // groups that read the same keys
-  int64_t padded, bias_size;  // head_dim in whole vectors of any width, and a head's bias
+  int64_t padded, bias_size;  // head_dim rounded up to the widest vector, and the size of one head's bias
   float scale, softcap, kept_factor;
   int32_t drop_below;
   bool dropping;
@@ -44,7 +44,7 @@ struct Call {
                         &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
                         &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside})
       *to = *number++;
-    double real[3];  // these by their bits
+    double real[3];  // passed as their bits
     std::memcpy(real, number, sizeof(real));
     const double rate = real[2];
     scale = (float)real[0], softcap = (float)real[1], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
@@ -60,20 +60,20 @@ struct Call {
     padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
   }
 
-  // From a row of the output and of its gradient to the next of its group, and where the rows of a group begin.
+  // The stride from one row of a group to the next, in the output and in its gradient, and where a query's row begins.
   int64_t out_stride() const { return beside * head_dim; }
   int64_t out_place(int64_t group, int64_t query) const {
     return (group / beside * n_q + query) * out_stride() + group % beside * head_dim;
   }
 
-  // The document that a position stands in.
+  // The document of a position.
   Span document(int64_t group, int64_t position) const {
     if (!documents) return {0, n_k - 1};
     const int32_t *bounds = documents + 2 * (group / (groups / doc_batch) * n_k + position);
     return {bounds[0], bounds[1]};
   }
 
-  // What the query at a position sees without its prefix, given where its bucket starts.
+  // The keys that the query at a position sees by its window, without the prefix; its bucket begins at `start`.
   Span span(int64_t position, int64_t start, const Span &within) const {
     int64_t last = start + bucket - 1 + spec_forward;
     if (causal) last = std::min(last, position);
@@ -98,7 +98,7 @@ struct Rows {
 
   Rows(const void *numbers, int axes, const int64_t *shape) : count(1), d(shape[axes - 1]) {
     const int64_t *number = (const int64_t *)numbers;
-    double real;  // by its bits
+    double real;  // passed as its bits
     std::memcpy(&real, number + 2, sizeof(real));
     threads = number[0], level = number[1], epsilon = (float)real;
     for (int axis = 0; axis < axes - 1; ++axis) count *= shape[axis];
@@ -107,11 +107,11 @@ struct Rows {
   double work() const { return 16. * count * d; }
 };
 
-// Heads of projected tokens, and what queries and keys are turned by.
+// Heads of projected tokens, and the rotation of queries and keys.
 struct Heads {
   int64_t batch, n, heads, kv_heads, d;
-  int64_t first_query;              // its position, where that of the first key is 0
-  std::vector<double> frequencies;  // radians a position for each half of d; none for no rotation
+  int64_t first_query;              // the position of the first query, counted from the first key's
+  std::vector<double> frequencies;  // d / 2 of them, in radians per position; none for no rotation
 };
 
 struct Outputs {
@@ -124,16 +124,16 @@ struct Gradients {
   float *dsink_parts;  // (groups, blocks of queries)
 };
 
-// Queries of one group of keys that one thread works on, one block after the other.
+// Queries that one thread works on, block by block, for all groups that share one group of keys.
 struct Chunk {
   float *dbias, *demb;
-  int64_t position;  // of its first query
-  float *dprefix;    // (2, prefix, head_dim): of the prefix of a document that began before, gradients of keys, values
+  int64_t position;  // of the chunk's first query
+  float *dprefix;    // (2, prefix, head_dim): gradients of keys and values, in the prefix of a document begun earlier
   int64_t cleared;
 };
 
-// Zeroes the gradients of a group's keys from `cleared` on, which moves, to another key: shortly before they are first
-// added to, and not all at once, as they are then still in the cache.
+// Zeroes the gradients of a group's keys from `cleared` up to `to`, and sets `cleared` to `to`. This happens shortly
+// before they are first added to, and not for all keys at once, so that they are still in the processor's cache then.
 void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t &cleared, int64_t to) {
   if (to <= cleared) return;
   for (float *rows : {grads.dk, grads.dv})
@@ -141,18 +141,18 @@ void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t
   cleared = to;
 }
 
-// What native_kernel.h gives for one width of vectors.
+// The functions of native_kernel.h, for one width of vectors.
 struct Kernel {
   bool (*forward)(const Call &, const Outputs &);
   bool (*backward)(const Call &, Gradients, float *dbias, float *dsinks, float *demb);
-  // one row
+  // These work on one row.
   void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y);
   void (*layer_norm_backward)(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,
                               float *dgamma, float *dbeta);
   void (*geglu)(const float *x, int64_t d, float *y);
   void (*geglu_backward)(const float *x, const float *dy, int64_t d, float *dx);
   void (*rotate)(const float *x, const float *cosines, const float *sines, int64_t half, float *y);
-  // the tokens from one to before another, of each batch entry
+  // These work on tokens from ... to - 1 of each batch entry.
   void (*split_heads)(const Heads &heads, int64_t from, int64_t to, float *rows, float *const *parts);
   void (*join_heads)(const Heads &heads, int64_t from, int64_t to, float *rows, float *const *parts);
 };

@@ -1,8 +1,9 @@
-// Attention of one block of queries, forward and backward, for one width of vectors. Included once for each; before it
-// stand KERNEL, the namespace it is to have, VECTOR_BYTES, and REGISTERS, how many vectors the machine holds.
+// Attention of one block of queries, forward and backward, for one width of vectors. This file is included once for
+// each width. Before it, KERNEL (its namespace), VECTOR_BYTES and REGISTERS (how many vectors the processor holds) are
+// defined.
 //
-// The queries of a block stand side by side in the lanes of vectors and keys one below the other, so that a softmax
-// runs down the columns of a tile, with no sum across lanes, and a mask is a comparison of lanes with a key's number.
+// In a tile, each row is a key, and the lanes of its vectors are queries. So a softmax runs down the columns, with no
+// sum across lanes, and a mask compares lanes with the number of a key.
 
 namespace KERNEL {
 
@@ -11,7 +12,7 @@ namespace KERNEL {
 
 constexpr float SLACK = 8;  // see soften()
 
-// What is done with a block: attention forward, and backward from its statistics.
+// Attention of a block: forward, and backward from the statistics of the forward pass.
 struct Worker : Block {
   using Block::Block;
 
@@ -19,7 +20,7 @@ struct Worker : Block {
     read_block(to_group, from, to);
     careful = false;
     attend();
-    if (!finite(out_t, d * QUERIES)) careful = true, attend();  // values that nobody sees may have come through
+    if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < count; ++lane)
       outputs.lse[at + lane] = highest[lane] * LOG_2 + std::log(sum[lane]);
@@ -34,7 +35,7 @@ struct Worker : Block {
 
   float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * LOG2_E : -INFINITY; }
 
-  // Sums up what the queries take of their keys, and their weights.
+  // Computes the weighted sums of values, and the sums of weights.
   void attend() {
     std::fill(out_t, out_t + d * QUERIES, 0.f);
     std::fill(highest, highest + QUERIES, sink());
@@ -46,8 +47,8 @@ struct Worker : Block {
     });
   }
 
-  // Scores become weights, by a score near the highest so far of each query; where it is left behind by more than
-  // 2^SLACK, it moves up to that, and what was summed before follows.
+  // Turns scores into weights, relative to a score near the highest so far of each query. Where a new score is higher
+  // by more than SLACK, a factor of 2^SLACK in the weight, it takes that place, and the earlier sums are rescaled.
   template <bool DROPPING>
   void soften() {
     std::copy_n(highest, QUERIES, top);
@@ -60,7 +61,7 @@ struct Worker : Block {
     });
     for (int v = 0; v < vectors; ++v) move(v);
     over_tile([&](auto count, int v, int from, int to) {
-      Vec near[count], total[count]{};  // a sum of each tile's sums loses less than one long sum
+      Vec near[count], total[count]{};  // summing each tile by itself loses less than one long sum
       for (int i = 0; i < count; ++i) near[i] = load<Vec>(top + (v + i) * WIDTH);
       for (int j = from; j < to; ++j)
         for (int i = 0; i < count; ++i) {
@@ -77,7 +78,7 @@ struct Worker : Block {
     });
   }
 
-  // From the highest scores of a vector of queries, `top`, to what their weights are relative to.
+  // Replaces the highest scores of a vector of queries, in `top`, by those that the weights are relative to.
   void move(int v) {
     const Vec before = load<Vec>(highest + v * WIDTH), now = load<Vec>(top + v * WIDTH);
     const bool moves = any(now > before + SLACK);
@@ -150,7 +151,7 @@ struct Worker : Block {
     transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, call.emb ? 1 : call.scale);
   }
 
-  // What the queries of the block add to the gradient of the sink, a key without a value.
+  // Returns the block's part of the gradient of the sink. A sink acts as a key without a value.
   float sink_gradient() {
     Vec total{};
     for (int lane = 0; lane < vectors * WIDTH; lane += WIDTH) {
@@ -160,8 +161,8 @@ struct Worker : Block {
     return sum_of(total);
   }
 
-  // From scores to weights, and from the weights' gradients to those of scores; PLAIN where all is seen and nothing
-  // dropped. What is not seen stays 0 whatever the other numbers are.
+  // Turns scores into weights, and gradients of weights into gradients of scores. PLAIN: every key is seen, nothing is
+  // dropped, and no query hides itself. Otherwise an unseen key stays 0, whatever the other numbers are.
   template <bool PLAIN>
   void differentiate() {
     over_tile([&](auto count, int v, int from, int to) {
@@ -190,7 +191,7 @@ struct Worker : Block {
     });
   }
 
-  // From the gradients of capped scores to those of products.
+  // Turns gradients of capped scores into gradients of products.
   void uncap() {
     over_tile([&](auto count, int v, int from, int to) {
       for (int j = from; j < to; ++j)

@@ -1,5 +1,5 @@
-// LayerNorm, GEGLU, rotary embedding and heads, row by row, forward and backward, for one width of vectors: a part of
-// native_kernel.h.
+// LayerNorm, GEGLU, rotary embedding, and the split of heads, row by row, forward and backward, for one width of
+// vectors: a part of native_kernel.h.
 
 // The mean of a row and the inverse of its standard deviation.
 INLINE void moments(const float *x, int64_t d, float epsilon, float &mean, float &inverse) {
@@ -40,8 +40,9 @@ void layer_norm_backward(const float *x, const float *gamma, float epsilon, cons
   }
 }
 
-// Of the standard normal distribution: exp(-x^2 / 2), and the probability of less than x to 2e-7 of it. That of less
-// than -|x| is the first times a polynomial in t = 1 / (1 + |x| / 4), fitted to erfcx for the least relative error.
+// Returns the probability that a standard normal number is less than x, with a relative error up to 2e-7, and sets
+// `bell` to exp(-x^2 / 2). The probability of less than -|x| is `bell` times a polynomial in t = 1 / (1 + |x| / 4),
+// fitted to erfcx for the smallest relative error.
 INLINE Vec normal(Vec x, Vec &bell) {
   bell = power_of_2(x * x * (-0.5f * LOG2_E));
   const Vec t = 1.f / (1.f + max(x, -x) * 0.25f);
@@ -53,7 +54,7 @@ INLINE Vec normal(Vec x, Vec &bell) {
   return x > 0.f ? 1.f - y : y;
 }
 
-// y = a * gelu(gate), a and gate side by side in x.
+// y = a * gelu(gate); x holds a and then gate.
 void geglu(const float *x, int64_t d, float *y) {
   for (int64_t c = 0; c < d; c += WIDTH) {
     const Vec gate = take(x + d + c, d - c);
@@ -72,7 +73,7 @@ void geglu_backward(const float *x, const float *dy, int64_t d, float *dx) {
   }
 }
 
-// Each pair of numbers, half a row apart, turned by an angle; a gradient turns back, by the negative sines.
+// Rotates each pair of numbers, half a row apart, by an angle. Negative sines rotate a gradient back.
 void rotate(const float *x, const float *cosines, const float *sines, int64_t half, float *y) {
   for (int64_t c = 0; c < half; c += WIDTH) {
     const Vec a = take(x + c, half - c), b = take(x + half + c, half - c);
@@ -82,14 +83,15 @@ void rotate(const float *x, const float *cosines, const float *sines, int64_t ha
   }
 }
 
-constexpr int TOKENS = 16;  // of which a head is moved at once, so that memory is read and written in longer pieces
+constexpr int TOKENS = 16;  // of one head, moved at once, so that memory is read and written in longer pieces
 
-// Tokens between rows of all heads, `(batch, n, (heads + 2 kv_heads) d)`, and their parts, queries and keys turned and
-// values as they are, each `(batch, heads, n, d)`; a gradient goes the other way and turns back.
+// Moves tokens from rows of all heads, `(batch, n, (heads + 2 kv_heads) d)`, to queries, keys and values, each
+// `(batch, heads, n, d)`. Queries and keys are rotated, values are not. A gradient moves the other way and is rotated
+// back.
 template <bool BACK>
 void move_heads(const Heads &h, int64_t from, int64_t to, float *rows, float *const *parts) {
   const int64_t half = h.frequencies.size(), width = (h.heads + 2 * h.kv_heads) * h.d;
-  std::vector<float> cosines(2 * TOKENS * half), sines(2 * TOKENS * half);  // of queries, and of keys
+  std::vector<float> cosines(2 * TOKENS * half), sines(2 * TOKENS * half);  // of queries, then of keys
   for (int64_t start = from; start < to; start += TOKENS) {
     const int64_t count = std::min<int64_t>(TOKENS, to - start);
     for (int64_t i = 0; i < 2 * count * half; ++i) {

@@ -1,6 +1,6 @@
-// A call's work among threads, forward and backward: a part of native.cpp.
+// How the work of a call is divided among threads, forward and backward: a part of native.cpp.
 
-// Does items 0 ... count - 1, each worker taking the next as it comes free; false where one of them threw.
+// Acts on items 0 ... count - 1: a worker that is free takes the next one. Returns false if one of them threw.
 template <typename Worker, typename Task, typename Do>
 bool in_parallel(const Task &task, int64_t count, Do &&act) {
   std::atomic<int64_t> next{0};
@@ -17,7 +17,7 @@ bool in_parallel(const Task &task, int64_t count, Do &&act) {
   std::vector<std::thread> others;
   for (int64_t i = 1; i < wanted; ++i) try {
       others.emplace_back(work);
-    } catch (const std::exception &) {  // no thread to be had: those there are do it all
+    } catch (const std::exception &) {  // no more threads can be started: those that run do it all
       break;
     }
   work();
@@ -25,14 +25,14 @@ bool in_parallel(const Task &task, int64_t count, Do &&act) {
   return fine;
 }
 
-// What does not need a kernel's memory.
+// A worker that needs no memory of its own.
 struct NoMemory {
   template <typename Task>
   explicit NoMemory(const Task &) {}
 };
 
-// Blocks go to threads some at a time, one after the other, as those next to each other see mostly the same keys: those
-// of the groups that share a group of keys, and then those of the next queries.
+// A thread takes a few consecutive blocks at a time, because they see mostly the same keys: first come the blocks of
+// the groups that share a group of keys, then those of the next queries.
 template <typename Worker>
 bool run_forward(const Call &call, const Outputs &outputs) {
   const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
@@ -46,18 +46,20 @@ bool run_forward(const Call &call, const Outputs &outputs) {
   });
 }
 
-// The sum of `count` rows of floats, in their order, in the first of them.
+// Adds up `count` rows of floats, in their order, into the first one.
 void sum_rows(std::vector<float> &rows, int64_t count) {
   const int64_t size = rows.size() / count;
   for (int64_t row = 1; row < count; ++row)
     for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
 }
 
-// Gradients of keys are summed where they belong. So that no two threads meet there, a sequence is worked on in chunks
-// longer than a span: first those of even number, which have no key in common, then those of odd number, each with all
-// the groups that share its keys. Only a prefix is seen from afar: a chunk has its own sums for the one of a document
-// that began before it. Gradients of what heads or batch entries share are summed by one owner each, in slices, and the
-// slices at the end: in an order that does not depend on which thread came first.
+// Gradients of keys are added up in place. No two threads may add to the same key, so the queries are divided into
+// chunks that are longer than a span. The chunks of even number have no key in common and come first; then come those
+// of odd number. A chunk is computed for all groups that share its keys. Only a prefix is seen from far away: a chunk
+// has its own sums for the prefix of a document that began before the chunk, and they are added at the end.
+//
+// Gradients of tensors that heads or batch entries share are summed by one owner each, in slices. The slices are summed
+// at the end. So the order of additions does not depend on which thread comes first.
 template <typename Worker>
 bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
   const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
@@ -72,12 +74,12 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
   const int64_t bias_size = call.heads * call.bias_size, owned = bias_size / owners;
   const int64_t prefix_size = call.prefix * call.head_dim;
   const auto uncleared = [](int64_t size) { return std::unique_ptr<float[]>(new float[size]); };
-  const auto bias_parts = uncleared((slices - 1) * bias_size);  // for the first, there is dbias
+  const auto bias_parts = uncleared((slices - 1) * bias_size);  // the first slice adds to dbias itself
   const auto prefix_parts = uncleared(call.kv_groups * chunks * 2 * prefix_size);
   std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
   grads.dsink_parts = sink_parts.data();
 
-  const auto first_key = [&](int64_t query) {  // at or before those that it or a later one sees of spans
+  const auto first_key = [&](int64_t query) {  // at or before every key in the spans of this query and later ones
     if (query == 0 || query >= call.n_q) return query ? call.n_k : 0;
     return std::clamp<int64_t>(call.offset + query + 1 - call.bucket - call.spec_backward, 0, call.n_k);
   };

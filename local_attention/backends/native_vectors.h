@@ -1,9 +1,9 @@
-// Vectors of one width, what is done with their numbers, and products of matrices in them: a part of native_kernel.h.
+// Vectors of one width, functions of their numbers, and matrix products with them: a part of native_kernel.h.
 
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int QUERIES = BLOCK_QUERIES;
 constexpr float LOG2_E = 1.44269504f, LOG_2 = 0.69314718f;
-constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows: sums in half of the registers, what they are made of in the rest
+constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows of sums: these fill half of the registers, and the factors the rest
 
 typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
@@ -25,13 +25,13 @@ INLINE Vec all(float x) { return Vec{} + x; }
 
 INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
 
-// 2^x for x < 127, to 2e-7 of it; 0 below the smallest normal number; NaN stays NaN.
+// 2^x for x < 127, with a relative error up to 2e-7. Below the smallest normal number it is 0. NaN stays NaN.
 INLINE Vec power_of_2(Vec x) {
-  constexpr float SHIFT = 12582912.f + 127;  // 1.5 * 2^23: a sum with it is an integer, here of an exponent's bits
+  constexpr float SHIFT = 12582912.f + 127;  // adding 1.5 * 2^23 rounds to an integer, here an exponent's bits
   const Vec clamped = max(x, all(-127.f));   // the exponent of 0
   const Vec shifted = clamped + SHIFT;
   const Vec r = clamped - (shifted - SHIFT);
-  Vec y = r * 0.001326472731f + 0.009671512991f;  // minimax on -1/2 ... 1/2, exact at 0
+  Vec y = r * 0.001326472731f + 0.009671512991f;  // a minimax polynomial on -1/2 ... 1/2, exact at 0
   y = y * r + 0.05550733581f;
   y = y * r + 0.2402224243f;
   y = y * r + 0.6931470037f;
@@ -39,8 +39,8 @@ INLINE Vec power_of_2(Vec x) {
   return y * (Vec)((Bits)shifted << 23);
 }
 
-// tanh x to 5e-7 of it: an odd quotient, its coefficients fitted here for the smallest relative error (2e-8) over
-// -9.02 ... 9.02, beyond which floats know no difference to 1; NaN stays NaN.
+// tanh x, with a relative error up to 5e-7. It is an odd quotient of polynomials. Its coefficients were fitted for the
+// smallest relative error (2e-8) on -9.02 ... 9.02; beyond that, tanh x is 1 or -1 in float32. NaN stays NaN.
 INLINE Vec tanh(Vec x) {
   x = x > 9.02f ? all(9.02f) : max(x, all(-9.02f));
   const Vec y = x * x;
@@ -49,7 +49,7 @@ INLINE Vec tanh(Vec x) {
   return x * above / below;
 }
 
-// Numbers from `from` on of which `count` are left in their row; what a vector has more is `rest`.
+// Loads a vector at `from`, where `count` numbers are left in the row. Lanes beyond them get `rest`.
 INLINE Vec take(const float *from, int64_t count, float rest = 0) {
   if (count >= WIDTH) return load<Vec>(from);
   float edge[WIDTH];
@@ -71,7 +71,7 @@ INLINE float sum_of(Vec x) {
   return total;
 }
 
-// Acts on vectors v ... end - 1, as many at once as there are registers for: act(how many, a constant, and the first).
+// Acts on vectors v ... end - 1, as many at once as the registers hold: act(how many, as a constant, and the first).
 template <int COUNT = COLUMNS, typename Act>
 INLINE void across(int v, int end, Act &&act) {
   for (; v + COUNT <= end; v += COUNT) act(std::integral_constant<int, COUNT>{}, v);
@@ -79,7 +79,7 @@ INLINE void across(int v, int end, Act &&act) {
     if (v < end) across<COUNT - 1>(v, end, act);
 }
 
-// c[row] (+)= the sum over steps of a[row, step] * b[step], b and c in vectors; a goes by two strides.
+// c[row] (+)= the sum over steps of a[row, step] * b[step]. b and c are vectors; a has strides of rows and of steps.
 template <int ROWS, int COUNT>
 INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
                              int64_t b_step, float *c, int64_t c_row, bool add) {
@@ -113,8 +113,9 @@ NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *
   });
 }
 
-// The same, one product at a time, leaving out those with a weight of 0: 0 * NaN is NaN, and what nobody sees must not
-// be seen. weights[j, lane] meets rows[j] in `into[., lane]`, or rows[lane] in `into[j]`.
+// The same, one product at a time, without those whose weight is 0: 0 * NaN is NaN, and an unseen key must have no
+// effect. If `transposed`, weights[j, lane] * rows[j] is added to into[., lane], else weights[j, lane] * rows[lane] to
+// into[j].
 NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, const float *weights, const float *rows,
                                  int64_t rows_stride, float *into, int64_t into_stride, bool transposed) {
   for (int64_t j = 0; j < keys; ++j)
@@ -154,7 +155,8 @@ INLINE Bits scramble(Bits x) {
   return x * (x + x + 1);
 }
 
-// A square of as many rows as a row has numbers, turned: at each step the off-diagonal squares of a side change places.
+// Transposes a square of WIDTH rows: each step swaps the off-diagonal squares of one side, then goes on with half of
+// it.
 template <int SIDE, int... LANES>
 INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
   for (int row = 0; row < WIDTH; ++row) {
@@ -168,8 +170,8 @@ INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
 
 INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
 
-// to[column, row] = factor * from[row, column]. A row of `to` is written in whole vectors as far as it may be: as its
-// stride is long, or as it is wide.
+// to[column, row] = factor * from[row, column]. Rows of `to` are written in whole vectors, so zeros may follow the last
+// number, but never beyond `to_width` or the stride.
 NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
                             int64_t to_stride, float factor, int64_t to_width = INT64_MAX) {
   to_width = std::min(to_width, to_stride);
