@@ -1,10 +1,10 @@
 """Train a byte-level `LocalTransformer` on real text and sample from it: `python train.py`.
 
-Without `--data` the text is the source of the Python standard library on this machine. A run writes into a folder of
-its own: settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines, the loss curve and a
-picture of what its heads look at.
+Without `--data`, the text is the source of the Python standard library on this machine. Each run has its own folder:
+settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines, the loss curve, and a picture of
+each head's attention weights.
 
-`msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on batches of its own.
+`msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on its own batches.
 """
 import json
 import math
@@ -17,14 +17,14 @@ import zlib
 
 
 def name_if_dead():
-    """Go on in a child, and say which rank it was if that dies: msrun knows processes alone, and ends the others."""
+    """Continue in a child process, and print its rank if it dies: msrun ends the other processes and names no rank."""
     rank, parent = os.environ.get("RANK_ID", "of this process"), os.getpid()
     child = os.fork()
     if child == 0:
         def watch():
             while os.getppid() == parent:
                 time.sleep(1)
-            print(f"train.py: the parent of rank {rank} was killed, and so it ends.", file=sys.stderr, flush=True)
+            print(f"train.py: the parent of rank {rank} was killed, so the rank ends too.", file=sys.stderr, flush=True)
             os._exit(1)
         threading.Thread(target=watch, daemon=True).start()
         return
@@ -41,7 +41,7 @@ def name_if_dead():
 if __name__ == "__main__" and os.environ.get("MS_ROLE") == "MS_WORKER":
     name_if_dead()  # before MindSpore starts threads, which a child would not have
 
-os.environ.setdefault("GLOG_v", "3")  # errors only; MindSpore reads it as it is imported
+os.environ.setdefault("GLOG_v", "3")  # errors only; MindSpore reads it when it is imported
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
@@ -57,15 +57,15 @@ try:
     import matplotlib
     from tqdm import tqdm
 except ImportError as missing:
-    sys.exit(f'train.py: {missing.name} is not installed; pip install -e ".[train]" brings what training needs.')
+    sys.exit(f'train.py: {missing.name} is not installed; pip install -e ".[train]" installs what training needs.')
 
-BITS = 1 / math.log(2)  # in a nat
+BITS = 1 / math.log(2)  # bits in a nat
 
 
 # ---- processes
 
 class Ranks:
-    """The processes that train together, of which this one has a number. Under msrun alone is there more than one."""
+    """The processes that train together, and the rank of this one. Without msrun there is one process."""
 
     def __init__(self, count):
         self.rank, self.count = 0, count
@@ -74,13 +74,13 @@ class Ranks:
             self.rank = communication.get_rank()
 
     def mean(self, *values):
-        """Of numbers, over the processes."""
+        """Return the mean of each number over the processes."""
         if self.count == 1:
             return values
         return (ops.AllReduce()(Tensor(values, ms.float32)) / self.count).asnumpy().tolist()
 
     def agree(self, values):
-        """Ends every process if they were not given the same; `values` are by the names to call them by."""
+        """End every process if their `values` differ. The keys are the names in the message."""
         if self.count == 1:
             return
         text = np.frombuffer(json.dumps(values).encode(), np.uint8).astype(np.int32)
@@ -121,7 +121,7 @@ class Trainer:
             **heads, num_tokens=256, max_seq_len=settings.seq_len, depth=settings.depth,
             local_attn_window_size=tuple(windows), num_residual_streams=settings.num_residual_streams,
             global_attn_layer=full, layers_insert_global_attn=settings.global_layers)
-        # rotary embedding tells positions already, and small vectors are learned in fewer steps than those of PyTorch
+        # rotary embedding already gives positions, and small initial vectors need fewer steps than PyTorch's large ones
         for embedding, scale in ((self.model.token_emb, 0.3), (self.model.pos_emb, 0.)):
             embedding.embedding_table.set_data(embedding.embedding_table * scale)
         self.optimizer = nn.Adam(self.model.trainable_params(), learning_rate=settings.learning_rate, beta2=0.99)
@@ -139,7 +139,7 @@ class Trainer:
         return self.model(tokens, return_loss=True, segment_ids=segment_ids)
 
     def _share(self, tokens, segment_ids=None):
-        """What a batch adds to the loss of its step, and its own loss beside it."""
+        """Return what a batch adds to the loss of its step, and the batch's own loss."""
         loss = self._loss(tokens, segment_ids)
         return loss / self.settings.grad_accum, loss
 
@@ -152,12 +152,12 @@ class Trainer:
         return self.optimizer(ops.clip_by_global_norm(gradients, self.settings.clip))
 
     def _step_of_one(self, *batch):
-        """A step of a single batch, whose gradients need not leave the compiled function: a fifth of a small step."""
+        """Run a step of one batch. Its gradients stay in the compiled function: this saves a fifth of a small step."""
         (_, loss), gradients = self._gradients(*batch)
         return ops.depend(loss, self._update(gradients))
 
     def train_step(self, batches):
-        """One step of the optimizer; returns the loss over its batches, in bits per byte."""
+        """Run one step of the optimizer; return the mean loss of its batches, in bits per byte."""
         self.model.set_train(True)
         ops.assign(self.optimizer.learning_rate, Tensor(learning_rate(self.settings, self.step), ms.float32))
         losses = [self.step_of_one(*batches[0])] if len(batches) == 1 else self._step_of_several(batches)
@@ -169,7 +169,7 @@ class Trainer:
         for batch in batches:
             (_, loss), gradients = self.gradients(*batch)
             losses.append(loss)
-            gradients = ms.mutable(gradients)  # a tuple that is not mutable is a constant, and compiled anew each time
+            gradients = ms.mutable(gradients)  # any other tuple is a constant, for which each call would compile
             total = gradients if total is None else ms.mutable(self.add(total, gradients))
         self.update(total)
         return losses
@@ -182,7 +182,7 @@ class Trainer:
         return float(np.mean([float(loss.asnumpy()) for loss in losses])) * BITS
 
     def sample(self, prime, shown):
-        """What the model writes after `prime`; whether its progress is `shown`."""
+        """Return the text that the model writes after `prime`, with a progress bar if `shown`."""
         length = self.settings.sample_len
         with tqdm(total=length, desc="sampling", unit="token", leave=False, disable=not shown) as bar:
             tokens = self.model.generate(Tensor(prime[None].astype(np.int32)), length,
@@ -190,7 +190,7 @@ class Trainer:
         return bytes(tokens.asnumpy()[0].astype(np.uint8).tolist())
 
     def save(self, path):
-        """Weights, optimizer state and step; the file under its own name is always a whole one."""
+        """Save weights, optimizer state and step. The file at `path` is complete at every moment."""
         temporary = path.with_name("checkpoint.tmp.ckpt")
         ms.save_checkpoint(self.optimizer, str(temporary), append_dict={"step": self.step})
         replace(temporary, path)
@@ -204,17 +204,17 @@ class Trainer:
 
 
     def checksum(self):
-        """Of the weights and the optimizer's state."""
+        """Return a checksum of the weights and the optimizer's state."""
         total = 0
         for parameter in self.optimizer.get_parameters():
             total = zlib.crc32(parameter.asnumpy().tobytes(), total)
         return total
 
 
-# ---- what a run leaves behind
+# ---- the files of a run
 
 def replace(temporary, path):
-    """A file that is written in another's place: it has that one's name once it is all there, and not before."""
+    """Give a file the name `path` when all of it is on the disk, and not before."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -227,9 +227,9 @@ def write_text(path, text):
 
 
 def read_metrics(path, step):
-    """The records of a run up to `step`: what an interrupted run logged after its checkpoint is done again."""
+    """Return the records of a run up to `step`. Steps that were logged after the checkpoint are run again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is not all there
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is incomplete
     return [record for record in records if record["step"] <= step]
 
 
@@ -248,7 +248,7 @@ def draw_curve(path, records, entropy):
 
 
 def draw_heads(path, model, text):
-    """What each head of each layer looks at, over a text."""
+    """Draw the attention weights of each head of each layer over a text."""
     names = []
     for number, place in enumerate(model.global_places, 1):
         names += [f"layer {number}, global"] * (place > 0) + [f"layer {number}"]
@@ -256,7 +256,7 @@ def draw_heads(path, model, text):
 
 
 class Interrupt:
-    """Remembers Ctrl-C or a request to terminate, so that the step at hand is finished and saved first."""
+    """Remembers Ctrl-C or SIGTERM, so that the present step is finished and saved first."""
 
     def __enter__(self):
         self.seen = False
@@ -272,7 +272,7 @@ class Interrupt:
 
 
 def printable(text):
-    """Bytes as text for a terminal: what is not UTF-8, or would control the terminal, is replaced."""
+    """Return bytes as text for a terminal. Bytes that are not UTF-8 or would control the terminal are replaced."""
     decoded = text.decode("utf-8", errors="replace")
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in decoded)
 
@@ -284,7 +284,7 @@ def run(settings, folder, ranks):
     entropy = order_0_entropy(validation_text)
     try:
         trainer = Trainer(settings)
-    except ValueError as error:  # what the model says of a size or a seed that cannot be
+    except ValueError as error:  # the model's message about a wrong size or seed
         sys.exit(f"train.py: {error}")
     checkpoint = folder / "checkpoint.ckpt"
     if settings.resume:
@@ -303,9 +303,9 @@ def run(settings, folder, ranks):
         write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         weights = sum(parameter.size for parameter in trainer.model.trainable_params())
         together = f", {ranks.count} processes" if ranks.count > 1 else ""
-        print(f"Training on {len(train_text):,} bytes of {settings.data or 'the Python standard library'}, "
-              f"validating on {len(validation_text):,}, whose order-0 entropy is {entropy:.3f} bits per byte.\n"
-              f"{weights:,} weights, {settings.device}, {settings.mode} mode{together}; results go to {folder}.")
+        print(f"Training on {len(train_text):,} bytes of {settings.data or 'the Python standard library'}. "
+              f"Validating on {len(validation_text):,} bytes; their order-0 entropy is {entropy:.3f} bits per byte.\n"
+              f"{weights:,} weights, {settings.device}, {settings.mode} mode{together}. Results go to {folder}.")
 
     validation = validation_batches(validation_rows, settings, ranks.rank)
     prime = validation_text[:min(128, settings.seq_len)]
@@ -316,17 +316,17 @@ def run(settings, folder, ranks):
         stopped = False
         while trainer.step < settings.steps and not stopped:
             loss = trainer.train_step(training_batches(train_rows, settings, trainer.step, ranks.rank))
-            loss, stopped = ranks.mean(loss, interrupt.seen)  # all of them stop where one is asked to
+            loss, stopped = ranks.mean(loss, interrupt.seen)  # if one is asked to stop, all stop
             bar.update(step_tokens)
             step, last = trainer.step, trainer.step == settings.steps
             record = {"step": step, "loss": loss}
             if step % settings.validate_every == 0 or last:
                 record["validation"], = ranks.mean(trainer.validate(validation))
             bar.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name != "step"})
-            if step % settings.sample_every == 0 or last:  # by all: on CPU, none waits longer than ten seconds
+            if step % settings.sample_every == 0 or last:  # by every rank: on CPU, none may wait ten seconds
                 record["sample"] = printable(trainer.sample(prime, first))
                 if first:
-                    bar.write(f"--- step {step}, after the validation text's …{printable(prime[-40:].tobytes())!r}:\n"
+                    bar.write(f"--- step {step}, a sample after the validation text …{printable(prime[-40:].tobytes())!r}:\n"
                               f"{record['sample']}\n---")
             records.append(record)
             print(json.dumps(record), file=log)
@@ -345,7 +345,7 @@ def main(arguments=None):
     except (RuntimeError, ValueError) as error:
         sys.exit(f"train.py: --device {settings.device} is not available: {str(error).splitlines()[0]}")
     if settings.device == "CPU":
-        # on few cores, launching asynchronously costs more than it saves, and so do threads that wait by spinning
+        # on few cores, asynchronous launches and threads that wait by spinning cost more than they save
         ms.runtime.launch_blocking()
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     ranks = Ranks(settings.ranks)
@@ -353,9 +353,10 @@ def main(arguments=None):
     if ranks.rank > 0:
         return
     if step < settings.steps:
-        print(f"Stopped after step {step}; --resume --out {folder} continues.")
+        print(f"Stopped after step {step}; continue with --resume --out {folder}.")
         return
-    print(f"Validation: {records[-1]['validation']:.3f} bits per byte; order-0 entropy: {entropy:.3f}. See {folder}.")
+    print(f"Validation: {records[-1]['validation']:.3f} bits per byte; order-0 entropy: {entropy:.3f}. "
+          f"Results are in {folder}.")
 
 
 if __name__ == "__main__":

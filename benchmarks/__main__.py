@@ -4,12 +4,17 @@ Each side runs in its own process. Results are compared before anything is timed
 Times are medians in milliseconds, followed by the interquartile range. A ratio is the median of the ratios of
 neighbouring calls. Memory is the peak of a side's whole process. A peer that does not start is reported.
 
-The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and forward with backward), `long` (16,384
-tokens), `options` (only this package: a mask, a bias, windows instead of moving spans, dropout, each against a call
-without it), `sliding` (128 keys each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights),
-`decode` (128 tokens after 512), `models` (options of today's models: grouped heads, documents, softcap, sinks, a
-prefix, the log-sum-exp, each against our call without it; grouped heads against SDPA, documents against compiled
-FlexAttention).
+The workloads:
+
+  attention  batch 2, 8 heads, 2,048 tokens, window 512, forward and forward with backward
+  long       the same with batch 1 and 16,384 tokens
+  options    this package alone: a mask, a bias, window-aligned spans, dropout, each against the call without it
+  sliding    128 keys on each side
+  scaling    2k to 128k tokens
+  train      a training step of a model of 20M weights
+  decode     128 tokens after a prompt of 512
+  models     grouped heads, documents, softcap, sinks, a prefix and the log-sum-exp, each against our call without it;
+             grouped heads also against SDPA, documents also against compiled FlexAttention
 """
 import argparse
 import json
@@ -47,7 +52,7 @@ class Side:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if self.process.stdout.readline() != "ready\n":
             self.process.wait()
-            raise RuntimeError(f"{self.name} does not run this in {python}")
+            raise RuntimeError(f"{self.name} cannot run this workload in {python}")
         self.answers = list(np.load(self.output).values())
 
     def __call__(self):
@@ -66,7 +71,7 @@ class Side:
 def verify(ours, theirs, tolerance):
     error = max(np.abs(a.astype(np.float64) - b).max() for a, b in zip(ours.answers, theirs.answers))
     if not error <= tolerance:
-        raise RuntimeError(f"the answers of {theirs.name} differ by {error:.1e}, nothing timed")
+        raise RuntimeError(f"the answers of {theirs.name} differ by {error:.1e}, so nothing was timed")
 
 
 def spread(times):
@@ -84,8 +89,8 @@ def compare(what, ours, theirs, repeat, tolerance):
         memory = [side.close() / 2**30 for side in (ours, theirs)]
     mine, others = zip(*pairs)
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"{what}: {spread(mine)}, {memory[0]:.2f} GiB; {theirs.name} {spread(others)}, {memory[1]:.2f} GiB: "
-          f"{ratio:.2f} times as fast", flush=True)
+    print(f"{what}: here {spread(mine)}, {memory[0]:.2f} GiB; {theirs.name} {spread(others)}, {memory[1]:.2f} GiB; "
+          f"here {ratio:.2f} times as fast", flush=True)
     return {"what": what, "ms": statistics.median(mine), "GiB": memory[0], "peer": theirs.name,
             "peer ms": statistics.median(others), "peer GiB": memory[1], "ratio": ratio}
 
@@ -136,7 +141,7 @@ class Runner:
                 raise
             what = f"{what}, {'forward+backward' if spec['backward'] else 'forward'}"
             self.records.append(compare(what, ours, theirs, repeat or self.args.repeat, tolerance))
-            print(f"  ours in {1 / self.records[-1]['ratio']:.2f} of the other's time", flush=True)
+            print(f"  time here relative to the other: {1 / self.records[-1]['ratio']:.2f}", flush=True)
         except RuntimeError as error:
             print(f"{what}: {error}", flush=True)
 
@@ -232,16 +237,19 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+",
                         choices=("attention", "long", "options", "sliding", "scaling", "train", "decode", "models"))
-    parser.add_argument("--peer-python", help="the interpreter of an environment with torch and peers")
-    parser.add_argument("--peers", default="lucidrains,flex,sdpa", help="of attention: comma-separated")
-    parser.add_argument("--mode", choices=("graph", "pynative"), default="graph", help="of ours")
-    parser.add_argument("--backend", help="of ours, by name; the fastest if left out")
-    parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--plot", help="a .png of time and memory against the sequence length, with `scaling`")
-    parser.add_argument("--json", help="where all records are written")
+    parser.add_argument("--peer-python", help="the Python of an environment with torch and the peers")
+    parser.add_argument("--peers", default="lucidrains,flex,sdpa",
+                        help="the peers of `attention`, separated by commas (default: %(default)s)")
+    parser.add_argument("--mode", choices=("graph", "pynative"), default="graph",
+                        help="the mode of this package (default: %(default)s)")
+    parser.add_argument("--backend", help="the backend of this package (default: its own choice)")
+    parser.add_argument("--repeat", type=int, default=15,
+                        help="calls of each side, where a workload has no number of its own (default: %(default)s)")
+    parser.add_argument("--plot", help="with `scaling`: a .png file for time and memory against the sequence length")
+    parser.add_argument("--json", help="a file for all records")
     args = parser.parse_args()
     if args.peer_python is None and not set(args.workloads) <= {"options", "models"}:
-        parser.error("--peer-python is needed for all but `options` and `models`")
+        parser.error("--peer-python is needed for every workload but `options` and `models`")
     from importlib.metadata import version
     print(f"MindSpore {version('mindspore')}, Python {platform.python_version()}, "
           f"{len(os.sched_getaffinity(0))} cores, float32")
@@ -255,7 +263,7 @@ def main():
                     runner.attention("standard", peers, backward=backward)
                     if len(runner.records) > before:
                         share = of_matmul_rate(runner.records[before], STANDARD["shape"], STANDARD["window"], backward)
-                        print(f"the products of the window at {share:.0%} of MindSpore's matmul rate")
+                        print(f"  matrix products of the window, here: {share:.0%} of MindSpore's matmul rate")
                 elif workload == "long":
                     runner.attention("16,384 tokens", peers[:1], repeat=5, shape=(1, 8, 16384, 64), backward=backward)
                 elif workload == "options":

@@ -275,7 +275,7 @@ def test_a_run_of_settings_that_are_none_here_is_not_resumed(run, tmp_path):
     run("before", "--steps", "1", "--mode", "pynative")
     path = tmp_path / "before" / "settings.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "window_size": 8}))
-    with pytest.raises(SystemExit, match="another version of it wrote .*settings.json, with window_size"):
+    with pytest.raises(SystemExit, match="another version of train.py wrote .*settings.json, .* window_size, which"):
         run("before", "--resume")
 
 

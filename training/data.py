@@ -1,4 +1,4 @@
-"""The bytes that train.py trains on: files, documents that are packed into rows, and batches of these."""
+"""The data of train.py: bytes of files, documents packed into rows, and batches of rows."""
 import bisect
 import gzip
 import math
@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-VALIDATION_SHARE = 0.1  # of the text, its end
+VALIDATION_SHARE = 0.1  # the share of the text, at its end, that is held back for validation
 
 
 def standard_library():
-    """The source files of the standard library, tests and installed packages aside."""
+    """Return the source files of the standard library, without its tests, IDLE and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     aside = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
     return [path for path in sorted(root.rglob("*.py")) if not aside.intersection(path.relative_to(root).parts)]
 
 
 def files_of(data):
-    """The files behind `--data`, in a fixed order; hidden ones of a folder are left out."""
+    """Return the files of `--data` in a fixed order, without the hidden files of a folder."""
     if data is None:
         return standard_library()
     root = Path(data)
@@ -43,8 +43,8 @@ def read_bytes(path):
 
 
 def read_documents(data, seq_len):
-    """What is trained and what is validated on, arrays of bytes: the files, the last of them for validation. Files of a
-    folder that are not text are left out."""
+    """Return the documents to train on and the documents to validate on, as arrays of bytes. The last files are for
+    validation. Files of a folder that are not text are left out."""
     files = files_of(data)
     contents = [read_bytes(path) for path in files]
     documents = [np.frombuffer(content, np.uint8) for content in contents
@@ -61,28 +61,30 @@ def read_documents(data, seq_len):
 
 
 def order_0_entropy(text):
-    """Bits per byte of the best code that knows how often each byte occurs and nothing else."""
+    """Return the bits per byte of the best code that knows only how often each byte occurs."""
     share = np.bincount(text, minlength=256) / len(text)
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
 def rows_of(text, documents, settings):
-    """What batches are drawn from, arrays of rows of seq_len bytes and the one after: all that the text has, or those
-    of its documents, packed, with the ids that tell these apart."""
+    """Return the rows that batches are drawn from, each of seq_len + 1 bytes: every such piece of the text or, with
+    `--packed`, packed documents and their segment ids."""
     length = settings.seq_len + 1
     return pack(documents, length) if settings.packed else (np.lib.stride_tricks.sliding_window_view(text, length),)
 
 
 def pack(documents, length):
-    """Pieces of documents, no longer than `length`, in as few rows as best fit finds: `(rows, length)` of bytes and of
-    the pieces' numbers, -1 where a row has room left. The last byte of a piece, which is predicted and predicts
-    nothing, is the first of the next."""
+    """Pack documents into as few rows as best fit finds; return bytes and segment ids, both `(rows, length)`.
+
+    A document longer than `length` is cut into pieces. The last byte of a piece is predicted but predicts nothing, so
+    it is also the first byte of the next piece. The id -1 marks the empty rest of a row.
+    """
     pieces = [document[start:start + length] for document in documents
               for start in range(0, len(document) - 1, length - 1)]
     if not pieces:
         sys.exit("train.py: --packed needs documents of two bytes or more, to train and to validate on.")
-    rows, room = [], []  # what there is in each row, and `(how much room is left, row)`, in order
+    rows, room = [], []  # the pieces of each row, and sorted pairs (room left, row)
     for piece in sorted(pieces, key=len, reverse=True):
         fits = bisect.bisect_left(room, (len(piece), 0))
         if fits < len(room):
@@ -101,15 +103,17 @@ def pack(documents, length):
 
 
 def training_batches(rows, settings, step, rank=0):
-    """The batches of one step, a function of seed and step alone: a resumed run sees what it would have seen. Those of
-    several processes, side by side, are the batches of one."""
+    """Return the batches of one step. They depend on seed and step alone, so a resumed run sees the same batches.
+
+    Several processes have the batches that one process would have, split among them.
+    """
     chosen = np.random.default_rng((settings.seed, step)).integers(
         0, len(rows[0]), (settings.grad_accum, settings.ranks * settings.batch_size))
     return batches_of(rows, chosen, settings, rank)
 
 
 def validation_batches(rows, settings, rank=0):
-    """Rows evenly spread over those of the validation text, the same at every validation."""
+    """Return rows spread evenly over the validation text, the same rows in every validation."""
     shape = settings.validate_batches, settings.ranks * settings.batch_size
     return batches_of(rows, np.linspace(0, len(rows[0]) - 1, math.prod(shape)).astype(int).reshape(shape), settings,
                       rank)

@@ -1,4 +1,4 @@
-"""The settings of a run of train.py, by its command line and by what a run before it has saved."""
+"""The settings of a run of train.py: from its command line, and from the settings of the run that it resumes."""
 import argparse
 import json
 import math
@@ -11,7 +11,7 @@ FREE_ON_RESUME = ("data", "out", "resume", "steps", "validate_every", "sample_ev
 
 
 def positive(number):
-    """An argparse type: `number`, an int or a float, above zero."""
+    """Return an argparse type: a finite int or float (`number`) above zero."""
     def parse(text):
         value = number(text)
         if not 0 < value < math.inf:
@@ -22,7 +22,7 @@ def positive(number):
 
 
 def window(text):
-    """An argparse type: the window of a layer, None for one that sees all."""
+    """Parse the window of a layer: an int, or None for a layer that sees the whole sequence."""
     return None if text == "none" else positive(int)(text)
 
 
@@ -35,42 +35,44 @@ def make_parser():
         text += "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, *names, type=kind, default=default, help=text, **more)
 
-    add("--data", str, None, "a file or a folder, plain or .gz; the Python standard library where not given")
-    parser.add_argument("--packed", action="store_true", help="files are documents, packed into rows of --seq-len with "
-                        "none seen from another, and not one text to be cut anywhere; longer ones are cut into pieces")
-    add("--out", str, None, "the folder of the run; runs/1, runs/2, … where not given")
-    parser.add_argument("--resume", action="store_true", help="continue the run of --out, or the newest in runs/")
+    add("--data", str, None, "a file or a folder to train on, plain or .gz (default: the Python standard library)")
+    parser.add_argument("--packed", action="store_true", help="each file is a document: documents are packed into "
+                        "rows of --seq-len, longer ones in pieces, and none sees another (default: all files are one "
+                        "text, which is cut anywhere)")
+    add("--out", str, None, "the folder of the run (default: runs/1, runs/2, …)")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue the run in --out (default: the newest in runs/)")
     add("--steps", count, 3000, "optimizer steps")
-    add("--batch-size", count, 4, "sequences in a batch, of each process")
-    add("--grad-accum", count, 1, "batches whose gradients are averaged for a step")
+    add("--batch-size", count, 4, "sequences in a batch, for each process")
+    add("--grad-accum", count, 1, "batches in a step; their gradients are averaged")
     add("--seq-len", count, 128, "bytes in a sequence")
-    add("--windows", window, [64], "window of the local attention; several are one for each layer, 'none' for a layer "
-        "that sees the whole sequence", "--window-size", nargs="+")
+    add("--windows", window, [64], "window of the local attention: one for all layers, or one for each; with 'none', a "
+        "layer sees the whole sequence", "--window-size", nargs="+")
     add("--dim", count, 128, "width of the model")
     add("--depth", count, 2, "layers")
     add("--heads", count, 2, "attention heads")
-    add("--kv-heads", count, None, "heads of keys and values, which divide --heads; as many where not given")
+    add("--kv-heads", count, None, "heads of keys and values, a divisor of --heads (default: as many as --heads)")
     add("--dim-head", count, 64, "width of a head")
-    add("--num-residual-streams", count, 1, "residual streams; above 1, with hyper-connections")
-    add("--global-layers", count, None, "layers, by number from 1, with full attention before them", nargs="+")
-    add("--learning-rate", real, 2e-3, "at its highest, after the warm-up")
-    add("--warmup", count, 100, "steps until then; afterwards it falls along a cosine to zero")
-    add("--clip", real, 1.0, "largest global norm of a gradient")
-    add("--seed", int, 0, "of the weights and of the order of the data")
+    add("--num-residual-streams", count, 1, "residual streams; more than 1 are joined by hyper-connections")
+    add("--global-layers", count, None, "numbers, from 1, of the layers that full attention is put before", nargs="+")
+    add("--learning-rate", real, 2e-3, "highest learning rate, reached after the warm-up")
+    add("--warmup", count, 100, "steps of the warm-up; then the learning rate falls to zero along a cosine")
+    add("--clip", real, 1.0, "largest global norm of the gradients; they are scaled down to it")
+    add("--seed", int, 0, "seed of the weights and of the order of the data")
     add("--validate-every", count, 1000, "steps between validations")
     add("--validate-batches", count, 64, "batches in a validation")
     add("--sample-every", count, 2000, "steps between samples")
     add("--sample-len", count, 200, "bytes in a sample")
-    add("--temperature", real, 0.7, "of sampling")
+    add("--temperature", real, 0.7, "temperature of sampling")
     add("--save-every", count, 1000, "steps between checkpoints")
-    add("--device", str, "CPU", "where to train", choices=("CPU", "GPU", "Ascend"))
-    add("--mode", str, "graph", "compiled steps, or eager ones", choices=("graph", "pynative"))
+    add("--device", str, "CPU", "the device to train on", choices=("CPU", "GPU", "Ascend"))
+    add("--mode", str, "graph", "graph compiles the steps, pynative runs them eagerly", choices=("graph", "pynative"))
     parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1)
     return parser
 
 
 def read_settings(arguments):
-    """The settings of a run and its folder. A resumed run keeps its own, save for those free to change."""
+    """Return the settings of a run and its folder. A resumed run keeps its settings, except those in FREE_ON_RESUME."""
     parser = make_parser()
     settings = parser.parse_args(arguments)
     folder = run_folder(settings.out, settings.resume)
@@ -84,10 +86,11 @@ def read_settings(arguments):
     saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
     strange = [name for name in saved if name not in vars(settings)]
     if strange:
-        sys.exit(f"train.py: another version of it wrote {folder / 'settings.json'}, with {', '.join(strange)}.")
+        sys.exit(f"train.py: another version of train.py wrote {folder / 'settings.json'}, with the settings "
+                 f"{', '.join(strange)}, which this version does not have.")
     if settings.ranks != saved["ranks"]:
         sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
-                 "cannot: they would see other batches.")
+                 "cannot continue it: they would see other batches.")
     parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
