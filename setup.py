@@ -1,4 +1,4 @@
-"""Packaging: what is installed, for which Python, and what the extras bring."""
+"""Packaging: what is installed, for which Python, and what the extras install."""
 import re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def version():
-    """The version as local_attention/__init__.py states it, read as text: importing it would need MindSpore."""
+    """Return the version in local_attention/__init__.py. It is read as text, because an import would need MindSpore."""
     source = (ROOT / "local_attention" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"', source, re.MULTILINE).group(1)
 
@@ -25,7 +25,7 @@ def version():
 TRAIN = ["tqdm", "matplotlib"]
 TEST = ["pytest>=7", "pytest-xdist>=3", *TRAIN]
 
-# For any machine of its kind: what a processor has beyond that is found out when the kernel runs. Where it cannot be
+# It is built for every machine of one architecture. When the kernel runs, it checks for wider vectors. If it cannot be
 # built, the package works without it.
 NATIVE = Extension(
     "local_attention.backends._native",
@@ -41,7 +41,7 @@ NATIVE = Extension(
 
 
 class BuildKernel(build_ext):
-    """The kernel has a plain C interface and is loaded as a library: nothing of Python is in it, nor in its name."""
+    """Names the kernel without a Python version: it has a plain C interface and is loaded as a library."""
 
     def get_ext_filename(self, name):
         return str(Path(*name.split(".")).with_suffix(".so"))
@@ -50,7 +50,7 @@ class BuildKernel(build_ext):
 COMMANDS = {"build_ext": BuildKernel}
 if bdist_wheel is not None:
     class AnyPython(bdist_wheel):
-        """So one wheel of a machine's kind is for every Python."""
+        """Tags the wheel for every Python, because nothing in it depends on the version."""
 
         def get_tag(self):
             return "py3", "none", super().get_tag()[2]
@@ -68,7 +68,7 @@ setup(
     ext_modules=[NATIVE],
     cmdclass=COMMANDS,
     python_requires=">=3.9,<3.13",
-    # The oldest MindSpore that the tests were run on. Its wheels allow NumPy 2 but do not work with it.
+    # The oldest MindSpore that the tests were run with. MindSpore's wheels allow NumPy 2 but do not work with it.
     install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2", "safetensors>=0.4"],
     extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff"]},
     classifiers=[

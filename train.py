@@ -326,7 +326,7 @@ def run(settings, folder, ranks):
             if step % settings.sample_every == 0 or last:  # by every rank: on CPU, none may wait ten seconds
                 record["sample"] = printable(trainer.sample(prime, first))
                 if first:
-                    bar.write(f"--- step {step}, a sample after the validation text …{printable(prime[-40:].tobytes())!r}:\n"
+                    bar.write(f"--- step {step}, a sample that continues …{printable(prime[-40:].tobytes())!r}:\n"
                               f"{record['sample']}\n---")
             records.append(record)
             print(json.dumps(record), file=log)

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap  # noqa: E402
 from local_attention.spec import WindowSpec  # noqa: E402
 
 WINDOW, LENGTH, QUERY = 4, 16, 9
-PANELS = (  # title, spec; the first four look one window back, and those that may, one forward
+PANELS = (  # title, spec; the first four see one window back and, if not causal, one forward
     ("window-aligned, causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=0, causal=True)),
     ("window-aligned, not causal", WindowSpec(bucket=WINDOW, backward=WINDOW, forward=WINDOW, causal=False)),
     ("exact, causal", WindowSpec(bucket=1, backward=WINDOW, forward=0, causal=True)),

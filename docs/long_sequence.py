@@ -1,4 +1,4 @@
-"""Train on one sequence that several processes hold, a slice each.
+"""Train on one sequence that is split over several processes: each has a slice.
 
     msrun --worker_num=2 --local_worker_num=2 --join=True --log_dir=logs docs/long_sequence.py
 """

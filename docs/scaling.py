@@ -34,7 +34,7 @@ def step_parts(own, ranks, settings):
     work = settings.layers * own * settings.token_seconds
     exchange = settings.layers * (halo_bytes() / settings.bandwidth + 2 * settings.latency)
     gradients = 2 * (ranks - 1) / ranks * settings.layers * layer_weights() * 4 / settings.bandwidth
-    return work, exchange, gradients + 2 * (ranks - 1) * settings.latency  # a ring: so many messages, one after another
+    return work, exchange, gradients + 2 * (ranks - 1) * settings.latency  # in a ring, messages go one after another
 
 
 def predict(settings):
@@ -113,13 +113,16 @@ def main():
     command.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192], help="tokens of a rank")
     command.add_argument("--repeats", type=int, default=7)
     command = commands.add_parser("predict")
-    command.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="of the sequence, in 2**20")
+    command.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64],
+                         help="tokens of the sequence, in units of 2**20")
     command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     command.add_argument("--layers", type=int, default=12)
-    command.add_argument("--token-seconds", type=float, default=1.3e-3, help="of one layer, forward and backward")
-    command.add_argument("--token-bytes", type=float, default=140e3, help="kept of one layer until the backward pass")
-    command.add_argument("--bandwidth", type=float, default=137e6, help="bytes a second from rank to rank")
-    command.add_argument("--latency", type=float, default=3.5e-3, help="seconds of one exchange of nothing")
+    command.add_argument("--token-seconds", type=float, default=1.3e-3,
+                         help="seconds per token of one layer, forward and backward")
+    command.add_argument("--token-bytes", type=float, default=140e3,
+                         help="bytes per token that one layer keeps for the backward pass")
+    command.add_argument("--bandwidth", type=float, default=137e6, help="bytes per second from rank to rank")
+    command.add_argument("--latency", type=float, default=3.5e-3, help="seconds of an empty exchange")
     settings = parser.parse_args()
     if settings.command == "measure":
         measure(settings.lengths, settings.repeats)

@@ -1,4 +1,4 @@
-"""Models of MindSpore's zoos with their attention from here, which they ask for by a name."""
+"""Local attention for models of MindSpore's zoos: they request it by name."""
 import importlib
 import sys
 
@@ -9,20 +9,21 @@ ZOOS = ("mindone", "mindnlp")
 
 def register(name="local_attention", zoos=None):
     r"""
-    Makes :func:`local_attention.windowed_attention` the attention of every model of a zoo that asks for it by name.
+    Makes :func:`local_attention.windowed_attention` the attention of every model of a zoo that requests it by name.
 
-    A zoo's tables of attentions and of masks get an entry each; nothing else of it or of MindSpore is changed.
+    A zoo has a table of attentions and one of masks. Each gets one entry. Nothing else in the zoo or in MindSpore
+    changes.
 
     Args:
-        name (str): What models ask for. Default: ``"local_attention"`` .
-        zoos (Union[str, tuple[str], list[str]]): Of ``"mindone"`` and ``"mindnlp"`` those to register with,
-            which are imported; ``None`` is those imported already. Default: ``None`` .
+        name (str): The name that models request. Default: ``"local_attention"`` .
+        zoos (Union[str, tuple[str], list[str]]): The zoos to import and to register with, out of ``"mindone"`` and
+            ``"mindnlp"`` . ``None`` means those that are imported already. Default: ``None`` .
 
     Returns:
-        list[str], the zoos it was registered with.
+        list[str], the zoos that it was registered with.
 
     Raises:
-        TypeError: If `name` is not a str, or `zoos` not names.
+        TypeError: If `name` is not a str, or `zoos` is not a name or a list of names.
         ValueError: If `name` is empty or a zoo is not known.
         ImportError: If a zoo that is named cannot be imported.
 

@@ -1,18 +1,19 @@
-"""Masks of four axes, as older models make them, read back as which keys are there."""
+"""Reads masks of four axes, as older models make them: which keys are real, and which window the layer has."""
 import numpy as np
 
 from .. import checks
 from ..spec import NO_LIMIT, WindowSpec
 
-ROWS = 128  # that are looked at together
+ROWS = 128  # rows of a mask that are compared at once
 
 
 def four_axes(mask, spec, n_q, n_k, configured=None):
-    """Read a mask `(b, 1, n_q, n_k)`: the position of each key `(b, n_k)` among its row's real ones, -1 for padding and
-    -2 for what a cache has not come to, and the WindowSpec of the layer.
+    """Read a mask `(b, 1, n_q, n_k)`; return the position of each key among its row's real keys, `(b, n_k)`, and the
+    WindowSpec of the layer.
 
-    That is `spec`, or, where the mask has it and a layer of no window was called, `configured`, the window of the
-    model's config. A ValueError refuses a mask that says more than causal, the layer's window and padding.
+    A position is -1 for padding and -2 for places of a cache that are not filled yet. The WindowSpec is `spec`. It is
+    `configured`, the window of the model's config, if the layer has no window and the mask shows that one. A mask may
+    hold causality, the layer's window and padding; any other raises a ValueError.
     """
     if mask.shape[1] != 1 or mask.shape[2] != n_q or mask.shape[3] < n_k:
         raise _refused(f"one of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys")
@@ -24,16 +25,16 @@ def four_axes(mask, spec, n_q, n_k, configured=None):
     offset = used - n_q
     if offset < 0:
         raise _refused(f"one whose last query sees nothing after key {used - 1} of {n_k}")
-    # a key before the queries is real if the first of them sees it, one beside a query if that does
+    # a key before all queries is real if the first query sees it; any other is real if the query at its position does
     real = np.zeros((len(seen.values), n_k), bool)
     real[:, :n_k if not causal and n_q < n_k else offset] = seen[:, 0, :n_k if not causal and n_q < n_k else offset]
     if causal or n_q == n_k:
         real[:, offset:used] = seen[:, rows, rows + offset]
-    if causal:  # a query without any key is often let see all of them: padding
+    if causal:  # many models let padding see every key: a query that sees the key after its own is padding
         real[:, offset:used - 1] &= ~seen[:, rows[:-1], rows[:-1] + offset + 1]
     fingerprint = (spec, configured, n_q, n_k, real.tobytes(), seen[:, 0].tobytes(), seen[:, -1].tobytes())
     read = getattr(mask, "_read_by_local_attention", (None, None))
-    if read[0] != fingerprint:  # once for the layers that share it
+    if read[0] != fingerprint:  # once for all layers that share the mask
         read = mask._read_by_local_attention = fingerprint, _matched(seen, real, spec, configured, offset)
     places = np.where(real, np.arange(n_k) - real.argmax(1)[:, None], -1)
     places[:, used:] = -2
@@ -41,7 +42,7 @@ def four_axes(mask, spec, n_q, n_k, configured=None):
 
 
 class _Seen:
-    """Where a mask lets a key be seen, of the part that is asked for."""
+    """Indexes a mask: True where it lets a key be seen."""
 
     def __init__(self, values):
         self.values = values
@@ -58,8 +59,8 @@ class _Seen:
 
 
 def _matched(seen, real, spec, configured, offset):
-    """Compare every row of a mask, some at a time, with what it may be: padding, and the layer's window or none. Return
-    the layer's WindowSpec."""
+    """Compare a mask, ROWS rows at a time, with what it may be: padding, with the layer's window or without a window.
+    Return the layer's WindowSpec."""
     batch, n_q, n_k = seen.values.shape
     wide = WindowSpec(1, NO_LIMIT, 0 if spec.causal else NO_LIMIT, spec.causal)
     wanted, wrong = [spec, wide], None
@@ -69,7 +70,7 @@ def _matched(seen, real, spec, configured, offset):
     for start in range(0, n_q, ROWS):
         part = own[start:start + ROWS]
         got = seen[:, start:start + ROWS]
-        # what a query that is padding sees is of no interest
+        # what a query of padding sees does not matter
         there = real[:, part] if spec.causal or n_q == n_k else np.ones((batch, len(part)), bool)
         left = []
         for one in wanted:

@@ -1,6 +1,6 @@
-"""mindnlp: the tables of the real `transformers`, whose `torch` it is, and a table of masks of its own.
+"""mindnlp: the tables of the original `transformers`, for which mindnlp replaces `torch`, and its own table of masks.
 
-Every tensor of it has a `_device`, which one that MindSpore made has not.
+Every tensor of mindnlp has a `_device`. A tensor that MindSpore made has none.
 """
 import importlib
 
@@ -27,6 +27,6 @@ def register(name):
     from transformers.modeling_utils import AttentionInterface
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, positions)
-    # by `import ... as` it would be transformers' module of that name: mindnlp.transformers hands its attributes on
+    # `import ... as` would return the module of transformers: mindnlp.transformers forwards attributes to it
     own = importlib.import_module("mindnlp.transformers.masking_utils")
     own.ALL_MASK_ATTENTION_FUNCTIONS[name] = positions

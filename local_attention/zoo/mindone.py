@@ -1,4 +1,4 @@
-"""mindone: two tables of its own, over MindSpore's tensors as they are."""
+"""mindone: its own tables of attentions and masks. Its tensors are MindSpore's."""
 from . import translation
 
 

@@ -1,7 +1,7 @@
-"""The words of Hugging Face's models, which the zoos follow, into those of `windowed_attention`.
+"""Translates the calls of Hugging Face's models, which the zoos follow, into calls of `windowed_attention`.
 
-A model asks a table for its mask, once a forward, and another for its attention, once a layer. What `positions` answers
-to the first reaches the second as its `attention_mask`.
+A model calls the mask function of one table once in each forward pass, and the attention function of another table once
+in each layer. What `positions` returns to the model reaches `attention` as its `attention_mask`.
 """
 import numpy as np
 from mindspore import Tensor, ops
@@ -17,7 +17,7 @@ HIDDEN, UNUSED = -1, -2
 
 def attention(module, query, key, value, attention_mask=None, dropout=0., scaling=None, softcap=None, s_aux=None,
               position_ids=None, is_causal=None, head_mask=None, output_attentions=None, **kwargs):
-    """What a zoo's table of attentions holds: the output `(b, n_q, h, d)`, and None for the weights."""
+    """The entry of a zoo's table of attentions. Return the output `(b, n_q, h, d)`, and None for the weights."""
     if output_attentions:
         raise checks.value_error(OWNER, "output_attentions", "False: the weights are never all there", True)
     if head_mask is not None:
@@ -27,7 +27,7 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     spec = window(module, causal, kwargs)
     places = documents = None
     if attention_mask is not None:
-        if len(attention_mask.shape) == 3 and attention_mask.shape[1] == 2:  # of `positions`
+        if len(attention_mask.shape) == 3 and attention_mask.shape[1] == 2:  # from `positions`
             attention_mask, documents = attention_mask[:, 0], attention_mask[:, 1].asnumpy()
         if len(attention_mask.shape) == 4:
             size = getattr(getattr(module, "config", None), "sliding_window", None)
@@ -36,7 +36,7 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
         else:
             places = _places(attention_mask, key.shape[2])
         used = int((places != UNUSED).any(0).sum())
-        if used < key.shape[2]:  # queries stand at the last keys
+        if used < key.shape[2]:  # the queries belong to the last keys
             key, value, places = key[:, :, :used], value[:, :, :used], places[:, :used]
     mask, segment_ids = _hidden(places, documents, spec, position_ids, query.shape[0], n_q, key.shape[2])
     out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, sinks=s_aux, scale=scaling,
@@ -44,11 +44,11 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     return ops.transpose(out, (0, 2, 1, 3)), None
 
 
-# ---- which window
+# ---- the window
 
 
 def window(module, causal, options):
-    """The WindowSpec of a layer: an argument of the call says it, or the layer, or its config."""
+    """Return the WindowSpec of a layer, from an argument of the call, else from the layer, else from its config."""
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     kind = kinds[layer] if kinds is not None and layer is not None else None
@@ -68,7 +68,7 @@ def window(module, causal, options):
 
 
 def _configured(config, layer, kind):
-    """`sliding_window` of a config, as far as it is for this layer."""
+    """Return the `sliding_window` of a config if it is for this layer, else None."""
     if kind is not None and kind != "sliding_attention" or not getattr(config, "use_sliding_window", True):
         return None
     if kind is None and layer is not None and layer < (getattr(config, "max_window_layers", None) or 0):
@@ -76,15 +76,18 @@ def _configured(config, layer, kind):
     return getattr(config, "sliding_window", None)
 
 
-# ---- which keys are there
+# ---- the keys
 
 
 def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None,
               allow_is_causal_skip=True, **kwargs):
-    """What a zoo's table of masks holds, in place of a mask of n²: for each key `(b, kv_length)` its position among its
-    row's real tokens, `HIDDEN` where it is padding and `UNUSED` where a cache has not come to it. With packed documents
-    `(b, 2, kv_length)`, the number of each key's document below. None where keys stand at their own indices and there
-    are no documents."""
+    """The entry of a zoo's table of masks. In place of an n² mask, return the position of each key among its row's real
+    tokens, `(b, kv_length)`.
+
+    It is `HIDDEN` for padding and `UNUSED` for places of a cache that are not filled yet. With packed documents, the
+    shape is `(b, 2, kv_length)`, and the second row has the number of each key's document. Return None if each position
+    is the key's index and there are no documents.
+    """
     kv_length, kv_offset = int(kv_length), int(kv_offset)
     n_q, documents = cache_position.shape[0], None
     if not allow_is_causal_skip and mask_function is not None and n_q > 1:
@@ -113,10 +116,11 @@ def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=
 
 
 def _starts(mask_function, cache_position, batch_size):
-    """Whether a query does not see the key before its own, `(b, n - 1)`: a document starts there.
+    """Return whether a document starts, `(b, n - 1)`: there, a query does not see the key before its own.
 
-    A ValueError refuses what a model adds to its mask (images whose tokens see each other). It shows in whether a query
-    sees the key after its own: within documents everywhere in a model of both directions, nowhere in a causal one.
+    A model may add more to its mask, such as images whose tokens see each other: that raises a ValueError. It shows in
+    whether a query sees the key after its own. In a model of both directions, every query does within its document; in
+    a causal one, none does.
     """
     before, after = cache_position[:-1], cache_position[1:]
 
@@ -125,7 +129,8 @@ def _starts(mask_function, cache_position, batch_size):
         for row in range(batch_size):
             found = mask_function(before * 0 + row, before * 0, query, key)
             found = np.atleast_2d(found.asnumpy() if isinstance(found, Tensor) else found)
-            rows.append(np.broadcast_to(found[row if len(found) == batch_size else 0], before.shape))  # mindnlp: of all
+            # mindnlp returns all rows at once
+            rows.append(np.broadcast_to(found[row if len(found) == batch_size else 0], before.shape))
         return np.array(rows)
     starts, ahead = ~seen(after, before), seen(before, after)
     if ahead.any() and not (ahead | starts).all():
@@ -136,19 +141,19 @@ def _starts(mask_function, cache_position, batch_size):
 
 
 def _places(mask, n_k):
-    """Return the places of keys, as `positions` has them, of a mask of two axes, whoever made it; a NumPy array."""
+    """Return the positions of keys, as `positions` does, from a mask of two axes from any source; a NumPy array."""
     if len(mask.shape) != 2:
         raise checks.value_error(OWNER, "attention_mask", "of 2 or 4 axes", f"one of shape {tuple(mask.shape)}")
     places = mask.asnumpy()
-    if "int32" not in str(mask.dtype).lower():  # not from `positions`: the model handed its own padding on
+    if "int32" not in str(mask.dtype).lower():  # not from `positions`: the model passed its own padding mask
         real = places.astype(bool)
         places = np.where(real, np.arange(real.shape[1]) - real.argmax(1)[:, None], HIDDEN)
     return places[:, -n_k:]
 
 
 def _hidden(places, documents, spec, position_ids, batch, n_q, n_k):
-    """The `mask` and the `segment_ids` of a call; where the mask says nothing of documents, one starts wherever a row's
-    `position_ids` start anew."""
+    """Return the `mask` and the `segment_ids` of a call. If the mask has no documents, one starts wherever the
+    `position_ids` of a row start again."""
     real = None if places is None or (places >= 0).all() else places >= 0
     starts = None
     if documents is None and position_ids is not None and tuple(position_ids.shape[1:]) == (n_q,) == (n_k,):
@@ -162,7 +167,7 @@ def _hidden(places, documents, spec, position_ids, batch, n_q, n_k):
     if starts is not None:
         documents = np.cumsum(starts, 1)
     elif documents is None and spec == WindowSpec.from_chunks(spec.bucket) and spec.bucket > 1 and places is not None:
-        documents = places // spec.bucket  # chunks count from a row's first real token, wherever its keys begin
+        documents = places // spec.bucket  # chunks begin at a row's first real token, not at its first key
     if documents is None:
         return None if real is None else Tensor(real), None
     return None, Tensor(np.where(True if real is None else real, documents, HIDDEN).astype(np.int32))

@@ -1,7 +1,8 @@
-"""Everything that the package runs by MindSpore's operators, as named cases.
+"""Named cases of everything that the package computes with MindSpore's operators.
 
-A case is a function of a dtype and of a mode: what it calls, it calls outside of graphs, or as one graph. Sizes are
-small and values mean nothing: what counts is which operators are asked for, of which dtypes, and that graphs compile.
+A case is a function of a dtype and a mode. The mode says whether it runs operator by operator or as one graph. Sizes
+are small and values do not matter. What matters is which operators are called with which dtypes, and that graphs
+compile.
 """
 from types import SimpleNamespace
 
@@ -20,18 +21,18 @@ from local_attention.transformer import FeedForward, GEGLU, top_k
 from local_attention.zoo import translation
 
 B, H, KV, N, D, W, DIM, TOKENS, RANKS = 2, 4, 2, 37, 16, 8, 16, 32, 2
-CASES = {}  # by name: the function, and the dtypes that it is run with
+CASES = {}  # by name: the function, and the dtypes to run it with
 
 
 def case(name, dtypes=("float32", "float16", "bfloat16")):
-    """Registers a function as the case of a name."""
+    """Register a function as the case of this name."""
     def register(function):
         CASES[name] = function, dtypes
         return function
     return register
 
 
-# ---- what cases are made of
+# ---- parts of cases
 
 
 def floats(dtype, *shape):
@@ -55,7 +56,7 @@ def call(function, mode, *arguments):
 
 
 def both(function, mode, *arguments):
-    """A function and its gradients with respect to every argument of floats."""
+    """Run a function and its gradients by every argument of floats."""
     places = tuple(place for place, x in enumerate(arguments) if x.dtype in (ms.float32, ms.float16, ms.bfloat16))
 
     def total(*arguments):
@@ -67,7 +68,7 @@ def both(function, mode, *arguments):
 
 
 def train(net, mode, *arguments, optimizer=nn.Adam, **options):
-    """A step of training: the loss, gradients that are clipped, and an optimizer's update."""
+    """Run a training step: the loss, clipped gradients, and an update of the optimizer."""
     net.set_train()
     parameters = net.trainable_params()
     update = optimizer(parameters, 1e-3)
@@ -87,11 +88,11 @@ def to(net, dtype):
     return net if dtype == "float32" else net.to_float(getattr(ms, dtype))
 
 
-# ---- attention over windows, by each backend and option
+# ---- windowed attention, with each backend and option
 
 
 SPAN, CHUNKS, TWO_SIDED = WindowSpec(1, W, 0, True), WindowSpec(W, W, W, False), WindowSpec(1, W, W, False)
-WINDOWED = {  # a spec, the shape of keys, which tensors there are beside them, and other options
+WINDOWED = {  # the spec, (key heads, key length), which other tensors there are, and other options
     "span": (SPAN, (H, N), (), {}),
     "two_sided": (TWO_SIDED, (H, N), (), {}),
     "chunks": (CHUNKS, (H, N), ("mask",), {}),
@@ -137,7 +138,7 @@ for _option in ("span", "two_sided", "chunks", "mask", "no_limit"):
 
 @case("ascend.bias", ("float16", "bfloat16"))
 def constant_bias(dtype, mode):
-    """A cached token of a block, whose bias wants no gradient and hides what is not seen."""
+    """A cached token of a block: its bias needs no gradient and hides unseen keys."""
     attn = LocalMHA(dim=DIM, window_size=W, dim_head=D, heads=H, causal=True)
     cache = to(attn, dtype)(floats(dtype, B, N, DIM), return_cache=True)[1]
 
@@ -148,7 +149,7 @@ def constant_bias(dtype, mode):
 
 @case("windowed_attention")
 def by_default(dtype, mode):
-    """The fastest that can, whichever that is."""
+    """With the backend that is chosen by default."""
     return windowed("mask", None)(dtype, mode)
 
 
@@ -202,7 +203,7 @@ for _option in LOCAL:
     case(f"LocalAttention.{_option}")(local(_option))
 
 
-# ---- where a graph does not know lengths
+# ---- graphs of unknown lengths
 
 
 class AnyLength(nn.Cell):
@@ -387,14 +388,14 @@ def weights(dtype, mode):
 
 @case("use_backend", ("float32",))
 def second_order(dtype, mode):
-    """Plain operators alone, layers beside attention too."""
+    """Plain operators alone, also in the layers beside attention."""
     with use_backend("dense"):
         return train(model(), mode, ints(B, N), return_loss=True)
 
 
 @case("zoo")
 def zoo(dtype, mode):
-    """A layer of a model with a window and right padding, and a token of its own cache."""
+    """A layer of a model, with a window and right padding, and then a token with a cache."""
     layer = SimpleNamespace(is_causal=True, layer_idx=0, sliding_window=W, config=None)
     real = Tensor((np.arange(N) < np.array([[N], [N - 5]])).astype(np.int32))
     places = translation.positions(B, Tensor(np.arange(N)), N, attention_mask=real)
@@ -407,7 +408,7 @@ def zoo(dtype, mode):
 
 
 def sliced(function):
-    """A case of a rank that holds a slice of a sequence."""
+    """Register a case of a rank that has a slice of a sequence."""
     return case(f"sequence_parallel.{function.__name__}")(function)
 
 
@@ -440,7 +441,7 @@ STAND_IN = "of_cpu_alone"
 
 @case(STAND_IN, ("float32",))
 def of_cpu_alone(dtype, mode):
-    """Not of the package: an operator that only CPU has, which each platform is to refuse."""
+    """An operator that only CPU has and the package does not call: each platform must refuse it."""
     def largest(x):
         return ops.fmax(x, -x)
     return call(largest, mode, floats(dtype, N))

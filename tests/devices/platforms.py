@@ -1,10 +1,12 @@
-"""MindSpore's GPU and Ascend plugins on a machine that has neither device.
+"""Loads MindSpore's GPU and Ascend plugins on a machine that has neither device.
 
-The wheel carries both plugins, but not the libraries of CUDA and CANN that they are linked with. Here those are made: a
-library of every function that a plugin leaves undefined, which does nothing and returns 0, but for the few that have to
-answer (stubs/). So the plugin loads; for every operator it looks for a kernel in its own tables, by dtype, and refuses
-what it has none for, as on a device. Nothing is computed: values mean nothing. On Ascend, MindSpore's own dry run
-(MS_SIMULATION_LEVEL) skips launches as well.
+MindSpore's wheel contains both plugins, but not the libraries of CUDA and CANN that they are linked with. This module
+makes stubs of those libraries. They contain every function that a plugin leaves undefined. A stub does nothing and
+returns 0, except for the few functions that must return something (stubs/).
+
+So the plugin loads. For every operator, it looks for a kernel in its own tables, by dtype, and refuses an operator
+without one, as on a device. Nothing is computed, so values mean nothing. On Ascend, MindSpore's own dry run
+(MS_SIMULATION_LEVEL) also skips launches.
 """
 import glob
 import os
@@ -24,7 +26,7 @@ PLUGINS = LIBRARIES / "plugin"
 TOOLS = ("gcc", "g++", "readelf", "nm")
 NEEDED = {"GPU": ("libmindspore_gpu.so.11.6", "gpu/libcuda_ops.so.11"), "Ascend": ("libmindspore_ascend.so.2",)}
 
-STANDS_FOR = (  # of C++ methods, by mangled name: what cannot do nothing
+STANDS_FOR = (  # C++ methods, by mangled name, that must do something, and their stubs
     ("_ZN2ge8OperatorC[12]E|_ZN2ge15OperatorFactory14CreateOperator", "stub_operator"),
     ("_ZN2ge(5Shape|6Tensor|10TensorDesc|12AscendString|5Graph)C[12]E", "stub_empty"),
     ("_ZNK2ge(10TensorDesc8GetShape|6Tensor13GetTensorDesc)", "stub_empty"),
@@ -33,21 +35,21 @@ STANDS_FOR = (  # of C++ methods, by mangled name: what cannot do nothing
 
 
 def missing(name):
-    """Why there can be no such platform here, None where there can."""
+    """Return why this platform cannot be loaded here, None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "stubs of its libraries are written for Linux on x86-64"
+        return "the stubs of its libraries are written for Linux on x86-64"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent:
-        return f"stubs of its libraries take a C compiler, and there is no {' or '.join(absent)}"
+        return f"the stubs of its libraries need a C compiler, and there is no {' or '.join(absent)}"
     if not all((PLUGINS / file).exists() for file in NEEDED[name]):
         return f"this wheel of MindSpore has no {name} plugin"
     return None
 
 
 def make(name, folder):
-    """The libraries of a platform in an empty folder, and what a process that uses them has in its environment."""
+    """Write the libraries of a platform into an empty folder; return the environment variables that select them."""
     environment = {"GPU": _gpu, "Ascend": _ascend}[name](Path(folder))
-    # what is given to CPU for want of a kernel is logged by the part of MindSpore that is called DEVICE
+    # MindSpore's module DEVICE logs each operator that runs on CPU because the platform has no kernel
     return {**environment, "GLOG_v": "3", "GLOG_logtostderr": "1", "MS_SUBMODULE_LOG_v": "{DEVICE:1}",
             "MS_OM_PATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -58,7 +60,7 @@ def _output(*command):
 
 @cache
 def _symbols(path):
-    """Of a library: the symbols it needs, each with the version that it is to have, and those it has."""
+    """Return the symbols that a library needs, each with its version, and the symbols that it defines."""
     needed, defined = {}, set()
     for line in _output("readelf", "-W", "--dyn-syms", path).splitlines():
         fields = line.split()
@@ -72,7 +74,7 @@ def _symbols(path):
 
 
 def _compiled(folder, source, *options):
-    """The object of a file of stubs, and the functions it has."""
+    """Compile a file of stubs; return the object file and the names of its functions."""
     target = str(folder / source) + ".o"
     compiler = "g++" if source.endswith(".cc") else "gcc"
     subprocess.run([compiler, "-c", "-O1", "-fPIC", "-w", *options, STUBS / source, "-o", target], check=True)
@@ -80,7 +82,7 @@ def _compiled(folder, source, *options):
 
 
 def _link(folder, name, functions, *objects, version=None):
-    """A library of such objects and of functions that return 0."""
+    """Link a library of these objects and of functions that return 0."""
     path = folder / name
     lines = [".text"]
     for function in sorted(functions):
@@ -112,7 +114,7 @@ def _gpu(folder):
             target, own = _compiled(folder, written[name])
             objects = (target,)
         _link(folder, name, functions - own, *objects, version=name if name in versions else None)
-    compiler = folder / "bin" / "nvcc"  # by its answer MindSpore chooses the plugin
+    compiler = folder / "bin" / "nvcc"  # MindSpore chooses the plugin by what this prints
     compiler.parent.mkdir()
     compiler.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.6, V11.6.124\n")
     compiler.chmod(0o755)

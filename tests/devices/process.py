@@ -1,5 +1,7 @@
-"""Which cases are run, and the process that runs them: `process.py PLATFORM NAME…` prints a line before and after each;
-logs of MindSpore's go between these."""
+"""Chooses the cases, and is the process that runs them: `process.py PLATFORM NAME…`.
+
+It prints a line before and after each case. MindSpore's logs of the case are between these lines.
+"""
 import re
 import sys
 
@@ -11,17 +13,17 @@ from local_attention import parallel
 
 DTYPES = {"GPU": ("float32", "float16"), "Ascend": ("float32", "float16", "bfloat16")}
 MODES = ("pynative", "graph")
-LONG = re.compile(r"generate\.(?!today)")  # not in the quick suite: seconds each, for what others ask of a platform too
-QUICK_HALVES = {  # what the quick suite runs in half precision too
+LONG = re.compile(r"generate\.(?!today)")  # not in the quick suite: seconds each, and others call the same operators
+QUICK_HALVES = {  # also run in half precision by the quick suite
     "windowed_attention", "blocked.prefix", "ascend.span", "ascend.chunks", "ascend.bias", "LocalMHA",
     "training.dropout", "sequence_parallel.training"}
-QUICK_GRAPHS = {  # and what it compiles, at some seconds each
+QUICK_GRAPHS = {  # compiled by the quick suite, some seconds each
     "windowed_attention/float16", "blocked.prefix/float32", "any_length.mask/float16", "training.dropout/float16",
     "generate/float32", "sequence_parallel.attention/float32", "ascend.span/bfloat16", "of_cpu_alone/float32"}
 
 
 def names(platform, mode, quick):
-    """The cases of a platform in a mode, as `NAME/DTYPE/MODE`."""
+    """Return the cases of a platform in a mode, as `NAME/DTYPE/MODE`."""
     found = []
     for name, (_, dtypes) in CASES.items():
         for dtype in dtypes:
@@ -35,7 +37,7 @@ def names(platform, mode, quick):
 
 
 class Alone(nn.Cell):
-    """AllReduce of one process: on GPU none can join others before they are there."""
+    """AllReduce of one process: on GPU, a process cannot join others that do not exist."""
 
     def __init__(self, group=None):
         super().__init__()
@@ -45,11 +47,11 @@ class Alone(nn.Cell):
 
 
 def begin(platform):
-    """The platform, with this process as the first of two ranks."""
+    """Select the platform, with this process as the first of two ranks."""
     ms.set_device(platform)
     ms.set_context(pynative_synchronize=True)
     ms.set_seed(0)
-    if platform == "Ascend":  # whose dry run knows ranks that are not there
+    if platform == "Ascend":  # its dry run accepts ranks that do not exist
         communication.GlobalComm.CHECK_ENVS = False
         communication.init()
     else:
@@ -59,7 +61,7 @@ def begin(platform):
 
 
 def values(result):
-    """Waits for whatever a case returned."""
+    """Wait for everything that a case returned."""
     if isinstance(result, (tuple, list)):
         for part in result:
             values(part)
@@ -77,7 +79,7 @@ def main(platform, chosen):
             print("\ndone", flush=True)
         except Exception as error:
             print("\nfailed", type(error).__name__, " ".join(str(error).split())[:1500], flush=True)
-            return  # after an error within a gradient, what is compiled next fails too
+            return  # after an error in a gradient, the next compilation fails too
 
 
 if __name__ == "__main__":

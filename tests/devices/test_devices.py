@@ -1,4 +1,4 @@
-"""Whether the GPU and the Ascend plugin of MindSpore have all that the package asks of them: see platforms.py."""
+"""MindSpore's GPU and Ascend plugins have a kernel for each operator that the package calls: see platforms.py."""
 import os
 import re
 import subprocess
@@ -12,24 +12,24 @@ import local_attention
 from devices import cases, platforms, process
 
 HERE = Path(__file__).parent
-# Arithmetic of lengths, which a graph for every length is made of: on any platform the host's.
+# Arithmetic of lengths, in a graph for unknown lengths. It runs on the host on every platform.
 ON_THE_HOST = re.compile(r"Shape|ShapeCalc|TensorShape|Real(TupleGetItem|MakeTuple)|Scalar\w+|TensorTo(Scalar|Tuple)|"
                          "TupleToTensor")
 BACKED_OFF = re.compile(r"Backoff and rebuild kernel on CPU \w+ for node: \S*?(\w+)-op\d+")
-# Said past the choice of kernels: by the dry run of a graph that looks into tensors for its shapes, and by the kernel
-# of Cast, outside of graphs, in the gradient of MindSpore's own Dense with a bias under to_float(float16).
+# Errors after the choice of kernels. The first is from the dry run of a graph whose shapes depend on values. The second
+# is from the kernel of Cast, outside graphs, in the gradient of MindSpore's Dense with a bias under to_float(float16).
 CHOSEN = ("The dry run mode can not support dynamic shape graph", "addresses must be both null or both not null")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """By a platform's name the environment with its stand-in."""
+    """Return a function from the name of a platform to the environment variables of its stubs."""
     return cache(lambda name: platforms.make(name, tmp_path_factory.mktemp(name)))
 
 
 def outcomes(name, environment, chosen):
-    """Of each of these cases why the platform cannot run it, None where it can: of one process those up to the first
-    that it cannot, of the next one those after that."""
+    """Return why the platform cannot run each case, None if it can. A process ends at the first case that fails; the
+    next process goes on after it."""
     found = {}
     while len(found) < len(chosen):
         output = _run(name, environment, [case for case in chosen if case not in found])
@@ -56,7 +56,7 @@ def _run(name, environment, chosen):
 def _refusal(block):
     given_away = {name for name in BACKED_OFF.findall(block) if not ON_THE_HOST.fullmatch(name)}
     if given_away:
-        return f"no kernel, and so given to CPU in a graph: {', '.join(sorted(given_away))}"
+        return f"no kernel, so run on CPU in a graph: {', '.join(sorted(given_away))}"
     failed = re.search(r"^failed (.*)", block, re.MULTILINE)
     if failed:
         return None if any(text in failed.group(1) for text in CHOSEN) else failed.group(1)
@@ -65,7 +65,7 @@ def _refusal(block):
 
 @pytest.fixture(scope="module")
 def found(made):
-    """By a platform's name and a mode the outcomes of its cases."""
+    """Return a function from a platform and a mode to the outcomes of its cases."""
     @cache
     def run(name, mode, quick):
         return outcomes(name, made(name), process.names(name, mode, quick))

@@ -1,10 +1,11 @@
-"""Models of a zoo with their attention from here, against PyTorch's answers of make_reference.py.
+"""Compare models of a zoo that use this package's attention with PyTorch's results, which make_reference.py wrote.
 
     python check.py mindnlp|mindone FOLDER [family ...]
 
-A line for each family: the largest differences of logits, of those with left padding, of packed rows, and of a cache
-that is fed in two chunks; of the gradient of the embedding, relative to its largest entry; and how many tokens of
-greedy `generate` are the same. Exits with 1 if one is out of its bound that known.py does not explain.
+It prints a line for each family with the largest difference of: logits; logits with left padding; logits of packed
+rows; logits with a cache that gets the tokens in two chunks; the gradient of the embedding, relative to its largest
+entry. The line also has the number of equal tokens of greedy `generate`. It exits with 1 if one is out of its bound and
+known.py does not say why.
 """
 import os
 import subprocess
@@ -20,20 +21,20 @@ from known import KNOWN
 import local_attention
 from local_attention import zoo
 
-BOUNDS = dict(logits=3e-5, padded=3e-5, packed=3e-5, chunks=3e-5, gradient=1e-4)  # of logits, 3e-4 with softcap
+BOUNDS = dict(logits=3e-5, padded=3e-5, packed=3e-5, chunks=3e-5, gradient=1e-4)  # for logits with softcap: 3e-4
 VERSIONS = dict(mindnlp="mindnlp 0.5.1, transformers 4.57.1", mindone="mindone 0.5.0, transformers 4.57.1")
-ATTENTION = os.environ.get("ATTENTION", "local_attention")  # the zoo's own: "eager"
+ATTENTION = os.environ.get("ATTENTION", "local_attention")  # "eager" is the zoo's own
 
 
 def mindnlp():
-    import mindnlp  # noqa: F401  before transformers, which is to find its torch
+    import mindnlp  # noqa: F401  before transformers, so that this finds mindnlp's torch
     import torch
     import transformers
     from mindtorch import autograd
     torch.set_grad_enabled(False)
 
     def gradient(loss, weight):
-        with torch.enable_grad():  # mindnlp's own way: a loss has no `backward` that does anything
+        with torch.enable_grad():  # this is mindnlp's way: `backward` of a loss does nothing
             autograd.value_and_grad(loss, [weight])()
         return weight.grad.detach().numpy()
     return SimpleNamespace(models=transformers, tensor=torch.tensor, numpy=lambda x: x.detach().numpy(),
@@ -41,7 +42,7 @@ def mindnlp():
 
 
 def mindone():
-    import mint_on_cpu  # noqa: F401  before mindone, which has no kernels on CPU without it
+    import mint_on_cpu  # noqa: F401  before mindone, which lacks kernels on CPU
     from mindone import transformers
 
     def gradient(loss, weight):
@@ -56,7 +57,7 @@ def load(there, folder, name):
 
 
 def checks(there, model, want):
-    """By name what each check gives: a difference, or a number of tokens."""
+    """Return a function for each check, by name. It returns a difference, or a number of tokens."""
     ids, mask, pos = (there.tensor(want[name]) for name in ("ids", "mask", "pos"))
 
     def call(*args, **options):
@@ -94,10 +95,10 @@ def checks(there, model, want):
 
 
 def tried(call):
-    """What a call gives, or what went wrong in it."""
+    """Return the result of a call, or its error as text."""
     try:
         return call()
-    except Exception as error:  # of the zoo or ours: the line says which
+    except Exception as error:  # the zoo's or ours: the line shows it
         if os.environ.get("TRACE"):
             traceback.print_exc()
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:250]}"
@@ -115,7 +116,7 @@ def shown(result):
 
 
 def family(which, folder, name):
-    """Check one family, print its lines, and return what is wrong and not known."""
+    """Check one family, print its lines, and return the failures that known.py does not list."""
     there = {"mindnlp": mindnlp, "mindone": mindone}[which]()
     zoo.register(zoos=which)
     model = tried(lambda: load(there, folder, name))
@@ -141,12 +142,12 @@ def main(which, folder, *names):
     print(f"MindSpore {ms.__version__}, {VERSIONS[which]}, local_attention {local_attention.__version__}", flush=True)
     wrong = []
     for name in names or FAMILIES:
-        # in a process of its own: an operator without a kernel leaves MindSpore unable to index tensors
+        # each in its own process: after an operator without a kernel, MindSpore cannot index tensors any more
         process = subprocess.run([sys.executable, __file__, which, folder, name], capture_output=True, text=True)
         lines = [line for line in process.stdout.splitlines() if line.startswith((f"{name} ", " " * 18))]
         print("\n".join(lines or [f"{name:18} ended with {process.returncode}"]), flush=True)
         wrong += [name] if process.returncode else []
-    print(f"wrong: {', '.join(wrong)}" if wrong else "all as it is to be, or known", flush=True)
+    print(f"wrong: {', '.join(wrong)}" if wrong else "all right, or known", flush=True)
     return bool(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the zoos, one a family: Hugging Face class names and settings. Window 8, length 40."""
+"""Tiny random models, one for each family of the zoos: Hugging Face class names and settings. Window 8, length 40."""
 
 W = 8
 B = dict(

@@ -1,4 +1,4 @@
-"""Tiny random models in Hugging Face transformers 4.57.1 (torch 2.13, eager): weights and answers into a folder.
+"""Write the weights and the results of tiny random models of Hugging Face transformers 4.57.1 (torch 2.13, eager).
 
 python make_reference.py FOLDER [family ...]
 """
@@ -26,11 +26,11 @@ for name, (c, m, kw) in FAMILIES.items():
     try:
         torch.manual_seed(1)
         model = getattr(transformers, m)(getattr(transformers, c)(**kw, attn_implementation="eager")).eval()
-        for p in model.parameters():  # random, and large enough that attention is not uniform
+        for p in model.parameters():  # random, and so large that attention is not uniform
             if p.dim() >= 2:
                 torch.nn.init.normal_(p, std=0.25)
         model.save_pretrained(os.path.join(folder, name), safe_serialization=True)
-        # of what is in the file: ModernBERT's decoder ties a weight only when it is loaded
+        # from the saved file: ModernBERT's decoder ties a weight only when it is loaded
         model = getattr(transformers, m).from_pretrained(os.path.join(folder, name), attn_implementation="eager").eval()
         causal = "CausalLM" in m
         kwargs = dict(use_cache=False) if causal else {}

@@ -1,7 +1,7 @@
-"""Operators of MindSpore that models of mindone call and that have no kernel on CPU, by operators that have one.
+"""Replaces operators that models of mindone call and that have no kernel on CPU by operators that have one.
 
-For tests alone: importing it, before mindone, replaces them in MindSpore. Forward and backward are those of the
-operators that stand in; what has no gradient goes through NumPy.
+It is for tests alone. Import it before mindone: the import changes MindSpore. Forward and backward are those of the
+replacing operators. Operators without a gradient go through NumPy.
 """
 import mindspore as ms
 import mindspore.mint.nn.functional as F
@@ -91,7 +91,7 @@ def index_add(input, dim, index, source, **options):
 
 
 def in_place(function):
-    """A method of Tensor that takes over what a function of it gives."""
+    """Return a method of Tensor that sets the tensor to what the function returns for it."""
     def method(self, *args, **options):
         self.assign_value(Tensor(function(self, *args, **options)).astype(self.dtype))
         return self

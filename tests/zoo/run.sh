@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Models of mindnlp 0.5.1 and mindone 0.5.0 with windowed attention against PyTorch's, in environments of their own.
-#     bash tests/zoo/run.sh FOLDER [family ...]      a folder for the environments, tiny models and their answers
-# Exits with 0 if every family is within the bounds of check.py, or wrong as known.py says.
+# Compares models of mindnlp 0.5.1 and mindone 0.5.0 that use this package's attention with PyTorch's. It makes an
+# environment for each.
+#     bash tests/zoo/run.sh FOLDER [family ...]      FOLDER gets the environments, the tiny models and their results
+# It exits with 0 if each family is within the bounds of check.py, or fails as known.py says.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 shift
 
-# environment NAME PACKAGE ...: made once
+# environment NAME PACKAGE ...: makes it if it is not there
 environment() {
     if [ ! -d "$folder/$1" ]; then
         python3 -m venv "$folder/$1"
@@ -16,7 +17,7 @@ environment() {
     fi
 }
 
-# without their dependencies: PyTorch, for which mindnlp brings a stand-in, and another MindSpore
+# installs packages without their dependencies: PyTorch, which mindnlp replaces, and another MindSpore
 alone() {
     "$folder/$1/bin/pip" install -q --no-deps "${@:2}" "$here/../.."
 }

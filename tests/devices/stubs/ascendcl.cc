@@ -1,4 +1,4 @@
-// One Ascend 910B whose memory is the host's, and of GE's classes as much as their users look into.
+// One Ascend 910B whose memory is the host's, and the parts of GE's classes that their users read.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -14,14 +14,14 @@ struct StatusFactory {
 };
 StatusFactory *StatusFactory::Instance() { static StatusFactory only; return &only; }
 
-struct Like {  // of the layout of an Operator
+struct Like {  // has the layout of an Operator
   virtual ~Like() = default;
   std::shared_ptr<int> impl;
 };
 }  // namespace ge
 
 extern "C" {
-// What stands in for methods, by their mangled names: see STANDS_FOR in platforms.py.
+// Stubs of methods, which are chosen by mangled name: see STANDS_FOR in platforms.py.
 void *stub_operator(void *self) { return new (self) ge::Like; }
 void *stub_empty(void *self) { return memset(self, 0, 16); }
 void *stub_vector(void *self) { return memset(self, 0, 24); }

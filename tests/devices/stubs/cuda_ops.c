@@ -1,4 +1,4 @@
-/* Of MindSpore's own kernels those that say by their last arguments whether they could run. */
+/* Those of MindSpore's own kernels that report success in their last arguments. */
 #include <stddef.h>
 
 typedef long Size;
@@ -10,7 +10,7 @@ int uniform(long seed, long offset, void *state, int *low, size_t lows, int *hig
 int uniform(long seed, long offset, void *state, int *low, size_t lows, int *high, size_t highs, int *out, size_t size,
             void *stream, _Bool *ok) { *ok = 1; return 0; }
 
-/* How long a range is. */
+/* The length of a range. */
 #define RANGE(type, letter)                                                                                          \
   int range_##letter(const type *start, const type *end, const type *step, Size *size, int *error, Size largest,     \
                      void *stream)                                                                                   \

@@ -1,4 +1,4 @@
-/* One device of compute capability 8.0, whose memory is the host's; the offsets are those of CUDA 11's cudaDeviceProp. */
+/* One device of compute capability 8.0. Its memory is the host's. The offsets are those of CUDA 11's cudaDeviceProp. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,4 +1,4 @@
-/* Sizes that are asked for before memory is taken. */
+/* Sizes that MindSpore reads before it allocates memory. */
 #include <stddef.h>
 
 int cudnnGetReductionWorkspaceSize(void *a, void *b, void *c, void *d, size_t *size) { *size = 0; return 0; }
