@@ -7,9 +7,9 @@ neighbouring calls. Memory is the peak of a side's whole process. A peer that do
 The workloads: `attention` (2 x 8 heads, 2,048 tokens, window 512, forward and forward with backward), `long` (16,384
 tokens), `options` (only this package: a mask, a bias, windows instead of moving spans, dropout, each against a call
 without it), `sliding` (128 keys each way), `scaling` (2k to 128k tokens), `train` (a step of a model of 20M weights),
-`decode` (128 tokens after 512), `models` (options of today's models: grouped heads, documents, softcap, sinks, a
-prefix, the log-sum-exp, each against our call without it; grouped heads against SDPA, documents against compiled
-FlexAttention).
+`decode` (128 tokens after 512, for one row and for 8), `models` (options of today's models: grouped heads, documents,
+softcap, sinks, a prefix, the log-sum-exp, each against our call without it; grouped heads against SDPA, documents
+against compiled FlexAttention).
 """
 import argparse
 import json
@@ -270,8 +270,9 @@ def main():
             elif workload == "train":
                 runner.model("training step", 1e-2, args.repeat, kind="train", batch=(2, 1025))
             elif workload == "decode":
-                runner.model("128 tokens after 512", None, 7,  # checked by our uncached tokens: the peer's cache errs
-                             kind="decode", prompt=512, new=128)
+                for rows, name in ((1, "128 tokens after 512"), (8, "the same for 8 rows at once")):
+                    runner.model(name, None, 7,  # checked by our uncached tokens: the peer's cache errs
+                                 kind="decode", rows=rows, prompt=512, new=128)
         if args.plot:
             plot(runner.records, args.plot)
         if args.json:
