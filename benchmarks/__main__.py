@@ -12,7 +12,7 @@ The workloads:
   sliding    128 keys on each side
   scaling    2k to 128k tokens
   train      a training step of a model of 20M weights
-  decode     128 tokens after a prompt of 512
+  decode     128 tokens after a prompt of 512, for one row and for 8
   models     grouped heads, documents, softcap, sinks, a prefix and the log-sum-exp, each against our call without it;
              grouped heads also against SDPA, documents also against compiled FlexAttention
 """
@@ -278,8 +278,9 @@ def main():
             elif workload == "train":
                 runner.model("training step", 1e-2, args.repeat, kind="train", batch=(2, 1025))
             elif workload == "decode":
-                runner.model("128 tokens after 512", None, 7,  # checked by our uncached tokens: the peer's cache errs
-                             kind="decode", prompt=512, new=128)
+                for rows, name in ((1, "128 tokens after 512"), (8, "the same for 8 rows at once")):
+                    runner.model(name, None, 7,  # checked by our uncached tokens: the peer's cache errs
+                                 kind="decode", rows=rows, prompt=512, new=128)
         if args.plot:
             plot(runner.records, args.plot)
         if args.json:

@@ -110,7 +110,7 @@ def here_model(spec):
     model = LocalTransformer(**MODEL)
     load_torch_weights(model, spec["weights"])
     if spec["kind"] == "decode":
-        prime = Tensor(tokens((1, spec["prompt"])).astype(np.int32))
+        prime = Tensor(tokens((spec["rows"], spec["prompt"])).astype(np.int32))
         few = [model.generate(prime, 8, temperature=0., use_kv_cache=cached).asnumpy() for cached in (True, False)]
         if (few[0] != few[1]).any():
             raise RuntimeError("tokens differ with and without a cache")
@@ -137,7 +137,7 @@ def peer_model(spec):
     model = LocalTransformer(**MODEL)
     np.savez(spec["weights"], **{name: x.numpy() for name, x in model.state_dict().items()})
     if spec["kind"] == "decode":
-        prime = torch.from_numpy(tokens((1, spec["prompt"])))
+        prime = torch.from_numpy(tokens((spec["rows"], spec["prompt"])))
         model.eval()
         return lambda: [model.generate(prime, spec["new"], temperature=0., use_kv_cache=True)]
     x, optimizer = torch.from_numpy(tokens(spec["batch"])), torch.optim.Adam(model.parameters(), 1e-4)

@@ -120,7 +120,7 @@ def arguments():
                 yield from ((name, argument, kind) for kind in BAD if kind not in good.get(argument, ()))
 
 
-@pytest.mark.parametrize("name, argument, kind", arguments())
+@pytest.mark.parametrize("name, argument, kind", list(arguments()))
 def test_what_is_no_value_of_an_argument_is_an_error_that_names_one(name, argument, kind):
     call, given, _ = CALLS[name]
     of = call.construct if isinstance(call, nn.Cell) else call
