@@ -69,7 +69,7 @@ setup(
     cmdclass=COMMANDS,
     python_requires=">=3.9,<3.13",
     # The oldest MindSpore that the tests were run with. MindSpore's wheels allow NumPy 2 but do not work with it.
-    install_requires=["mindspore>=2.7.2", "numpy>=1.25,<2", "safetensors>=0.4"],
+    install_requires=["mindspore>=2.7.0", "numpy>=1.25,<2", "safetensors>=0.4"],
     extras_require={"train": TRAIN, "test": TEST, "dev": [*TEST, "ruff"]},
     classifiers=[
         "Intended Audience :: Developers",

@@ -1,5 +1,5 @@
-"""One side of a comparison in its own process: for each line on its input, it makes one call and prints the
-milliseconds.
+"""One side of a comparison in its own process: for each number on its input, it makes so many calls and prints the
+median of their milliseconds.
 
 `python -m benchmarks` runs it; it is not run by hand. The side `here` needs MindSpore and this package; `lucidrains`
 needs torch and the PyTorch package local-attention, which has our import name and so needs its own environment; `flex`
@@ -8,6 +8,7 @@ and `sdpa` need torch.
 import json
 import pathlib
 import re
+import statistics
 import sys
 import time
 
@@ -164,10 +165,13 @@ def main():
     np.savez(spec["outputs"], *(np.asarray(x.asnumpy() if hasattr(x, "asnumpy") else x.detach()) for x in call()))
     call()
     print("ready", flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        call()
-        print((time.perf_counter() - start) * 1e3, flush=True)
+    for line in sys.stdin:
+        times = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+        print(statistics.median(times), flush=True)
     status = pathlib.Path("/proc/self/status").read_text()  # getrusage's peak includes the starting process's
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024, flush=True)
 

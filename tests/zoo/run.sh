@@ -23,7 +23,7 @@ alone() {
 }
 
 environment torch torch==2.13.0 transformers==4.57.1 "numpy<2"
-environment mindnlp mindspore==2.7.2 "numpy<2" transformers==4.57.1 datasets==4.0.0 "pyarrow<21" safetensors sentencepiece \
+environment mindnlp mindspore==2.7.0 "numpy<2" transformers==4.57.1 datasets==4.0.0 "pyarrow<21" safetensors sentencepiece \
     scipy ml_dtypes addict ftfy evaluate pyctcdecode pytest importlib_metadata
 alone mindnlp mindnlp==0.5.1 diffusers==0.35.1 accelerate==1.10.1 peft==0.17.1
 environment mindone mindspore==2.10.0 "numpy<2" transformers==4.57.1 omegaconf "opencv-python-headless<4.12" safetensors \
