@@ -4,7 +4,8 @@
     python docs/scaling.py predict
 
 `measure` times a training step of one layer, forward and backward, for a short and for a long slice on every rank. On
-Linux, it also reads how many bytes the loopback device received, and how much memory the process kept for a token.
+Linux, it also reads how many bytes the loopback device received, and how much memory the process kept for a token. With
+two ranks it times the sum of a buffer of 4 bytes and of 4 MiB, too.
 `predict` is arithmetic. docs/scaling.md says where its numbers come from.
 """
 import argparse
@@ -85,6 +86,16 @@ def measure(lengths, repeats):
         if size > 1:
             ops.AllReduce()(Tensor([1.], ms.float32)).asnumpy()
 
+    for numbers in (1, 2**20) if size > 1 else ():
+        buffer, seconds = Tensor(np.zeros(numbers, np.float32)), []
+        for _ in range(5 * repeats):
+            wait()
+            start = time.perf_counter()
+            ops.AllReduce()(buffer).asnumpy()
+            seconds.append(time.perf_counter() - start)
+        if rank == 0:
+            print(json.dumps({"ranks": size, "bytes of a buffer": 4 * numbers, "seconds of its sum, median":
+                              round(sorted(seconds)[len(seconds) // 2], 5)}), flush=True)
     peak = 0
     for n in lengths:
         x = Tensor(np.random.default_rng(rank).standard_normal((1, n, LAYER["dim"])).astype(np.float32))
@@ -117,12 +128,12 @@ def main():
                          help="tokens of the sequence, in units of 2**20")
     command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     command.add_argument("--layers", type=int, default=12)
-    command.add_argument("--token-seconds", type=float, default=1.3e-3,
+    command.add_argument("--token-seconds", type=float, default=1.3e-4,
                          help="seconds per token of one layer, forward and backward")
-    command.add_argument("--token-bytes", type=float, default=140e3,
+    command.add_argument("--token-bytes", type=float, default=52e3,
                          help="bytes per token that one layer keeps for the backward pass")
-    command.add_argument("--bandwidth", type=float, default=137e6, help="bytes per second from rank to rank")
-    command.add_argument("--latency", type=float, default=3.5e-3, help="seconds of an empty exchange")
+    command.add_argument("--bandwidth", type=float, default=4e8, help="bytes per second from rank to rank")
+    command.add_argument("--latency", type=float, default=2e-4, help="seconds of an empty exchange")
     settings = parser.parse_args()
     if settings.command == "measure":
         measure(settings.lengths, settings.repeats)
