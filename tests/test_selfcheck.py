@@ -21,6 +21,18 @@ blocked.run = lambda constants, q, k, v, tensors: (1.01 * whole(constants, q, k,
 sys.exit(selfcheck.main(["--quick"]))
 """
 
+REFUSES = """
+import sys
+from local_attention import selfcheck
+from local_attention.backends import dense
+dense.why_not = lambda problem: "takes no softcap" if problem.scoring.softcap else None
+selfcheck.CASES = [case for case in selfcheck.CASES if "softcap" in case.more]
+report = selfcheck.Report()
+selfcheck.check_cases(report, "GPU", False)
+assert any(row["note"] == "takes no softcap." for row in report.rows)
+sys.exit(not report.right)
+"""
+
 
 def run(*arguments):
     return subprocess.run([sys.executable, "-B", *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -68,3 +80,9 @@ def test_a_backend_that_is_wrong_is_named(tmp_path):
     assert done.returncode == 1
     last = done.stdout.splitlines()[-1]
     assert "WRONG: a window that moves (blocked, float32)" in last and "native" not in last and "dense" not in last
+
+
+def test_a_refusal_does_not_make_the_next_row_wrong():
+    """An error in a gradient or a graph leaves MindSpore in a bad state: the next compiled case then failed."""
+    done = run("-c", REFUSES)
+    assert done.returncode == 0, done.stdout + done.stderr
