@@ -52,7 +52,7 @@ class Case:
         self.q, self.k, self.v, self.dout = (
             draw(groups, rows, D) for groups, rows in ((6, n), (6 // share, n_k), (6 // share, n_k), (6, n)))
         self.mask = rng.random((2, n_k)) > .4 if mask else None
-        self.bias = draw(HEADS, W, spec.backward + W + spec.forward) if bias else None
+        self.bias = draw(HEADS if bias is True else bias, W, spec.backward + W + spec.forward) if bias else None
         self.ids = np.sort(rng.integers(-1, 4, (2, n_k)), 1).astype(np.int32) if documents else None
         self.sinks, self.lse = draw(HEADS) if sinks else None, lse
         self.dlse = draw(6, n) if lse else None
@@ -129,6 +129,7 @@ FOLDED = {
     "a bias": dict(spec=WindowSpec(W, W, 0, True), n=61, bias=True),
     "a bias, a mask and an offset": dict(spec=WindowSpec(1, W, W, False), n=20, offset=9, bias=True, mask=True),
     "grouped heads, a bias and a mask": dict(spec=WindowSpec(W, W, 0, True), n=23, bias=True, mask=True, share=3),
+    "grouped heads, a bias of one head": dict(spec=WindowSpec(1, W, 0, True), n=23, bias=1, sinks=True, share=3),
     "documents": dict(spec=WindowSpec(1, W, 0, True), n=61, documents=True),
     "documents in windows": dict(spec=WindowSpec(W, W, W, False), n=61, documents=True, share=3),
     "documents, a mask, an offset": dict(spec=WindowSpec(1, W, 3, False), n=20, offset=31, documents=True, mask=True),
@@ -351,8 +352,9 @@ def test_a_block_that_computes_in_float16_takes_it(mode, on_ascend):
     np.testing.assert_allclose(out.astype(ms.float32).asnumpy(), wanted, atol=2e-2)
 
 
-def test_decoding_in_float16_takes_it(on_ascend):
-    block = LocalMHA(dim=12, window_size=W, dim_head=D, heads=HEADS, causal=True)
+@pytest.mark.parametrize("options", [{}, dict(kv_heads=1), dict(kv_heads=1, learned_sinks=True)], ids=str)
+def test_decoding_in_float16_takes_it(options, on_ascend):
+    block = LocalMHA(dim=12, window_size=W, dim_head=D, heads=HEADS, causal=True, **options)
     x = Tensor(np.random.randn(2, 23, 12).astype(np.float32))
     wanted = block(x).asnumpy()
     block.to_float(ms.float16)

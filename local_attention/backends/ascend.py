@@ -79,9 +79,10 @@ def _more_columns(problem):
 
 
 def _heads(problem):
-    """Return how many groups are the heads of a batch entry: of one row of the key mask, or as many as a bias has."""
+    """Return how many groups are the heads of a batch entry: of one row of the key mask, or as many as a bias has. A
+    bias of one head is repeated for the query heads of one key head."""
     if problem.bias_shape:
-        return problem.heads
+        return max(problem.heads, problem.share)
     alike, share = problem.groups // max(problem.batch, problem.documents, 1), problem.share
     return max(heads for heads in range(share, min(alike, MOST_HEADS) + 1, share) if alike % heads == 0)
 
@@ -229,8 +230,9 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
     if bias is not None:
         q, scale = ops.mul(ops.cast(q, ms.float32), problem.scoring.scale), 1.
         limit = LARGEST_SHIFT[problem.dtype.lower()]
-        bias = ops.gather(ops.clamp(ops.cast(bias, ms.float32), -limit, limit).reshape(heads, -1), bias_index, 1)
-        bias = ops.cast(bias, dtype).reshape(1, heads, rows, width)
+        bias = ops.clamp(ops.cast(bias, ms.float32), -limit, limit).reshape(problem.heads, -1)
+        bias = ops.gather(bias, bias_index, 1)
+        bias = repeated(ops.cast(bias, dtype), heads).reshape(1, heads, rows, width)
     q, k, v = _padded(ops.cast(q, dtype)), _padded(ops.cast(k, dtype)), _padded(ops.cast(v, dtype))
     out, lse = _called(
         problem, heads, flash, None, _gathered(q, queries, blocks, heads), _gathered(k, keys, blocks, key_heads),
