@@ -19,7 +19,7 @@ QUICK_HALVES = {  # also run in half precision by the quick suite
     "training.dropout", "sequence_parallel.training"}
 QUICK_GRAPHS = {  # compiled by the quick suite, some seconds each
     "windowed_attention/float16", "blocked.prefix/float32", "any_length.mask/float16", "training.dropout/float16",
-    "generate/float32", "sequence_parallel.attention/float32", "ascend.span/bfloat16", "of_cpu_alone/float32"}
+    "generate/float32", "sequence_parallel.training/float32", "ascend.span/bfloat16", "of_cpu_alone/float32"}
 
 
 def names(platform, mode, quick):
