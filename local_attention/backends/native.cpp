@@ -4,7 +4,7 @@
 // Attention works on tiles of queries by keys and never builds a whole matrix of scores. The forward pass is an online
 // softmax (Milakov and Gimelshein, 2018). The backward pass computes the weights of each tile again, from the maxima
 // and the sums of its rows (Dao et al., FlashAttention, 2022). The interface is plain C, as MindSpore's Custom operator
-// of type "aot" calls it. The only headers are those of the C++ library.
+// of type "aot" calls it. The only headers are those of the C++ library, and of the compiler for x86-64.
 
 #include <algorithm>
 #include <atomic>
@@ -12,10 +12,15 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define NEVER_INLINE __attribute__((noinline))

@@ -31,6 +31,7 @@ struct Block {
   // Whether the tile is of a prefix, whether some of it is unseen, and whether products of what is unseen are skipped.
   bool in_prefix, partial, careful;
   Piece piece[KEYS / PIECE];
+  Ahead ahead;
 
   explicit Block(const Call &call) : call(call), d(call.head_dim), padded(call.padded) {
     const int64_t down = d * QUERIES, wide = QUERIES * padded, tile = KEYS * QUERIES;
@@ -45,19 +46,21 @@ struct Block {
     for (int i = 0; i < 13; ++i) *parts[i] = next, next += sizes[i];
     for (float *rows : {q, q_scaled, dout})
       if (d < padded) std::fill(rows, rows + wide, 0.f);
+    ahead.width = d;
   }
 
-  void read_block(int64_t to_group, int64_t from, int64_t to) {
-    group = to_group, key_group = group / call.share, start = from, count = to - from;
+  void read_block(const Queries &block) {
+    group = block.group, key_group = group / call.share, start = block.start, count = block.end - start;
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
     transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
     if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
+    const int32_t *const bounds = call.documents_of(group);
     int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position begin
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
-      const Span within = call.document(group, position);
+      const Span within = call.document(bounds, position);
       if (within.first != begins) {
         begins = within.first;
         const int64_t into = position - begins;
@@ -74,6 +77,15 @@ struct Block {
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
+  }
+
+  // Plans to fetch what the next block needs and this one does not: its queries, and rows of these tensors of keys.
+  void look_ahead(const Queries &next, std::initializer_list<const float *> tensors) {
+    ahead.left = 0;
+    const int64_t from = end_of_keys(), more = next.group / call.share == key_group ? next.start - start : 0;
+    for (const float *x : tensors)
+      ahead.add(x + (key_group * call.n_k + from) * d, std::min(more, call.n_k - from), d);
+    ahead.add(call.q + (next.group * call.n_q + next.start) * d, next.end - next.start, d);
   }
 
   const float *copied(const float *from, int64_t stride, float *to, float factor) {
@@ -102,8 +114,11 @@ struct Block {
       for (int64_t tile = document[lane]; tile <= prefix_last[end - 1]; tile += KEYS)
         if (read_prefix(tile, lane, end)) act();
     }
-    for (int64_t tile = first_key(); tile < end_of_keys(); tile += KEYS)
-      if (read_tile(tile)) act();
+    // Tiles are counted from the diagonal, so that as few as possible are across it.
+    const int64_t diagonal = last[0] + (last[0] == last[count - 1]);
+    int64_t tile = first_key(), next = tile + (tile < diagonal ? (diagonal - tile - 1) % KEYS + 1 : KEYS);
+    for (; tile < end_of_keys(); tile = next, next += KEYS)
+      if (read_tile(tile, next)) act();
   }
 
   // Reads the tile that begins at a key of the prefix of queries lane ... end - 1. Returns false if it has nothing to
@@ -121,9 +136,9 @@ struct Block {
     return lane < end && count_real();
   }
 
-  // Reads the tile of spans that begins at a key. Returns false if no key of it is real.
-  bool read_tile(int64_t from) {
-    in_prefix = false, key = from, keys = std::min<int64_t>(KEYS, end_of_keys() - from);
+  // Reads the tile of spans with keys from ... to - 1, as far as there are any. Returns false if none is real.
+  bool read_tile(int64_t from, int64_t to) {
+    in_prefix = false, key = from, keys = std::min<int64_t>(to, end_of_keys()) - from;
     const int real_keys = count_real();
     const bool spanned = first[count - 1] <= key && key + keys <= last[0] + 1;
     partial = !spanned || real_keys < keys;
@@ -134,7 +149,12 @@ struct Block {
       int &vector = next.vector, &end = next.end_vector;
       while (vector < end && last[std::min<int64_t>((vector + 1) * WIDTH, count) - 1] < key + j) ++vector;
       while (end > vector && first[(end - 1) * WIDTH] >= key + next.end_key) --end;
-      if (vector < end) piece[pieces++] = next;
+      if (vector == end) continue;
+      Piece *const before = pieces ? &piece[pieces - 1] : nullptr;
+      if (before && before->end_key == j && before->vector == vector && before->end_vector == end)
+        before->end_key = next.end_key;
+      else
+        piece[pieces++] = next;
     }
     return real_keys;
   }
@@ -154,7 +174,7 @@ struct Block {
     for (int i = 0; i < pieces; ++i) {
       const Piece &p = piece[i];
       matmul(p.end_key - p.key, p.end_vector - p.vector, d, from + p.key * d, d, 1, x_t + p.vector * WIDTH, QUERIES,
-             to + p.key * QUERIES + p.vector * WIDTH, QUERIES, false);
+             to + p.key * QUERIES + p.vector * WIDTH, QUERIES, false, ahead);
     }
   }
 
@@ -179,7 +199,7 @@ struct Block {
     for (int i = 0; i < pieces; ++i) {
       const int j = piece[i].key, seen = piece[i].end_key - j;
       if (d == padded) {
-        matmul(1, d / WIDTH, seen, weights + j * QUERIES, 0, QUERIES, from + j * d, d, row, 0, false);
+        matmul(1, d / WIDTH, seen, weights + j * QUERIES, 0, QUERIES, from + j * d, d, row, 0, false, ahead);
       } else {
         std::fill(row, row + d, 0.f);
         for (int key = j; key < j + seen; ++key)
@@ -200,7 +220,7 @@ struct Block {
       if (careful)
         matmul_of_seen(seen, lanes, d, w, from + p.key * d, d, to, QUERIES, true);
       else
-        matmul(d, lanes / WIDTH, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true);
+        matmul(d, lanes / WIDTH, seen, from + p.key * d, 1, d, w, QUERIES, to, QUERIES, true, ahead);
     }
   }
 
@@ -214,9 +234,9 @@ struct Block {
       if (careful) {
         matmul_of_seen(seen, lanes, d, w, from + lane * padded, padded, to + p.key * d, d, false);
       } else if (d == padded) {
-        matmul(seen, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true);
+        matmul(seen, d / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, to + p.key * d, d, true, ahead);
       } else {
-        matmul(seen, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false);
+        matmul(seen, padded / WIDTH, lanes, w, QUERIES, 1, from + lane * padded, padded, row, padded, false, ahead);
         for (int64_t j = 0; j < seen; ++j)
           for (int64_t c = 0; c < d; ++c) to[(p.key + j) * d + c] += row[j * padded + c];
       }
@@ -234,7 +254,7 @@ struct Block {
         if (call.emb) add_embeddings(v, piece[i]);
         if (call.bias) add_bias(v, piece[i]);
         if (call.hide_self) hide_self(v, piece[i]);
-        if (partial) hide_unseen(v, piece[i]);
+        if (partial && !whole(v, piece[i])) hide_unseen(v, piece[i]);
       }
   }
 
@@ -283,6 +303,11 @@ struct Block {
     }
   }
 
+  // Whether a vector of queries sees every key of a piece.
+  bool whole(int v, const Piece &p) const {
+    return !real && !in_prefix && first[(v + 1) * WIDTH - 1] <= key + p.key && key + p.end_key <= last[v * WIDTH] + 1;
+  }
+
   void hide_unseen(int v, const Piece &p) {
     const int32_t tile = key;
     const Ints low = load<Ints>(first + v * WIDTH) - tile, high = load<Ints>(last + v * WIDTH) - tile;
@@ -314,7 +339,7 @@ struct Block {
     std::fill(by_offset + to * QUERIES, by_offset + (KEYS + QUERIES) * QUERIES, 0.f);
     if (from < to)
       matmul(to - from, vectors, d, call.emb + offset_of(from) * d, d, 1, q_emb_t, QUERIES, by_offset + from * QUERIES,
-             QUERIES, false);
+             QUERIES, false, ahead);
   }
 
   // The column for a key of the tile in a query's row of the bias. Beyond the outermost columns, those are used.

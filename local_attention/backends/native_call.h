@@ -18,6 +18,13 @@ struct Span {
   int64_t first, last;
 };
 
+// Queries of a group, from `start` to `end` - 1.
+struct Queries {
+  int64_t group, start, end;
+
+  Queries none() const { return {group, start, start}; }  // what follows the last block
+};
+
 // One call: its tensors, and its numbers in the order in which native.py lists them.
 struct Call {
   const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
@@ -66,11 +73,12 @@ struct Call {
     return (group / beside * n_q + query) * out_stride() + group % beside * head_dim;
   }
 
-  // The document of a position.
-  Span document(int64_t group, int64_t position) const {
-    if (!documents) return {0, n_k - 1};
-    const int32_t *bounds = documents + 2 * (group / (groups / doc_batch) * n_k + position);
-    return {bounds[0], bounds[1]};
+  // The bounds of the documents of a group, null if there are none, and the document of a position.
+  const int32_t *documents_of(int64_t group) const {
+    return documents ? documents + 2 * (group / (groups / doc_batch) * n_k) : nullptr;
+  }
+  Span document(const int32_t *bounds, int64_t position) const {
+    return bounds ? Span{bounds[2 * position], bounds[2 * position + 1]} : Span{0, n_k - 1};
   }
 
   // The keys that the query at a position sees by its window, without the prefix; its bucket begins at `start`.

@@ -16,8 +16,10 @@ constexpr float SLACK = 8;  // see soften()
 struct Worker : Block {
   using Block::Block;
 
-  void forward(int64_t to_group, int64_t from, int64_t to, const Outputs &outputs) {
-    read_block(to_group, from, to);
+  void forward(const Queries &block, const Queries &next, const Outputs &outputs) {
+    read_block(block);
+    look_ahead(next, {call.k, call.v});
+    ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride());
     careful = false;
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
@@ -96,8 +98,12 @@ struct Worker : Block {
     for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
   }
 
-  void backward(int64_t to_group, int64_t from, int64_t to, const Gradients &grads, Chunk &chunk) {
-    read_block(to_group, from, to);
+  void backward(const Queries &block, const Queries &next, const Gradients &grads, Chunk &chunk) {
+    read_block(block);
+    look_ahead(next, {call.k, call.v, grads.dk, grads.dv});
+    for (const float *x : {grads.dout, grads.out})
+      ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride());
+    ahead.add(grads.dq + (group * call.n_q + start) * d, count, d);
     const int64_t at = group * call.n_q + start;
     const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
     const float *from_dout = grads.dout + out_at;
@@ -233,9 +239,9 @@ struct Worker : Block {
           by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
     }
     matmul(d, vectors, to - from, call.emb + offset_of(from) * d, 1, d, by_offset + from * QUERIES, QUERIES, dq_emb_t,
-           QUERIES, true);
+           QUERIES, true, ahead);
     matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q_rows, padded,
-           demb + offset_of(from) * padded, padded, true);
+           demb + offset_of(from) * padded, padded, true, ahead);
   }
 };
 

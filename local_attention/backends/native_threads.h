@@ -31,17 +31,22 @@ struct NoMemory {
   explicit NoMemory(const Task &) {}
 };
 
-// A thread takes a few consecutive blocks at a time, because they see mostly the same keys: first come the blocks of
-// the groups that share a group of keys, then those of the next queries.
+// A thread takes consecutive blocks, because they see mostly the same keys: first come the blocks of the groups that
+// share a group of keys, then those of the next queries. Towards the end it takes fewer, so that no thread waits long.
 template <typename Worker>
 bool run_forward(const Call &call, const Outputs &outputs) {
   const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
-  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 4);
-  return in_parallel<Worker>(call, divide_up(all, run), [&](Worker &worker, int64_t item) {
-    for (int64_t block = item * run; block < std::min(item * run + run, all); ++block) {
-      const int64_t group = block / each * call.share + block % call.share;
-      const int64_t start = block % each / call.share * BLOCK_QUERIES;
-      worker.forward(group, start, std::min(start + BLOCK_QUERIES, call.n_q), outputs);
+  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 16), few = divide_up(run, 8);
+  const int64_t runs = std::max<int64_t>(all / run - 2 * call.threads, 0);
+  const auto block = [&](int64_t number) {
+    const int64_t start = number % each / call.share * BLOCK_QUERIES;
+    return Queries{number / each * call.share + number % call.share, start, std::min(start + BLOCK_QUERIES, call.n_q)};
+  };
+  return in_parallel<Worker>(call, runs + divide_up(all - runs * run, few), [&](Worker &worker, int64_t item) {
+    int64_t number = item < runs ? item * run : runs * run + (item - runs) * few;
+    for (const int64_t end = std::min(number + (item < runs ? run : few), all); number < end; ++number) {
+      const Queries now = block(number), next = number + 1 < end ? block(number + 1) : now.none();
+      worker.forward(now, next, outputs);
     }
   });
 }
@@ -94,20 +99,26 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
         const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
         const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
         float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
-        if (call.document(group, call.offset + from).first < call.offset + from)
+        if (call.document(call.documents_of(group), call.offset + from).first < call.offset + from)
           std::fill_n(prefix_part, 2 * prefix_size, 0.f);
         Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
                     parity ? call.n_k : first_key(from)};
-        for (int64_t start = from; start < to; start += BLOCK_QUERIES)
-          for (int64_t i = 0; i < call.share; ++i)
-            worker.backward(group + i, start, std::min(start + BLOCK_QUERIES, to), grads, state);
+        const auto block = [&](int64_t number) {
+          const int64_t start = from + number / call.share * BLOCK_QUERIES;
+          return Queries{group + number % call.share, start, std::min(start + BLOCK_QUERIES, to)};
+        };
+        const int64_t all = divide_up(to - from, BLOCK_QUERIES) * call.share;
+        for (int64_t number = 0; number < all; ++number) {
+          const Queries now = block(number), next = number + 1 < all ? block(number + 1) : now.none();
+          worker.backward(now, next, grads, state);
+        }
         clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
       }
     });
   }
   for (int64_t number = 0; call.prefix && number < call.kv_groups * chunks; ++number) {
     const int64_t key_group = number / chunks, position = call.offset + number % chunks * chunk;
-    const Span within = call.document(key_group * call.share, position);
+    const Span within = call.document(call.documents_of(key_group * call.share), position);
     if (within.first == position) continue;
     const int64_t size = std::min(call.prefix, within.last - within.first + 1) * call.head_dim;
     const float *part = prefix_parts.get() + number * 2 * prefix_size;

@@ -2,6 +2,7 @@
 
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int QUERIES = BLOCK_QUERIES;
+constexpr int64_t CACHE_LINE = 16;  // floats
 constexpr float LOG2_E = 1.44269504f, LOG_2 = 0.69314718f;
 constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows of sums: these fill half of the registers, and the factors the rest
 
@@ -23,7 +24,13 @@ INLINE void store(Element *to, T x) {
 
 INLINE Vec all(float x) { return Vec{} + x; }
 
-INLINE Vec max(Vec a, Vec b) { return a < b ? b : a; }
+INLINE Vec max(Vec a, Vec b) {
+#if VECTOR_BYTES == 64
+  return _mm512_maskz_max_ps(-1, b, a);  // compilers turn the line below into a comparison and a masked move
+#else
+  return a < b ? b : a;
+#endif
+}
 
 // 2^x for x < 127, with a relative error up to 2e-7. Below the smallest normal number it is 0. NaN stays NaN.
 INLINE Vec power_of_2(Vec x) {
@@ -79,6 +86,31 @@ INLINE void across(int v, int end, Act &&act) {
     if (v < end) across<COUNT - 1>(v, end, act);
 }
 
+// Rows that are used soon and may be in no cache yet. Between two parts of a product, a few of them are fetched
+// there. All of them at once would keep the processor waiting.
+struct Ahead {
+  struct Rows {
+    const float *next;
+    int64_t count, stride;
+  };
+  Rows rows[8];
+  int left = 0;
+  int64_t width = 0;  // floats in a row
+
+  void add(const float *first, int64_t count, int64_t stride) {
+    if (count > 0) rows[left++] = {first, count, stride};
+  }
+
+  INLINE void fetch() {
+    for (int i = 0; left && i < 4; ++i) {
+      Rows &from = rows[left - 1];
+      for (int64_t c = 0; c < width; c += CACHE_LINE) __builtin_prefetch(from.next + c, 0, 2);
+      from.next += from.stride;
+      if (--from.count == 0) --left;
+    }
+  }
+};
+
 // c[row] (+)= the sum over steps of a[row, step] * b[step]. b and c are vectors; a has strides of rows and of steps.
 template <int ROWS, int COUNT>
 INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
@@ -98,18 +130,20 @@ INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64
 
 template <int ROWS, int COUNT>
 INLINE void matmul_rows(int64_t rows, int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                        int64_t b_step, float *c, int64_t c_row, bool add) {
-  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
+                        int64_t b_step, float *c, int64_t c_row, bool add, Ahead &ahead) {
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) {
+    ahead.fetch();
     matmul_registers<ROWS, COUNT>(steps, a, a_row, a_step, b, b_step, c, c_row, add);
+  }
   if constexpr (ROWS > 1)
-    if (rows) matmul_rows<ROWS / 2, COUNT>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add);
+    if (rows) matmul_rows<ROWS / 2, COUNT>(rows, steps, a, a_row, a_step, b, b_step, c, c_row, add, ahead);
 }
 
 NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *a, int64_t a_row, int64_t a_step,
-                         const float *b, int64_t b_step, float *c, int64_t c_row, bool add) {
-  across(0, vectors, [=](auto count, int v) {
+                         const float *b, int64_t b_step, float *c, int64_t c_row, bool add, Ahead &ahead) {
+  across(0, vectors, [&](auto count, int v) {
     matmul_rows<count == COLUMNS ? 4 : 8, count>(rows, steps, a, a_row, a_step, b + v * WIDTH, b_step, c + v * WIDTH,
-                                                 c_row, add);
+                                                 c_row, add, ahead);
   });
 }
 
