@@ -1,9 +1,9 @@
 """Time this package in turn with named peers: `python -m benchmarks attention --peer-python OTHER_ENV/bin/python`.
 
-Each side runs in its own process. Results are compared before anything is timed. Then the sides take turns: of one
-call, 5 ms after the other side's, if the peer is PyTorch; of five calls, of which the median counts, if both sides are
-this package. Times are medians in milliseconds, followed by the interquartile range. A ratio is the median of the
-ratios of neighbouring turns. Memory is the peak of a side's whole process. A peer that does not start is reported.
+Each side runs in its own process. Results are compared before anything is timed. Then the sides take turns of five
+calls, of which the median counts; a call that takes over 100 ms is a turn by itself. Times are medians in milliseconds,
+followed by the interquartile range. A ratio is the median of the ratios of neighbouring turns. Memory is the peak of a
+side's whole process. A peer that does not start is reported.
 
 The workloads:
 
@@ -60,9 +60,9 @@ class Side:
             raise RuntimeError(f"{self.name} cannot run this workload in {python}: {reason}")
         self.answers = list(np.load(self.output).values())
 
-    def __call__(self, calls=1, pause=0):
-        """Return the median time of so many calls in a row."""
-        time.sleep(pause)
+    def __call__(self, calls=1):
+        """Return the median time of so many calls in a row, in ms."""
+        time.sleep(.005)  # PyTorch's threads spin for a few milliseconds after a call
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
@@ -88,12 +88,11 @@ def spread(times):
 
 def compare(what, ours, theirs, repeat, tolerance):
     """Make one comparison, print it and return its record. Both sides are ended."""
-    # PyTorch's threads spin for a few milliseconds after a call. Two calls of ours differ by less than waking up costs.
-    turn = dict(calls=5) if theirs.name.startswith("here") else dict(pause=.005)
     try:
         if tolerance is not None:
             verify(ours, theirs, tolerance)
-        pairs = [(ours(**turn), theirs(**turn)) for _ in range(repeat)]
+        calls, peer_calls = (1 if side() > 100 else 5 for side in (ours, theirs))  # a process that wakes up is slow
+        pairs = [(ours(calls), theirs(peer_calls)) for _ in range(repeat)]
     finally:
         memory = [side.close() / 2**30 for side in (ours, theirs)]
     mine, others = zip(*pairs)

@@ -88,6 +88,9 @@ struct Block {
     ahead.add(call.q + (next.group * call.n_q + next.start) * d, next.end - next.start, d);
   }
 
+  // About how many parts a product of the block with all of its keys has: see `matmul`.
+  int64_t parts() const { return (end_of_keys() - first_key()) / 4; }
+
   const float *copied(const float *from, int64_t stride, float *to, float factor) {
     for (int64_t lane = 0; lane < count; ++lane)
       for (int64_t c = 0; c < d; ++c) to[lane * padded + c] = factor * from[lane * stride + c];

@@ -20,6 +20,7 @@ struct Worker : Block {
     read_block(block);
     look_ahead(next, {call.k, call.v});
     ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride());
+    ahead.begin(2 * parts());
     careful = false;
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
@@ -104,6 +105,7 @@ struct Worker : Block {
     for (const float *x : {grads.dout, grads.out})
       ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride());
     ahead.add(grads.dq + (group * call.n_q + start) * d, count, d);
+    ahead.begin(5 * parts());
     const int64_t at = group * call.n_q + start;
     const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
     const float *from_dout = grads.dout + out_at;

@@ -36,7 +36,7 @@ struct NoMemory {
 template <typename Worker>
 bool run_forward(const Call &call, const Outputs &outputs) {
   const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
-  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 16), few = divide_up(run, 8);
+  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 32), few = divide_up(run, 16);
   const int64_t runs = std::max<int64_t>(all / run - 2 * call.threads, 0);
   const auto block = [&](int64_t number) {
     const int64_t start = number % each / call.share * BLOCK_QUERIES;

@@ -86,8 +86,8 @@ INLINE void across(int v, int end, Act &&act) {
     if (v < end) across<COUNT - 1>(v, end, act);
 }
 
-// Rows that are used soon and may be in no cache yet. Between two parts of a product, a few of them are fetched
-// there. All of them at once would keep the processor waiting.
+// Rows that are used soon and may be in no cache yet. Some are fetched at each part of a product: the processor would
+// have to wait for all of them at once.
 struct Ahead {
   struct Rows {
     const float *next;
@@ -95,14 +95,16 @@ struct Ahead {
   };
   Rows rows[8];
   int left = 0;
-  int64_t width = 0;  // floats in a row
+  int64_t width = 0, all = 0, each = 0;  // floats in a row; rows in all, and at each part
 
   void add(const float *first, int64_t count, int64_t stride) {
-    if (count > 0) rows[left++] = {first, count, stride};
+    if (count > 0) rows[left++] = {first, count, stride}, all += count;
   }
 
+  void begin(int64_t parts) { each = divide_up(all, std::max<int64_t>(parts, 1)), all = 0; }
+
   INLINE void fetch() {
-    for (int i = 0; left && i < 4; ++i) {
+    for (int64_t i = 0; left && i < each; ++i) {
       Rows &from = rows[left - 1];
       for (int64_t c = 0; c < width; c += CACHE_LINE) __builtin_prefetch(from.next + c, 0, 2);
       from.next += from.stride;
