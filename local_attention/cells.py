@@ -6,9 +6,11 @@ constructor and, if there are projections, a `construct`: this calls the project
 base class.
 """
 import sys
+from functools import cache
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn
 from mindspore._c_expression import MixedPrecisionType, PyNativeExecutor_
 from mindspore.ops import constexpr
 
@@ -108,3 +110,18 @@ class Once(InFloat32):
             return (last(dout),)
         _refuse_outside_graphs()
         return (dout,)
+
+
+# ---- inputs that a call may not have
+
+
+def given(x, dtype):
+    """Return a tensor or, for None, a placeholder that is not read. It is a constant: outside graphs, an operator that
+    makes one takes longer than all else before an operator of the kernel."""
+    return _placeholder(dtype) if x is None else x
+
+
+@constexpr
+@cache
+def _placeholder(dtype):
+    return Tensor(np.zeros(1), dtype)

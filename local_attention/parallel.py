@@ -266,8 +266,8 @@ def _digits(ids, dtype):
 
 
 def _number(digits, dtype):
-    """Return the integers of the bytes that `_digits` made. They have no gradient: without saying so, a graph would also
-    build that of the exchange, and on Ascend it does not compile for a rank that sends nothing."""
+    """Return the integers of the bytes that `_digits` made. They have no gradient. Otherwise, a graph would also build
+    that of the exchange, and on Ascend it does not compile for a rank that sends nothing."""
     digits = ops.stop_gradient(digits)
     parts = ops.cast(ops.cast(digits, ms.float32), dtype).reshape(_bytes(dtype), -1, digits.shape[1])
     last = parts[_bytes(dtype) - 1]

@@ -5,6 +5,7 @@
 #include "../local_attention/backends/native.cpp"
 
 #include <cstdio>
+#include <limits>
 #include <random>
 
 namespace {
@@ -127,17 +128,18 @@ std::vector<int32_t> draw_documents(const Case &c, std::mt19937 &random) {
 }
 
 // Whether `document_bounds` agrees with a search from each position for both ends of its run of one id. There are runs
-// of length 1, padding with several ids, an id that comes again after another, and ids of 64 bits.
-bool bounds_agree(int64_t batch, int64_t n, std::mt19937 &random) {
-  std::vector<int64_t> ids(batch * n), bounds(2 * batch * n, -7);
-  const int64_t drawn[] = {0, 0, 0, 1, -1, -100, (int64_t)1 << 40, -((int64_t)1 << 40)};
+// of length 1, padding with several ids, an id that comes again after another, and ids of all bits.
+template <typename Id>
+bool bounds_agree(const char *type, int64_t batch, int64_t n, std::mt19937 &random) {
+  std::vector<Id> ids(batch * n), bounds(2 * batch * n, -7);
+  const Id highest = std::numeric_limits<Id>::max(), drawn[] = {0, 0, 0, 1, -1, -100, highest, -highest};
   for (int64_t at = 0; at < batch * n; ++at) ids[at] = at && random() % 4 ? ids[at - 1] : drawn[random() % 8];
   int64_t shape[] = {batch, n}, *shapes[] = {shape};
   void *params[] = {ids.data(), bounds.data()};
-  if (document_bounds(2, params, 0, shapes, 0, 0, 0)) return false;
+  if (document_bounds(2, params, 0, shapes, &type, 0, 0)) return false;
   for (int64_t row = 0; row < batch; ++row)
     for (int64_t j = 0; j < n; ++j) {
-      const int64_t *id = &ids[row * n];
+      const Id *id = &ids[row * n];
       int64_t first = j, last = j;
       while (first > 0 && id[first - 1] == id[j]) --first;
       while (last + 1 < n && id[last + 1] == id[j]) ++last;
@@ -367,7 +369,7 @@ int main(int count, char **arguments) {
   std::mt19937 random(7);
   for (int64_t batch : {1, 3})
     for (int64_t n : {1, 2, 17, 64, 301})
-      if (!bounds_agree(batch, n, random)) {
+      if (!bounds_agree<int32_t>("int32", batch, n, random) || !bounds_agree<int64_t>("int64", batch, n, random)) {
         std::printf("bounds of documents: wrong for %d rows of %d\n", (int)batch, (int)n);
         return 1;
       }

@@ -14,7 +14,7 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
-from ..cells import AsGiven, last
+from ..cells import AsGiven, given, last
 from .spans import HIDDEN, bounds_of, in_span, reach, repeated, sees_something, with_prefix, without_padding
 
 AS_GIVEN = ("Float16", "BFloat16")  # the dtypes that `run` takes without a cast
@@ -247,17 +247,12 @@ def _called(problem, heads, flash, tokens, q, k, v, bias, mask, nothing, sinks, 
         if sinks is not None:
             sinks = ops.cast(sinks, ms.float32)
             sinks = ops.tile(sinks, (q.shape[0] * heads // problem.sinks,)).reshape(-1, heads, 1, 1)
-        return flash(q, k, v, _there(bias, ms.float16), mask, _there(nothing, ms.bool_), _there(sinks, ms.float32))
+        return flash(q, k, v, given(bias, ms.float16), mask, given(nothing, ms.bool_), given(sinks, ms.float32))
     before, after = tokens or (NO_LIMIT, NO_LIMIT)
     out = ops.flash_attention_score(
         q, k, v, heads, real_shift=bias, attn_mask=mask, scalar_value=scale or problem.scoring.scale,
         pre_tokens=before, next_tokens=after, input_layout="BNSD", sparse_mode=4 if tokens else 0)
     return out if nothing is None else ops.masked_fill(out, nothing, 0.), None
-
-
-def _there(x, dtype):
-    """Return a tensor, or a placeholder that is not read."""
-    return ops.zeros((1,), dtype) if x is None else x
 
 
 def _hidden_by_documents(problem, documents, positions, places):

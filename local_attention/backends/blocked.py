@@ -9,7 +9,7 @@ broadcasting is cheap and dimensions should be multiples of 16, so there both ar
 import mindspore as ms
 from mindspore import ops
 
-from ..cells import InFloat32
+from ..cells import InFloat32, given
 from . import any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
@@ -93,7 +93,7 @@ def run(constants, q, k, v, tensors):
         if blocks.masked:
             veil = _swap(veil, outer, by_head)
     out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.stop_gradient(ends), ops.stop_gradient(places),
-                      ops.zeros((1,), ms.int32) if seed is None else seed)
+                      given(seed, ms.int32))
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None

@@ -33,7 +33,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 6;  // to be increased when what goes in or out changes; native.py compares it
+constexpr int INTERFACE = 7;  // to be increased when what goes in or out changes; native.py compares it
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // floats in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -190,17 +190,23 @@ EXPORTED int attention_backward(int, void **params, int *, int64_t **, const cha
   });
 }
 
-// segment_ids (batch, n) -> the first and the last position of each position's document (batch, n, 2), all int64
-// A document is a run of one id. A negative id is padding, which belongs to no document: its last is before its first.
-EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
-  const int64_t batch = shapes[0][0], n = shapes[0][1], *ids = (const int64_t *)params[0];
-  int64_t *bounds = (int64_t *)params[1];
-  for (int64_t row = 0; row < batch; ++row, ids += n)
-    for (int64_t first = 0, end; first < n; first = end) {
-      for (end = first + 1; end < n && ids[end] == ids[first];) ++end;
-      const bool padding = ids[first] < 0;
-      for (int64_t j = first; j < end; ++j) *bounds++ = padding ? j : first, *bounds++ = padding ? j - 1 : end - 1;
-    }
+// segment_ids (batch, n) -> the first and the last position of each position's document (batch, n, 2)
+// Both are int32, or both int64. A document is a run of one id. A negative id is padding, which belongs to no document:
+// its last is before its first.
+EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **types, void *, void *) {
+  const auto find = [&](auto *ids, auto *bounds) {
+    const int64_t batch = shapes[0][0], n = shapes[0][1];
+    for (int64_t row = 0; row < batch; ++row, ids += n)
+      for (int64_t first = 0, end; first < n; first = end) {
+        for (end = first + 1; end < n && ids[end] == ids[first];) ++end;
+        const bool padding = ids[first] < 0;
+        for (int64_t j = first; j < end; ++j) *bounds++ = padding ? j : first, *bounds++ = padding ? j - 1 : end - 1;
+      }
+  };
+  if (std::strcmp(types[0], "int32") == 0)
+    find((const int32_t *)params[0], (int32_t *)params[1]);
+  else
+    find((const int64_t *)params[0], (int64_t *)params[1]);
   return 0;
 }
 

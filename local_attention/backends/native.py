@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
-from ..cells import last
+from ..cells import given, last
 
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
@@ -23,7 +23,7 @@ INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT
 TILE = 64  # queries, and keys
 TOKENS_FIRST = True  # whether it can write its output so
 ANY_AXES = True  # axes before the last two of q, k and v are only counted
-INTERFACE = 6  # the version of the kernel's interface that this file needs
+INTERFACE = 7  # the version of the kernel's interface that this file needs
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have narrower ones
 wanted = [None]  # the backend that `use_backend` requests; layers beside attention follow it
@@ -100,14 +100,9 @@ def prepare(problem):
 def run(fused, q, k, v, tensors):
     """Run one operator forward, and one backward."""
     mask, documents, bias, sinks, rel_pos_emb, seed = tensors
-    out, _, lse = fused(q, k, v, _there(mask, ms.bool_), _there(documents, ms.int32), _there(bias, ms.float32),
-                        _there(sinks, ms.float32), _there(rel_pos_emb, ms.float32), _there(seed, ms.int32))
+    out, _, lse = fused(q, k, v, given(mask, ms.bool_), given(documents, ms.int32), given(bias, ms.float32),
+                        given(sinks, ms.float32), given(rel_pos_emb, ms.float32), given(seed, ms.int32))
     return out, lse
-
-
-def _there(x, dtype):
-    """Return a tensor, or a placeholder that is not read."""
-    return ops.zeros((1,), dtype) if x is None else x
 
 
 class Fused(nn.Cell):
@@ -156,12 +151,15 @@ def integers(*numbers):
     return Tensor(np.array([np.float64(x).view(np.int64) if isinstance(x, float) else x for x in numbers], np.int64))
 
 
-def custom(name, inputs, outputs):
-    """Return an operator of the library with inputs and outputs of these types; it infers shapes itself."""
+def custom(name, inputs, outputs, *others):
+    """Return an operator of the library with inputs and outputs of these types; it infers shapes itself. `others` are
+    further lists of types, of inputs and outputs together: MindSpore keeps one registration for each name."""
     info = CustomRegOp(name)
     for number in range(len(inputs)):
         info = info.input(number, f"x{number}")
     for number in range(len(outputs)):
         info = info.output(number, f"y{number}")
-    info = info.dtype_format(*inputs, *outputs).target("CPU").get_op_info()
+    for types in ((*inputs, *outputs), *others):
+        info = info.dtype_format(*types)
+    info = info.target("CPU").get_op_info()
     return ops.Custom(f"{library()[0]}:{name}", out_shape=None, out_dtype=None, func_type="aot", reg_info=info)

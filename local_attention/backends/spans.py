@@ -31,10 +31,11 @@ class _FusedBounds(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.find = native.custom("document_bounds", [native.INT64], [native.INT64])
+        self.find = native.custom("document_bounds", [native.INT32], [native.INT32], [native.INT64, native.INT64])
 
     def construct(self, segment_ids):
-        return ops.cast(self.find(ops.cast(segment_ids, ms.int64)), ms.int32)
+        bounds = self.find(segment_ids)
+        return bounds if bounds.dtype == ms.int32 else ops.cast(bounds, ms.int32)
 
     def bprop(self, segment_ids, out, dout):
         return (segment_ids,)
