@@ -1,8 +1,26 @@
-"""`attend` with keyword arguments, in both modes, for the tests of backends."""
+"""For the tests of backends: those that can run here, what they refuse, and `attend` with keyword arguments."""
+import pytest
 from mindspore.ops import constexpr
 
-from local_attention.attend import Frame, attend, beside
-from local_attention.spec import Scoring
+from local_attention.attend import Frame, Problem, attend, beside, refusals
+from local_attention.spec import Scoring, WindowSpec
+
+# the native kernel only if it was built
+BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, 7, 0, True), Scoring(1.), 6, 9, 9, 10)).items()
+            if reason is None]
+COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # they refuse nothing
+
+
+def skip_what_it_refuses(backend, call, *inputs):
+    """Skip the test if the backend refuses the call. This runs outside a gradient, because an error within one leaves
+    MindSpore in a bad state."""
+    if backend not in COMPLETE:
+        try:
+            call(*inputs)
+        except ValueError as error:
+            if "cannot run this call" in str(error):
+                pytest.skip(str(error).splitlines()[0])
+            raise
 
 
 @constexpr

@@ -5,31 +5,15 @@ import pytest
 from mindspore import Tensor
 
 import oracle
-from calls import attend_to
-from local_attention.attend import Problem, refusals
+from calls import BACKENDS, COMPLETE, attend_to, skip_what_it_refuses
+from local_attention.attend import Problem
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 
 W = 7
-# the backends that can run here: the native kernel only if it was built
-BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, W, 0, True), Scoring(1.), 6, 9, 9, 10)).items()
-            if reason is None]
-COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # they refuse nothing of this
 SPECS = [WindowSpec(1, W, 0, True), WindowSpec(W, W, 0, True), WindowSpec(W, W, W, False),
          WindowSpec(1, 2 * W, W, False), WindowSpec(W, 0, 0, True), WindowSpec(W, 0, 2 * W, False),
          WindowSpec(1, 3, -1, False), WindowSpec(1, NO_LIMIT, NO_LIMIT, False)]
 LENGTHS = [1, W - 1, W, W + 1, 3 * W - 1, 3 * W, 3 * W + 1]
-
-
-def skip_what_it_refuses(backend, call, *inputs):
-    """Skip the test if the backend refuses the call. This runs outside a gradient, because an error within one leaves
-    MindSpore in a bad state."""
-    if backend not in COMPLETE:
-        try:
-            call(*inputs)
-        except ValueError as error:
-            if "cannot run this call" in str(error):
-                pytest.skip(str(error).splitlines()[0])
-            raise
 
 
 class Case:
