@@ -116,8 +116,8 @@ class Once(InFloat32):
 
 
 def given(x, dtype):
-    """Return a tensor or, for None, a placeholder that is not read. It is a constant: outside graphs, an operator that
-    makes one takes longer than all else before an operator of the kernel."""
+    """Return a tensor or, for None, a placeholder that is not read. It is a constant: outside graphs, five operators
+    that make such tensors would take longer than the attention of a short sequence."""
     return _placeholder(dtype) if x is None else x
 
 
