@@ -53,8 +53,7 @@ struct Block {
     group = block.group, key_group = group / call.share, start = block.start, count = block.end - start;
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
-    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
-    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
+    for (int64_t x = 0; x < count * d; x += CACHE_LINE) __builtin_prefetch(from_q + x);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
     const int32_t *const bounds = call.documents_of(group);
     int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position begin
@@ -74,6 +73,8 @@ struct Block {
       bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
+    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
+    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));

@@ -25,11 +25,10 @@ struct Worker : Block {
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
     const int64_t at = group * call.n_q + start;
-    for (int64_t lane = 0; lane < count; ++lane)
+    for (int64_t lane = 0; call.wants_lse && lane < count; ++lane)
       outputs.lse[at + lane] = highest[lane] * LOG_2 + std::log(sum[lane]);
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
-    for (int v = 0; v < vectors; ++v) scale_out(v, load<Vec>(sum + v * WIDTH));
-    transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), 1, d);
+    transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum, d);
     for (int64_t lane = 0; lane < count; ++lane) {
       outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
       outputs.statistics[2 * (at + lane) + 1] = sum[lane];
@@ -111,7 +110,7 @@ struct Worker : Block {
     const float *from_dout = grads.dout + out_at;
     const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
     clear_keys(call, grads, key_group, chunk.cleared, end);
-    transpose(count, d, from_dout, out_stride, dout_t, QUERIES, 1);
+    transpose(count, d, from_dout, out_stride, dout_t, QUERIES, 1.f);
     const float *dout_rows = in_vectors(from_dout, out_stride, dout);
     const float *q_rows = call.emb ? in_vectors(call.q + at * d, d, q) : nullptr;
     copied(call.q + at * d, d, q_scaled, call.scale);

@@ -32,18 +32,29 @@ INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
-// 2^x for x < 127, with a relative error up to 2e-7. Below the smallest normal number it is 0. NaN stays NaN.
+// 2^x for x < 127, with a relative error up to 2e-7. Below the smallest normal number it is 0. NaN stays NaN. It is a
+// power of a fraction, by a minimax polynomial that is exact at 0, times one of an integer.
 INLINE Vec power_of_2(Vec x) {
+#if VECTOR_BYTES == 64
+  const Vec r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // 0 ... 1
+  Vec y = r * 0.001867140294f + 0.009017007425f;
+  y = y * r + 0.05579993129f;
+  y = y * r + 0.2401644439f;
+  y = y * r + 0.6931512952f;
+  y = y * r + 1.f;
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, all(-126.f), _CMP_NLT_UQ), y, x);
+#else
   constexpr float SHIFT = 12582912.f + 127;  // adding 1.5 * 2^23 rounds to an integer, here an exponent's bits
   const Vec clamped = max(x, all(-127.f));   // the exponent of 0
   const Vec shifted = clamped + SHIFT;
-  const Vec r = clamped - (shifted - SHIFT);
-  Vec y = r * 0.001326472731f + 0.009671512991f;  // a minimax polynomial on -1/2 ... 1/2, exact at 0
+  const Vec r = clamped - (shifted - SHIFT);  // -1/2 ... 1/2
+  Vec y = r * 0.001326472731f + 0.009671512991f;
   y = y * r + 0.05550733581f;
   y = y * r + 0.2402224243f;
   y = y * r + 0.6931470037f;
   y = y * r + 1.f;
   return y * (Vec)((Bits)shifted << 23);
+#endif
 }
 
 // tanh x, with a relative error up to 5e-7. It is an odd quotient of polynomials. Its coefficients were fitted for the
@@ -117,9 +128,7 @@ struct Ahead {
 template <int ROWS, int COUNT>
 INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64_t a_step, const float *b,
                              int64_t b_step, float *c, int64_t c_row, bool add) {
-  Vec sum[ROWS][COUNT];
-  for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COUNT; ++v) sum[row][v] = add ? load<Vec>(c + row * c_row + v * WIDTH) : Vec{};
+  Vec sum[ROWS][COUNT]{};
   for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
     Vec x[COUNT];
     for (int v = 0; v < COUNT; ++v) x[v] = load<Vec>(b + v * WIDTH);
@@ -127,7 +136,10 @@ INLINE void matmul_registers(int64_t steps, const float *a, int64_t a_row, int64
       for (int v = 0; v < COUNT; ++v) sum[row][v] += a[row * a_row] * x[v];
   }
   for (int row = 0; row < ROWS; ++row)
-    for (int v = 0; v < COUNT; ++v) store(c + row * c_row + v * WIDTH, sum[row][v]);
+    for (int v = 0; v < COUNT; ++v) {
+      float *to = c + row * c_row + v * WIDTH;
+      store(to, add ? load<Vec>(to) + sum[row][v] : sum[row][v]);  // loaded this late, it keeps no product waiting
+    }
 }
 
 template <int ROWS, int COUNT>
@@ -180,9 +192,13 @@ NEVER_INLINE bool finite(const float *rows, int64_t count) {
 }
 
 INLINE bool any(Ints x) {
+#if VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
   int32_t found = 0;
   for (int lane = 0; lane < WIDTH; ++lane) found |= x[lane];
   return found;
+#endif
 }
 
 INLINE Bits scramble(Bits x) {
@@ -206,10 +222,15 @@ INLINE void turn(Vec *rows, std::integer_sequence<int, LANES...> lanes) {
 
 INLINE void turn(Vec *rows) { turn<WIDTH / 2>(rows, std::make_integer_sequence<int, WIDTH>{}); }
 
+// One factor for all columns, or one for each; there are whole vectors of these.
+INLINE Vec factors_at(float factor, int64_t) { return all(factor); }
+INLINE Vec factors_at(const float *factors, int64_t column) { return load<Vec>(factors + column); }
+
 // to[column, row] = factor * from[row, column]. Rows of `to` are written in whole vectors, so zeros may follow the last
 // number, but never beyond `to_width` or the stride.
+template <typename Factor>
 NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, int64_t from_stride, float *to,
-                            int64_t to_stride, float factor, int64_t to_width = INT64_MAX) {
+                            int64_t to_stride, Factor factor, int64_t to_width = INT64_MAX) {
   to_width = std::min(to_width, to_stride);
   float edge[WIDTH * WIDTH];
   for (int64_t top = 0; top < rows; top += WIDTH)
@@ -223,7 +244,7 @@ NEVER_INLINE void transpose(int64_t rows, int64_t columns, const float *from, in
         square = edge, stride = WIDTH;
       }
       Vec x[WIDTH];
-      for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factor;
+      for (int i = 0; i < WIDTH; ++i) x[i] = load<Vec>(square + i * stride) * factors_at(factor, left);
       turn(x);
       float *turned = to + left * to_stride + top;
       const bool direct = width == WIDTH && top + WIDTH <= to_width;
