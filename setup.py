@@ -32,7 +32,8 @@ NATIVE = Extension(
     sources=["local_attention/backends/native.cpp"],
     depends=[f"local_attention/backends/native_{part}.h"
              for part in ("call", "threads", "vectors", "block", "kernel", "layers")],
-    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread",
+                        "-fno-wrapv"],  # Python's own flags have -fwrapv, which loops over int pay for
     extra_link_args=["-pthread"],
     language="c++",
     optional=True,

@@ -56,21 +56,19 @@ struct Block {
     for (int64_t x = 0; x < count * d; x += CACHE_LINE) __builtin_prefetch(from_q + x);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
     const int32_t *const bounds = call.documents_of(group);
-    int64_t begins = -1, bucket = 0, period = 0;  // where the document, the bucket and the period of a position begin
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       const Span within = call.document(bounds, position);
-      if (within.first != begins) {
-        begins = within.first;
-        const int64_t into = position - begins;
-        bucket = position - into % call.bucket, period = position - into % call.period;
-      }
-      if (position == bucket + call.bucket) bucket = position;
-      if (position == period + call.period) period = position;
-      const Span span = call.span(position, bucket, within);
+      const auto after = [&](int64_t size) {  // how far after the start of its bucket, or of its period
+        return size > 1 ? (uint32_t)(position - within.first) % (uint32_t)size : 0;
+      };
+      const Span span = call.span(position, position - after(call.bucket), within);
       positions[lane] = position, first[lane] = span.first, last[lane] = span.last;
-      if (call.prefix) document[lane] = begins, prefix_last[lane] = call.prefix_last(position, within);
-      bias_rows[lane] = (position - period) * call.columns, columns_from[lane] = period - call.bias_backward;
+      if (call.prefix) document[lane] = within.first, prefix_last[lane] = call.prefix_last(position, within);
+      if (call.bias) {
+        const int64_t row = after(call.period);
+        bias_rows[lane] = row * call.columns, columns_from[lane] = position - row - call.bias_backward;
+      }
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
     transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
@@ -82,10 +80,13 @@ struct Block {
 
   // Plans to fetch what the next block needs and this one does not: its queries, and rows of these tensors of keys.
   void look_ahead(const Queries &next, std::initializer_list<const float *> tensors) {
+    const int64_t next_group = next.group / call.share, position = call.offset + next.start;
+    int64_t from = call.span(position, position + 1 - call.bucket, call.document(call.documents_of(next.group), position)).first;
+    if (next_group == key_group) from = std::max(from, end_of_keys());
+    const int64_t end = std::min(end_of_keys() + next.start - start, call.n_k);  // if it sees as far as this block does
     ahead.left = 0;
-    const int64_t from = end_of_keys(), more = next.group / call.share == key_group ? next.start - start : 0;
     for (const float *x : tensors)
-      ahead.add(x + (key_group * call.n_k + from) * d, std::min(more, call.n_k - from), d);
+      ahead.add(x + (next_group * call.n_k + from) * d, std::min<int64_t>(end - from, 4 * KEYS), d);
     ahead.add(call.q + (next.group * call.n_q + next.start) * d, next.end - next.start, d);
   }
 

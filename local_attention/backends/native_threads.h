@@ -31,22 +31,31 @@ struct NoMemory {
   explicit NoMemory(const Task &) {}
 };
 
-// A thread takes consecutive blocks, because they see mostly the same keys: first come the blocks of the groups that
-// share a group of keys, then those of the next queries. Towards the end it takes fewer, so that no thread waits long.
+// A thread takes runs of consecutive blocks, because they see mostly the same keys: first come the blocks of the groups
+// that share a group of keys, then those of the next queries. Towards the end runs are short, so that no thread waits
+// long.
 template <typename Worker>
 bool run_forward(const Call &call, const Outputs &outputs) {
+  struct Run {
+    int64_t next, end;
+  };
   const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
   const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 32), few = divide_up(run, 16);
   const int64_t runs = std::max<int64_t>(all / run - 2 * call.threads, 0);
+  std::atomic<int64_t> taken{0};
+  const auto take = [&] {
+    const int64_t number = taken++, start = std::min(number, runs) * run + std::max<int64_t>(number - runs, 0) * few;
+    return Run{start, std::min(start + (number < runs ? run : few), all)};
+  };
   const auto block = [&](int64_t number) {
     const int64_t start = number % each / call.share * BLOCK_QUERIES;
     return Queries{number / each * call.share + number % call.share, start, std::min(start + BLOCK_QUERIES, call.n_q)};
   };
-  return in_parallel<Worker>(call, runs + divide_up(all - runs * run, few), [&](Worker &worker, int64_t item) {
-    int64_t number = item < runs ? item * run : runs * run + (item - runs) * few;
-    for (const int64_t end = std::min(number + (item < runs ? run : few), all); number < end; ++number) {
-      const Queries now = block(number), next = number + 1 < end ? block(number + 1) : now.none();
-      worker.forward(now, next, outputs);
+  return in_parallel<Worker>(call, std::min(call.threads, all), [&](Worker &worker, int64_t) {
+    for (Run run = take(); run.next < run.end;) {
+      const Queries now = block(run.next++);
+      if (run.next == run.end) run = take();  // so early, because what it needs is fetched meanwhile
+      worker.forward(now, run.next < run.end ? block(run.next) : now.none(), outputs);
     }
   });
 }
