@@ -14,7 +14,7 @@ constexpr int64_t ORIGIN[] = {3, 11};  // the group and the position from which 
 
 struct Case {
   int64_t batch, heads, share, n_q, n_k, d, bucket, backward, forward, causal, prefix, offset, beside;
-  bool mask, documents, bias, sinks, emb, hide_self, lse;
+  bool mask, documents, bias, sinks, emb, hide_self;
   int64_t bias_heads, period;
   double softcap, rate;
   int64_t groups() const { return batch * heads; }
@@ -167,7 +167,7 @@ std::vector<std::vector<float>> given(const Case &c, Tensors &x, double scale, i
                                c.prefix, c.offset, c.mask ? c.batch : 0, c.documents ? c.batch : 0,
                                c.bias ? c.bias_heads : 1, c.bias ? c.period : 1, c.bias ? columns : 0, c.backward,
                                c.emb ? columns : 0, c.sinks ? c.heads : 0, c.hide_self, threads, level, ORIGIN[0],
-                               ORIGIN[1], c.beside, c.lse};
+                               ORIGIN[1], c.beside};
   for (double real : {scale, c.softcap, c.rate}) {
     numbers.push_back(0);
     std::memcpy(&numbers.back(), &real, sizeof(real));
@@ -221,7 +221,7 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
   if (got.empty() || again.empty()) return INFINITY;
   double worst = 0;
   for (int i = 0; i < 8; ++i) {
-    if ((i == 1 && !c.lse) || (i == 5 && !c.bias) || (i == 6 && !c.sinks) || (i == 7 && !c.emb)) continue;
+    if ((i == 5 && !c.bias) || (i == 6 && !c.sinks) || (i == 7 && !c.emb)) continue;
     const bool sliced = i == 5 || i == 7;  // summed in slices, whose number depends on threads
     if (!sliced && std::memcmp(got[i].data(), again[i].data(), got[i].size() * sizeof(float))) return INFINITY;
     // The bound is 1, and larger for gradients to which every query adds: if each sees one key alone, those are 0, and
@@ -395,7 +395,7 @@ int main(int count, char **arguments) {
       c.bias_heads = random() % 3 ? c.heads : 1, c.period = c.bucket;
       c.documents = random() % 2, c.sinks = random() % 3 == 0, c.softcap = pick({0, 0, 2, 30});
       c.prefix = c.bias || c.emb ? 0 : pick({0, 1, 4, 70, 400, 600});
-      c.rate = random() % 4 ? 0 : 0.3, c.lse = random() % 2;
+      c.rate = random() % 4 ? 0 : 0.3;
       const double error = run(c, level, 1 + number % 3, random);
       worst = std::max(worst, error);
       if (!(error < 1e-5)) {

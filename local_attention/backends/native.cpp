@@ -33,7 +33,7 @@
 
 namespace {
 
-constexpr int INTERFACE = 8;  // to be increased when what goes in or out changes; native.py compares it
+constexpr int INTERFACE = 7;  // to be increased when what goes in or out changes; native.py compares it
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // floats in the widest vector
 constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
@@ -171,7 +171,7 @@ EXPORTED int attention_interface() { return INTERFACE; }
 EXPORTED int attention_level() { return (int)highest_level(); }
 
 // q, k, v, mask, documents, bias, sinks, emb, seed, numbers
-// -> out, statistics (..., n_q, 2), lse (..., n_q), which is written if it is wanted
+// -> out, statistics (..., n_q, 2), lse (..., n_q)
 // The statistics of a row are a score near its highest, and the inverse of the sum of weights relative to that score.
 // lse holds the same information, but weights computed from it would have the error of its last digit.
 EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {

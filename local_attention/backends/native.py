@@ -23,7 +23,7 @@ INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT
 TILE = 64  # queries, and keys
 TOKENS_FIRST = True  # whether it can write its output so
 ANY_AXES = True  # axes before the last two of q, k and v are only counted
-INTERFACE = 8  # the version of the kernel's interface that this file needs
+INTERFACE = 7  # the version of the kernel's interface that this file needs
 LEVELS = ("baseline", "AVX2", "AVX-512")
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have narrower ones
 wanted = [None]  # the backend that `use_backend` requests; layers beside attention follow it
@@ -117,8 +117,7 @@ class Fused(nn.Cell):
             problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
             spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
             heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,
-            *problem.origin, problem.beside, problem.lse, float(scoring.scale), float(scoring.softcap or 0),
-            float(scoring.dropout))
+            *problem.origin, problem.beside, float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
         self.forward = custom("attention_forward", [*INPUTS.values()], 3 * [FLOATS])  # the output, statistics, lse
         self.backward = custom("attention_backward", [*INPUTS.values(), *4 * [FLOATS]], 6 * [FLOATS])
 

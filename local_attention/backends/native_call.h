@@ -39,7 +39,6 @@ struct Call {
       doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
   int64_t first_group, first_position;  // where this call begins in the whole problem, for dropout
   int64_t beside;             // heads beside each other in a row of the output: all heads of a token, or 1
-  int64_t wants_lse;          // whether the log-sum-exp is to be written
   int64_t share;              // groups that read the same keys
   int64_t padded, bias_size;  // head_dim rounded up to the widest vector, and the size of one head's bias
   float scale, softcap, kept_factor;
@@ -50,8 +49,7 @@ struct Call {
     const int64_t *number = (const int64_t *)inputs[9];
     for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
                         &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
-                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside,
-                        &wants_lse})
+                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside})
       *to = *number++;
     double real[3];  // passed as their bits
     std::memcpy(real, number, sizeof(real));

@@ -25,8 +25,8 @@ struct Worker : Block {
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
     const int64_t at = group * call.n_q + start;
-    for (int64_t lane = 0; call.wants_lse && lane < count; ++lane)
-      outputs.lse[at + lane] = highest[lane] * LOG_2 + std::log(sum[lane]);
+    for (int64_t lane = 0; lane < count; lane += WIDTH)
+      put(outputs.lse + at + lane, count - lane, load<Vec>(highest + lane) * LOG_2 + log(load<Vec>(sum + lane)));
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum, d);
     for (int64_t lane = 0; lane < count; ++lane) {
