@@ -81,7 +81,8 @@ struct Block {
   // Plans to fetch what the next block needs and this one does not: its queries, and rows of these tensors of keys.
   void look_ahead(const Queries &next, std::initializer_list<const float *> tensors) {
     const int64_t next_group = next.group / call.share, position = call.offset + next.start;
-    int64_t from = call.span(position, position + 1 - call.bucket, call.document(call.documents_of(next.group), position)).first;
+    const Span within = call.document(call.documents_of(next.group), position);
+    int64_t from = call.span(position, position + 1 - call.bucket, within).first;  // that it may see
     if (next_group == key_group) from = std::max(from, end_of_keys());
     const int64_t end = std::min(end_of_keys() + next.start - start, call.n_k);  // if it sees as far as this block does
     ahead.left = 0;

@@ -67,8 +67,8 @@ INLINE Vec tanh(Vec x) {
   return x * above / below;
 }
 
-// log x of a positive normal number, with an error up to 1.2e-7, or to this share of a result above 1. NaN stays NaN. The
-// logarithm of what is left near 1 without a power of 2 is 2 artanh((x - 1) / (x + 1)), by its series.
+// log x of a positive normal number, with an error up to 1.2e-7, or to this share of a result above 1. NaN stays NaN.
+// What is left near 1 without a power of 2 has the logarithm 2 artanh((x - 1) / (x + 1)), here by its series.
 INLINE Vec log(Vec x) {
   constexpr uint32_t SQRT_HALF = 0x3F3504F3;  // its bits
   const Bits above = (Bits)x - SQRT_HALF;
@@ -171,21 +171,19 @@ NEVER_INLINE void matmul(int64_t rows, int vectors, int64_t steps, const float *
   });
 }
 
-// The same, one product at a time, without those whose weight is 0: 0 * NaN is NaN, and an unseen key must have no
-// effect. If `transposed`, weights[j, lane] * rows[j] is added to into[., lane], else weights[j, lane] * rows[lane] to
-// into[j].
+// The same sums without the products whose weight is 0: 0 * NaN is NaN, and an unseen key must have no effect. If
+// `transposed`, weights[j, lane] * rows[j] is added to into[., lane], else weights[j, lane] * rows[lane] to into[j].
 NEVER_INLINE void matmul_of_seen(int64_t keys, int64_t lanes, int64_t width, const float *weights, const float *rows,
                                  int64_t rows_stride, float *into, int64_t into_stride, bool transposed) {
-  for (int64_t j = 0; j < keys; ++j)
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const float weight = weights[j * QUERIES + lane];
-      if (weight == 0) continue;
-      for (int64_t c = 0; c < width; ++c) {
-        if (transposed)
-          into[c * into_stride + lane] += weight * rows[j * rows_stride + c];
-        else
-          into[j * into_stride + c] += weight * rows[lane * rows_stride + c];
+  for (int64_t to = 0; to < (transposed ? lanes : keys); ++to)
+    for (int64_t c = 0; c < width; c += WIDTH) {
+      Vec sum{};
+      for (int64_t from = 0; from < (transposed ? keys : lanes); ++from) {
+        const float weight = transposed ? weights[from * QUERIES + to] : weights[to * QUERIES + from];
+        if (weight != 0) sum += weight * take(rows + from * rows_stride + c, width - c);
       }
+      for (int64_t i = 0; i < std::min<int64_t>(WIDTH, width - c); ++i)
+        into[transposed ? (c + i) * into_stride + to : to * into_stride + c + i] += sum[i];
     }
 }
 
