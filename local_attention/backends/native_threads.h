@@ -40,12 +40,13 @@ bool run_forward(const Call &call, const Outputs &outputs) {
     int64_t next, end;
   };
   const int64_t blocks = divide_up(call.n_q, BLOCK_QUERIES), all = call.groups * blocks, each = blocks * call.share;
-  const int64_t run = std::clamp<int64_t>(all / (8 * call.threads), 1, 32), few = divide_up(run, 16);
-  const int64_t runs = std::max<int64_t>(all / run - 2 * call.threads, 0);
+  const int64_t many = std::clamp<int64_t>(all / (8 * call.threads), 1, 32), few = divide_up(many, 16);
+  const int64_t long_runs = std::max<int64_t>(all / many - 2 * call.threads, 0);
   std::atomic<int64_t> taken{0};
   const auto take = [&] {
-    const int64_t number = taken++, start = std::min(number, runs) * run + std::max<int64_t>(number - runs, 0) * few;
-    return Run{start, std::min(start + (number < runs ? run : few), all)};
+    const int64_t number = taken++, long_before = std::min(number, long_runs);
+    const int64_t start = long_before * many + (number - long_before) * few;
+    return Run{start, std::min(start + (number < long_runs ? many : few), all)};
   };
   const auto block = [&](int64_t number) {
     const int64_t start = number % each / call.share * BLOCK_QUERIES;
