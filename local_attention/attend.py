@@ -19,53 +19,6 @@ BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is known of a call before its tensors have values. The choice of a backend and its plan depend on it alone.
-
-    A length, or the number of groups, is None in a graph that is compiled for any length.
-    """
-    spec: WindowSpec
-    scoring: Scoring
-    groups: Optional[int]  # of the queries: batch entries times heads, heads fastest
-    n_q: Optional[int]
-    n_k: Optional[int]
-    head_dim: int
-    dtype: str = "Float32"
-    share: int = 1  # how many consecutive query heads read the same key head
-    batch: Optional[int] = 0  # rows of the key mask, 0 without one
-    documents: Optional[int] = 0  # rows of the documents' bounds, 0 without documents
-    bias_shape: Optional[tuple] = None  # (heads, period, columns)
-    bias_is_constant: bool = False  # whether the bias needs no gradient
-    sinks: int = 0  # the number of heads with a sink, 0 without sinks
-    by_offset: bool = False  # whether there are embeddings of the offsets from query to key
-    lse: bool = False  # whether the log-sum-exp is returned too
-    offset: Optional[int] = 0  # the position of the first query among the keys
-    origin: tuple = (0, 0)  # the first (group, position) within a larger problem; dropout counts from it
-    beside: int = 1  # how many heads are side by side in a row of the output, for backends that write it so
-
-    @property
-    def heads(self):
-        """The number of heads that have a bias of their own; 1 without a bias."""
-        return self.bias_shape[0] if self.bias_shape else 1
-
-    @property
-    def bias_period(self):
-        """The number of positions after which the bias repeats."""
-        return self.bias_shape[1] if self.bias_shape else 1
-
-    @property
-    def any_length(self):
-        """Whether any size that a plan depends on is unknown."""
-        return None in (self.groups, self.n_q, self.n_k, self.batch, self.documents)
-
-    def bias_index(self, queries, keys):
-        """Return the index, in a head's flattened bias, of the entry for a query and a key at these positions."""
-        _, period, columns = self.bias_shape
-        column = keys - (queries // period * period - self.spec.backward)
-        return queries % period * columns + np.clip(column, 0, columns - 1)
-
-
-@dataclass(frozen=True)
 class Frame:
     """Which part of a larger problem a call computes, and what it should return."""
     offset: Optional[int] = 0  # the position of the first query among the keys; None: the last query is at the last key
@@ -79,9 +32,69 @@ class Frame:
 WHOLE = Frame()
 
 
-def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None):
-    """Return the tensors that accompany q, k and v as one tuple, in a fixed order; those that a call does not have are
-    None.
+@dataclass(frozen=True)
+class Problem:
+    """What is known of a call before its tensors have values. The choice of a backend and its plan depend on it alone.
+
+    A length, or the number of groups, is None in a graph that is compiled for any length.
+    """
+    spec: WindowSpec
+    scoring: Scoring
+    groups: Optional[int]  # of the queries: batch entries times heads, heads fastest
+    n_q: Optional[int]
+    n_k: Optional[int]
+    d: int  # the width of queries and keys
+    d_v: int  # the width of values
+    dtype: str = "Float32"
+    per_key_head: int = 1  # how many consecutive query heads read the same key head
+    heads_in_row: int = 1  # how many heads are side by side in a row of the output, for backends that write it so
+    frame: Frame = WHOLE
+    shapes: tuple = ()  # (name, shape) of each tensor beside q, k and v
+
+    def shape(self, name):
+        """Return the shape of a tensor beside q, k and v; None if the call does not have it."""
+        return dict(self.shapes).get(name)
+
+    def has(self, name):
+        return self.shape(name) is not None
+
+    def rows(self, name):
+        """Return the length of such a tensor's first axis; 0 if the call does not have it."""
+        return self.shape(name)[0] if self.has(name) else 0
+
+    @property
+    def offset(self):
+        """The position of the first query among the keys; None if a graph does not know it."""
+        if self.frame.offset is None and None not in (self.n_q, self.n_k):
+            return self.n_k - self.n_q
+        return self.frame.offset
+
+    @property
+    def heads(self):
+        """The number of heads that have a bias of their own; 1 without a bias."""
+        return self.shape("bias")[0] if self.has("bias") else 1
+
+    @property
+    def bias_period(self):
+        """The number of positions after which the bias repeats."""
+        return self.shape("bias")[1] if self.has("bias") else 1
+
+    @property
+    def any_length(self):
+        """Whether any size that a plan depends on is unknown."""
+        return None in (self.groups, self.n_q, self.n_k, self.rows("mask"), self.rows("documents"))
+
+    def bias_index(self, queries, keys):
+        """Return the index, in a head's flattened bias, of the entry for a query and a key at these positions."""
+        _, period, columns = self.shape("bias")
+        column = keys - (queries // period * period - self.spec.backward)
+        return queries % period * columns + np.clip(column, 0, columns - 1)
+
+
+def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None, **others):
+    """Return the tensors that accompany q, k and v by name; those that a call does not have are None. A dict, because
+    compiled functions give a NamedTuple or a dataclass of tensors no gradient. A backend that does not take one of
+    `others` refuses the call.
 
     mask: bool `(batch, n_k)`, True = a real key; `batch` divides the number of groups. documents: int32 `(batch, n_k,
     2)`, the first and the last position of each position's document, made by `document_bounds`. bias: `(heads, period,
@@ -91,7 +104,8 @@ def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, s
     the unscaled q is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what
     dropout drops.
     """
-    return mask, documents, bias, sinks, rel_pos_emb, seed
+    return {"mask": mask, "documents": documents, "bias": bias, "sinks": sinks, "rel_pos_emb": rel_pos_emb,
+            "seed": seed, **others}
 
 
 ALONE = beside()
@@ -199,22 +213,29 @@ def _empty(shape):
     return 0 in shape
 
 
-@constexpr
-def _chosen(spec, scoring, frame, q_shape, k_shape, dtype, mask_shape, documents_shape, bias_shape, sinks_shape,
-            by_offset, backend):
-    *leading, n_q, head_dim = q_shape
+def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes):
+    """Return the problem of a call on tensors of these shapes; `shapes` are (name, shape) of those beside q, k, v."""
+    *leading, n_q, d = q_shape
     *key_leading, n_k, _ = k_shape
-    share = 1 if leading == key_leading else q_shape[-3] // k_shape[-3]
-    offset = frame.offset
-    if offset is None and None not in (n_q, n_k):
-        offset = n_k - n_q
-    problem = Problem(
-        spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, head_dim,
-        checks.dtype_name(frame.dtype or dtype), share, mask_shape[0] if mask_shape else 0,
-        documents_shape[0] if documents_shape else 0, bias_shape,
-        frame.bias_is_constant, sinks_shape[0] if sinks_shape else 0, by_offset, frame.lse, offset, frame.origin,
-        q_shape[-3] if frame.tokens_first else 1)
+    return Problem(
+        spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, d, v_shape[-1],
+        checks.dtype_name(frame.dtype or dtype), 1 if leading == key_leading else q_shape[-3] // k_shape[-3],
+        q_shape[-3] if frame.tokens_first else 1, frame, shapes)
+
+
+@constexpr
+def _chosen(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes, backend):
+    problem = problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes)
     return _prepared(problem, choose(problem, backend))
+
+
+def _shapes(tensors):
+    """Return (name, shape) of the tensors that a call has."""
+    found = ()
+    for name, x in tensors.items():
+        if x is not None:
+            found += ((name, x.shape),)
+    return found
 
 
 def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
@@ -225,7 +246,7 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
             as q, or a divisor of that number. The softmax is in float32.
         spec (WindowSpec): Which keys a query sees; query `r` stands at position `r + offset`, key `j` at `j`.
         scoring (Scoring): How a score is made.
-        tensors (tuple): The optional tensors of the call, as `beside` returns them. If dropout needs a seed and there
+        tensors (dict): The optional tensors of the call, as `beside` returns them. If dropout needs a seed and there
             is none, one is drawn.
         frame (Frame): Which part of a larger problem this is.
         backend (str): The name of a backend; None is the fastest one that can run the call.
@@ -235,16 +256,12 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         zero gradient. With `frame.lse`, a tuple of this and the log-sum-exp, float32, of q's shape without the last
         axis.
     """
-    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
     shape = q.shape
     if _empty(shape):
         return (q, ops.full(shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
     run, constants, as_given, any_axes, as_asked, once = _chosen(
-        spec, scoring, frame, shape, k.shape, q.dtype, None if mask is None else mask.shape,
-        None if documents is None else documents.shape, None if bias is None else bias.shape,
-        None if sinks is None else sinks.shape, rel_pos_emb is not None, backend)
-    if scoring.dropout > 0 and seed is None:
-        seed = draw_seed()
+        spec, scoring, frame, shape, k.shape, v.shape, q.dtype, _shapes(tensors), backend)
+    seed = draw_seed() if scoring.dropout > 0 and tensors["seed"] is None else tensors["seed"]
     dtype = q.dtype
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
@@ -252,10 +269,9 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
-        out, lse = _run_as_given(run, constants, q, k, v, (mask, documents, bias, sinks, rel_pos_emb, seed))
+        out, lse = _run_as_given(run, constants, q, k, v, _with_seed(tensors, seed, _as_it_is))
     else:
-        out, lse = _run(run, constants, q, k, v,
-                        (mask, documents, _in_float32(bias), _in_float32(sinks), _in_float32(rel_pos_emb), seed))
+        out, lse = _run(run, constants, q, k, v, _with_seed(tensors, seed, _in_float32))
         if once is not None:
             out, lse = once(out), once(lse) if frame.lse else None
     out = ops.cast(out.reshape(shape) if flatten else out, dtype)
@@ -269,6 +285,17 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
 
 def _flat(x):
     return x.reshape(-1, x.shape[-2], x.shape[-1])
+
+
+def _with_seed(tensors, seed, cast):
+    """Return the tensors of a call with this seed, and with floats after a `cast`. All are named anew: in a graph that
+    is differentiated, a dict that is changed loses what is known of its other entries."""
+    return beside(mask=tensors["mask"], documents=tensors["documents"], bias=cast(tensors["bias"]),
+                  sinks=cast(tensors["sinks"]), rel_pos_emb=cast(tensors["rel_pos_emb"]), seed=seed)
+
+
+def _as_it_is(x):
+    return x
 
 
 def _in_float32(x):
@@ -308,13 +335,13 @@ def explain(problem, backend=None):
     """Describe which backend runs a problem and why no other does, what it costs, and what compiles it again."""
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
-    elements = problem.groups * (2 * problem.n_q + 2 * problem.n_k // problem.share) * problem.head_dim
+    elements = problem.groups * (problem.n_q + problem.n_k // problem.per_key_head) * (problem.d + problem.d_v)
     size = 2 if problem.dtype in ascend.AS_GIVEN else 4
     instead = f"could run it, but {chosen} {'was asked for' if backend or _default[0] else 'comes first'}"
     lines = [f"{chosen}: runs this"]
     lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
     lines += [f"options: {', '.join(_options(problem)) or 'none'}",
-              f"multiply-adds: {2 * computed * problem.head_dim:,} forward",
+              f"multiply-adds: {computed * (problem.d + problem.d_v):,} forward",
               f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once",
               f"q, k, v and the output: {elements:,} numbers ({size * elements:,} bytes)",
               "compiles anew for: another shape or dtype of an input, a mask or bias where there was none or none where"
@@ -326,10 +353,11 @@ def _options(problem):
     """Return the options of a problem beside its span, in words."""
     scoring = problem.scoring
     named = {
-        f"{problem.share} query heads to a key head": problem.share > 1, "a key mask": problem.batch != 0,
-        "documents": problem.documents != 0, f"a prefix of {problem.spec.prefix}": problem.spec.prefix > 0,
-        "a bias": problem.bias_shape is not None, "sinks": problem.sinks > 0,
-        "embeddings of offsets": problem.by_offset, f"softcap {scoring.softcap}": scoring.softcap is not None,
+        f"{problem.per_key_head} query heads to a key head": problem.per_key_head > 1,
+        "a key mask": problem.has("mask"), "documents": problem.has("documents"),
+        f"a prefix of {problem.spec.prefix}": problem.spec.prefix > 0,
+        "a bias": problem.has("bias"), "sinks": problem.has("sinks"),
+        "embeddings of offsets": problem.has("rel_pos_emb"), f"softcap {scoring.softcap}": scoring.softcap is not None,
         "shared_qk": scoring.hide_self, f"dropout {scoring.dropout}": scoring.dropout > 0,
-        "the log-sum-exp": problem.lse}
+        "the log-sum-exp": problem.frame.lse}
     return [name for name, there in named.items() if there]

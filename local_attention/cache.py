@@ -371,6 +371,6 @@ def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-    tensors = beside(ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn.seed())
+    tensors = beside(mask=ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn.seed())
     out = attn.attend_prepared(q, k, v, windows, tensors, dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

@@ -163,8 +163,8 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
         checks.described(segment_ids), checks.described(attn_bias), checks.described(sinks), scale, softcap,
         dropout_rate, checks.described(seed), return_lse, backend)
     spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
-    tensors = beside(mask, None if segment_ids is None else document_bounds(segment_ids), attn_bias, sinks,
-                     seed=_seed(seed))
+    documents = None if segment_ids is None else document_bounds(segment_ids)
+    tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)
 
 
@@ -376,5 +376,5 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
     spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)
-    tensors = beside(mask, documents, None, sinks, rel_pos_emb, _seed(seed))
+    tensors = beside(mask=mask, documents=documents, sinks=sinks, rel_pos_emb=rel_pos_emb, seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)

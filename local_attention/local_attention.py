@@ -4,7 +4,7 @@ from mindspore import ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Problem, check_backend, explain, new_salt
+from .attend import Frame, Problem, check_backend, explain, new_salt
 from .backends.spans import SELF_SCORE
 from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - upstream has it here too
 from .windows import Windowed, Windows, l2norm  # noqa: F401 - for the same reason
@@ -221,8 +221,11 @@ class LocalAttention(Windowed):
         if self.use_xpos:
             groups, n_q, n_k, offset = len(windows.folded(n)[0]) * share, windows.size, windows.span, windows.backward
         spec, scoring, _ = self._numbers_of(windows, head_dim)
+        batch = groups // share if self.use_xpos else 1
+        shapes = (("mask", (batch, n_k), mask or self.use_xpos), ("documents", (1, n_k, 2), segment_ids),
+                  ("bias", (share, windows.size, windows.span), attn_bias), ("sinks", (share,), sinks))
         return explain(Problem(
-            spec, scoring, groups, n_q, n_k, head_dim, checks.dtype_name(dtype or ms.float32), share,
-            batch=groups // share if self.use_xpos else int(mask), documents=int(segment_ids),
-            bias_shape=(share, windows.size, windows.span) if attn_bias else None, sinks=share if sinks else 0,
-            offset=offset), self.backend) + halo
+            spec, scoring, groups, n_q, n_k, head_dim, head_dim, checks.dtype_name(dtype or ms.float32), share,
+            frame=Frame(offset),
+            shapes=tuple((name, shape) for name, shape, there in shapes if there)),
+                       self.backend) + halo

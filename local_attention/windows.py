@@ -223,7 +223,7 @@ class Windowed(nn.Cell):
             q = self.rel_pos.rotate(q, offset + windows.forward)  # relative to k, at the end of the span
             k = self.rel_pos.rotate(k)
         documents = None if segment_ids is None else document_bounds(segment_ids)
-        tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
+        tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=self.seed())
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
 
@@ -246,7 +246,7 @@ class Windowed(nn.Cell):
         `dtype`."""
         _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks)
         documents = None if segment_ids is None else document_bounds(segment_ids)
-        tensors = beside(mask, documents, attn_bias, sinks, seed=self.seed())
+        tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=self.seed())
         spec, scoring, frame = self._numbers_of(windows, q.shape[-1], dtype=dtype, tokens_first=True)
         return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, self.backend), dtype)
 
@@ -260,9 +260,8 @@ class Windowed(nn.Cell):
         rank = 0 if self.group is None else self.group.rank
         origin = (0, rank * n - offset) if rank > 0 else (0, 0)
         if self.use_xpos:
-            mask, documents, bias, sinks, rel_pos_emb, seed = tensors
-            q, k, v, mask = fold(q, k, v, mask, windows, offset)
-            tensors = beside(mask, documents, bias, sinks, rel_pos_emb, seed)
+            q, k, v, mask = fold(q, k, v, tensors["mask"], windows, offset)
+            tensors = beside(mask=mask, bias=tensors["bias"], sinks=tensors["sinks"], seed=tensors["seed"])
             origin = (rank * q.shape[0], 0) if rank > 0 else (0, 0)
             offset, middle = windows.backward, windows.span // 2
             start = windows.span - windows.size  # as in upstream, the queries of a window are at the end of its span

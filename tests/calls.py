@@ -6,7 +6,7 @@ from local_attention.attend import Frame, Problem, attend, beside, refusals
 from local_attention.spec import Scoring, WindowSpec
 
 # the native kernel only if it was built
-BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, 7, 0, True), Scoring(1.), 6, 9, 9, 10)).items()
+BACKENDS = [name for name, reason in refusals(Problem(WindowSpec(1, 7, 0, True), Scoring(1.), 6, 9, 9, 10, 10)).items()
             if reason is None]
 COMPLETE = [name for name in BACKENDS if name in ("native", "blocked", "dense")]  # they refuse nothing
 
@@ -33,4 +33,5 @@ def attend_to(q, k, v, spec, scale, key_mask=None, bias=None, rel_pos_emb=None, 
               offset=0, origin=(0, 0), backend=None, bias_is_constant=False, sinks=None, documents=None, softcap=None,
               lse=False):
     scoring, frame = _numbers(scale, hide_self, dropout, offset, origin, bias_is_constant, softcap, lse)
-    return attend(q, k, v, spec, scoring, beside(key_mask, documents, bias, sinks, rel_pos_emb, seed), frame, backend)
+    tensors = beside(mask=key_mask, documents=documents, bias=bias, sinks=sinks, rel_pos_emb=rel_pos_emb, seed=seed)
+    return attend(q, k, v, spec, scoring, tensors, frame, backend)

@@ -15,7 +15,7 @@ import oracle
 from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention, windowed_attention
 from local_attention import attend as attend_module
 from calls import attend_to
-from local_attention.attend import Problem, choose
+from local_attention.attend import Frame, Problem, choose
 from local_attention.backends import ascend
 from local_attention.backends.spans import document_bounds
 from local_attention.spec import NO_LIMIT, Scoring
@@ -307,7 +307,7 @@ def test_whether_the_scale_is_of_the_bias_too_does_not_matter(monkeypatch):
 
 def test_spans_to_both_sides_that_are_wider_than_the_mask_are_not_a_band():
     def problem(before, after):
-        return Problem(WindowSpec(1, before, after, False), Scoring(0.125), 1, 5000, 5000, 64, "Float16")
+        return Problem(WindowSpec(1, before, after, False), Scoring(0.125), 1, 5000, 5000, 64, 64, "Float16")
     assert ascend.band(problem(4096, 0)) == (4096, 0)
     assert ascend.band(problem(1000, 1000)) == (1000, 1000)
     assert ascend.band(problem(1024, 1024)) is None
@@ -374,16 +374,17 @@ def test_sliding_window_attention_takes_it(on_ascend):
 
 REFUSED = [
     (dict(dtype="Float32"), "takes float16 and bfloat16, and the inputs are float32"),
-    (dict(bias_shape=(3, 7, 14)), "gives a bias no gradient"),
-    (dict(by_offset=True), "has no place for embeddings of offsets"),
+    (dict(shapes=(("bias", (3, 7, 14)),)), "gives a bias no gradient"),
+    (dict(shapes=(("rel_pos_emb", (8, 64)),)), "has no place for embeddings of offsets"),
     (dict(scoring=Scoring(.1, hide_self=True)), "gives a query's own key no score of its own"),
     (dict(scoring=Scoring(.1, dropout=.1)), "draws dropout that no seed repeats"),
-    (dict(head_dim=513), "takes heads of at most 512 dimensions"),
+    (dict(d=513, d_v=513), "takes heads of at most 512 dimensions"),
     (dict(n_k=524289), "takes sequences of at most 524288 tokens"),
-    (dict(groups=999, bias_shape=(333, 1, 1), bias_is_constant=True), "takes at most 256 heads"),
+    (dict(groups=999, shapes=(("bias", (333, 1, 1)),), frame=Frame(bias_is_constant=True)),
+     "takes at most 256 heads"),
     (dict(scoring=Scoring(.1, softcap=5.)), "caps no scores"),
-    (dict(head_dim=500, lse=True), "takes heads of at most 496 dimensions with these options"),
-    (dict(bias_shape=(3, 7, 14), bias_is_constant=True, documents=2),
+    (dict(d=500, d_v=500, frame=Frame(lse=True)), "takes heads of at most 496 dimensions with these options"),
+    (dict(shapes=(("bias", (3, 7, 14)), ("documents", (2, 23, 2))), frame=Frame(bias_is_constant=True)),
      "takes one bias for a whole batch, and in documents each row has its own"),
     (dict(groups=257 * 2048), "takes a batch of at most 2048, and this would be one of 2056"),
 ]
@@ -392,7 +393,7 @@ REFUSED = [
 @pytest.mark.parametrize("change, reason", REFUSED)
 def test_what_the_operator_cannot_do_is_refused_with_a_reason(change, reason):
     problem = Problem(**{**dict(spec=WindowSpec(1, 7, 0, True), scoring=Scoring(0.125), groups=6, n_q=23, n_k=23,
-                                head_dim=64, dtype="Float16"), **change})
+                                d=64, d_v=64, dtype="Float16"), **change})
     assert ascend.why_not(problem) == reason
     with pytest.raises(ValueError, match="the backend 'ascend' cannot run this call: it " + reason):
         choose(problem, "ascend")
@@ -401,6 +402,6 @@ def test_what_the_operator_cannot_do_is_refused_with_a_reason(change, reason):
 
 def test_without_ascend_it_is_refused(monkeypatch):
     monkeypatch.setattr(ascend, "device", lambda: "CPU")
-    problem = Problem(WindowSpec(1, 7, 0, True), Scoring(0.125), 6, 23, 23, 64, "Float16")
+    problem = Problem(WindowSpec(1, 7, 0, True), Scoring(0.125), 6, 23, 23, 64, 64, "Float16")
     assert ascend.why_not(problem) == "runs on Ascend alone, and the device is CPU"
     assert choose(problem) != "ascend"

@@ -175,7 +175,7 @@ def test_steps_depend_on_the_length_linearly_and_chunks_are_bounded():
     from local_attention.backends.blocks import CHUNKS, schedule
     counts = []
     for n in (2**14, 2**15, 2**16, 2**17):
-        problem = Problem(WindowSpec(1, 512, 0, True), Scoring(0.125), 8, n, n, 64)
+        problem = Problem(WindowSpec(1, 512, 0, True), Scoring(0.125), 8, n, n, 64, 64)
         runs, together, steps = schedule(problem)
         assert len(steps) * 8 // together <= 3 * CHUNKS
         counts.append(scores(problem)[0] / n)

@@ -14,7 +14,7 @@ from local_attention.spec import Scoring
 
 SPAN, CHUNKS = WindowSpec(1, 5, 0, True), WindowSpec(5, 5, 5, False)
 B, H, N, D = 2, 4, 17, 6
-BACKENDS = [name for name, reason in refusals(Problem(SPAN, Scoring(1.), B * H, N, N, D)).items() if reason is None]
+BACKENDS = [name for name, reason in refusals(Problem(SPAN, Scoring(1.), B * H, N, N, D, D)).items() if reason is None]
 OPTIONS = {  # a spec, tensors beside q, k and v, and numbers
     "plain": (SPAN, (), {}), "chunks": (CHUNKS, ("mask",), {}), "two_lengths": (SPAN, ("mask",), {}),
     "bias": (CHUNKS, ("mask", "attn_bias"), {}),

@@ -118,7 +118,7 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
     def test_calls_from_several_threads_at_once_do_not_meet():
         """Calls the kernel itself: outside graphs, MindSpore's operators are not safe to call from several threads."""
         kernel, rng = ctypes.CDLL(native.library()[0]), np.random.default_rng(0)
-        numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16)).numbers.asnumpy()
+        numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16, 16)).numbers.asnumpy()
         q, k, v, dout = (rng.standard_normal((4, 700, 16)).astype(np.float32) for _ in range(4))
         absent = np.zeros(1, np.float32)
         results = []
@@ -226,9 +226,9 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
         assert got[-1] < got[0]
 
     def test_scores_are_counted_by_the_tile():
-        problem = Problem(WindowSpec(1, 512, 0, True), Scoring(.125), 16, 2048, 2048, 64)
+        problem = Problem(WindowSpec(1, 512, 0, True), Scoring(.125), 16, 2048, 2048, 64, 64)
         assert native.scores(problem)[0] == 16 * 64 * 64 * (sum(range(1, 9)) + 24 * 9)
-        everything = Problem(WindowSpec(1, NO_LIMIT, NO_LIMIT, False), Scoring(.125), 1, 128, 128, 64)
+        everything = Problem(WindowSpec(1, NO_LIMIT, NO_LIMIT, False), Scoring(.125), 1, 128, 128, 64, 64)
         assert native.scores(everything)[0] == 128 * 128
 
 

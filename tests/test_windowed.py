@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 import oracle
 from calls import BACKENDS, COMPLETE, skip_what_it_refuses
 from local_attention import WindowSpec, merge_attentions, use_backend, windowed_attention
-from local_attention.attend import Problem, explain
+from local_attention.attend import Frame, Problem, explain
 from local_attention.spec import NO_LIMIT, Scoring
 
 B, H, D, W = 2, 6, 10, 7
@@ -244,7 +244,8 @@ def test_lengths_that_a_graph_does_not_know(spec):
 
 def test_explain_names_the_options_and_counts_what_is_done():
     spec, scoring = WindowSpec(1, 511, 0, True, prefix=4), Scoring(.125, softcap=50.)
-    text = explain(Problem(spec, scoring, 8, 2048, 2048, 64, share=4, sinks=8, documents=1, lse=True))
+    text = explain(Problem(spec, scoring, 8, 2048, 2048, 64, 64, per_key_head=4, frame=Frame(lse=True),
+                           shapes=(("documents", (1, 2048, 2)), ("sinks", (8,)))))
     assert ("options: 4 query heads to a key head, documents, a prefix of 4, sinks, softcap 50.0, the log-sum-exp"
             in text)
 
@@ -253,7 +254,7 @@ def test_use_backend_holds_for_its_block_and_for_good():
     q = ops.ones((1, 1, 4, 2))
 
     def runs():
-        return explain(Problem(SPECS[0], Scoring(1.), 6, 9, 9, 10)).split(":")[0]
+        return explain(Problem(SPECS[0], Scoring(1.), 6, 9, 9, 10, 10)).split(":")[0]
     before = runs()
     with use_backend("dense"):
         assert runs() == "dense"

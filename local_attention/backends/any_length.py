@@ -69,8 +69,9 @@ def _int32(index):
 def run(constants, q, k, v, tensors):
     """Compute every block against its keys, then add the prefix and the sinks."""
     problem, rows, unit, queries, keys = constants
-    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
-    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
+    mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
+    rel_pos_emb = tensors["rel_pos_emb"]
+    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.per_key_head, problem.d
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
     groups = key_groups * share
     offset = n_k - n_q if problem.offset is None else problem.offset
@@ -135,12 +136,12 @@ def run(constants, q, k, v, tensors):
     seen = seen.reshape(-1, 1, blocks, 1, rows, width)
     weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
     if scoring.dropout > 0:
-        weights = weights * _kept(problem, seed, taken, key_index, blocks, rows).reshape(weights.shape)
+        weights = weights * _kept(problem, tensors["seed"], taken, key_index, blocks, rows).reshape(weights.shape)
     out = ops.bmm(weights.reshape(-1, share * rows, width), blocked_v)
     back = ops.arange(0, n_q, 1) + (offset - base)
     out = _in_order(out.reshape(key_groups, blocks, share, rows * head_dim), share, groups, head_dim, back)
     lse = _in_order(lse.reshape(key_groups, blocks, share, rows), share, groups, 1, back)[..., 0]
-    return finished(problem, q, k, v, out, lse, (mask, documents, bias, sinks, rel_pos_emb, seed))
+    return finished(problem, q, k, v, out, lse, mask, tensors)
 
 
 def _in_order(x, share, groups, width, back):
@@ -153,7 +154,7 @@ def _in_order(x, share, groups, width, back):
 def _kept(problem, seed, taken, key_index, blocks, rows):
     """Return the dropout factors, in the order of the blocks' scores."""
     row_hashes, column_hashes = hashes(problem)
-    share = problem.share
+    share = problem.per_key_head
     row_hashes = ops.gather(seeded_rows(row_hashes, seed), taken, 1)
     row_hashes = row_hashes.reshape(-1, share, blocks, rows).swapaxes(1, 2).reshape(-1, blocks, share, rows, 1)
     columns = ops.gather(column_hashes, key_index, 0).reshape(1, blocks, 1, 1, -1)

@@ -48,24 +48,24 @@ def _refusal(problem):
         return "makes its masks before a graph runs, which does not know a length here"
     if problem.scoring.softcap is not None:
         return "caps no scores"
-    if problem.bias_shape and not problem.bias_is_constant:
+    if problem.has("bias") and not problem.frame.bias_is_constant:
         return "gives a bias no gradient"
-    if problem.bias_shape and problem.documents:
+    if problem.has("bias") and problem.has("documents"):
         return "takes one bias for a whole batch, and in documents each row has its own"
-    if problem.by_offset:
+    if problem.has("rel_pos_emb"):
         return "has no place for embeddings of offsets"
     if problem.scoring.hide_self:
         return "gives a query's own key no score of its own"
     if problem.scoring.dropout > 0:
         return "draws dropout that no seed repeats"
-    if problem.head_dim + _more_columns(problem) > LARGEST_HEAD:
+    if problem.d + _more_columns(problem) > LARGEST_HEAD:
         more = _more_columns(problem)
         return f"takes heads of at most {LARGEST_HEAD - more} dimensions" + (" with these options" if more else "")
     if max(problem.n_q, problem.n_k) > LONGEST:
         return f"takes sequences of at most {LONGEST} tokens"
-    if max(problem.heads, problem.share) > MOST_HEADS:
+    if max(problem.heads, problem.per_key_head) > MOST_HEADS:
         return f"takes at most {MOST_HEADS} heads"
-    if problem.heads > 1 and problem.heads % problem.share:
+    if problem.heads > 1 and problem.heads % problem.per_key_head:
         return "wants a bias for each of the heads that share a key head"
     batch = problem.groups // _heads(problem) * (1 if band(problem) else len(fold(problem)[0]))
     if batch > LARGEST_BATCH:
@@ -75,15 +75,15 @@ def _refusal(problem):
 
 def _more_columns(problem):
     """Return how many dimensions of a head the gradient of the log-sum-exp needs."""
-    return COLUMNS if problem.lse or problem.spec.prefix > 0 else 0
+    return COLUMNS if problem.frame.lse or problem.spec.prefix > 0 else 0
 
 
 def _heads(problem):
     """Return how many groups are the heads of a batch entry: of one row of the key mask, or as many as a bias has. A
     bias of one head is repeated for the query heads of one key head."""
-    if problem.bias_shape:
-        return max(problem.heads, problem.share)
-    alike, share = problem.groups // max(problem.batch, problem.documents, 1), problem.share
+    if problem.has("bias"):
+        return max(problem.heads, problem.per_key_head)
+    alike, share = problem.groups // max(problem.rows("mask"), problem.rows("documents"), 1), problem.per_key_head
     return max(heads for heads in range(share, min(alike, MOST_HEADS) + 1, share) if alike % heads == 0)
 
 
@@ -93,11 +93,11 @@ def band(problem):
     forward = min(spec.forward, 0) if spec.causal else spec.forward
     before, after = min(spec.backward - shift, problem.n_k), min(forward + shift, problem.n_k)
     first, last = spec.span(np.arange(problem.n_q) + problem.offset)
-    if spec.bucket > 1 or problem.documents or problem.bias_shape or min(before, after) < 0 or \
+    if spec.bucket > 1 or problem.has("documents") or problem.has("bias") or min(before, after) < 0 or \
             (after > 0 and before + after >= BAND) or (np.maximum(first, 0) > np.minimum(last, problem.n_k - 1)).any():
         return None
-    if problem.batch and (problem.scoring.scale < SMALLEST_SCALE or
-                          problem.head_dim + 1 + _more_columns(problem) > LARGEST_HEAD):
+    if problem.has("mask") and (problem.scoring.scale < SMALLEST_SCALE or
+                          problem.d + 1 + _more_columns(problem) > LARGEST_HEAD):
         return None
     return before, after
 
@@ -138,7 +138,7 @@ def scores(problem):
 def prepare(problem):
     """Return the problem, the heads of a batch entry, the operator, and the constants of a band or of blocks."""
     heads, tokens = _heads(problem), band(problem)
-    flash = Flash(problem, heads, tokens) if problem.lse or problem.sinks or problem.spec.prefix else None
+    flash = Flash(problem, heads, tokens) if problem.frame.lse or problem.has("sinks") or problem.spec.prefix else None
     return problem, heads, flash, tokens, *(_of_band(problem) if tokens else _of_blocks(problem))
 
 
@@ -157,12 +157,12 @@ def _of_blocks(problem):
     """Return the mask (None if documents make it), indices of queries and keys, entries of the bias, and positions."""
     queries, keys = fold(problem)
     hidden = bias_index = positions = None
-    if problem.documents:
+    if problem.has("documents"):
         positions = _int32(queries, queries.shape), _int32(keys, keys.shape)
     else:
         visible = replace(problem.spec, prefix=0).visible(queries[0], keys[0])
         hidden = Tensor(~(visible & _within(keys, problem.n_k)[:, None])[:, None])
-    if problem.bias_shape:
+    if problem.has("bias"):
         bias_index = _int32(problem.bias_index(queries[0][:, None], keys[0]))
     queries, keys = np.clip(queries - problem.offset, 0, problem.n_q - 1), np.clip(keys, 0, problem.n_k - 1)
     return hidden, _int32(queries), _int32(keys), bias_index, positions
@@ -178,7 +178,7 @@ def _int32(index, shape=-1):
 def run(constants, q, k, v, tensors):
     """Run the band or the masked blocks, then add the prefix."""
     problem, heads, flash, tokens, *more = constants
-    mask, documents, bias, sinks, _, _ = tensors
+    mask, documents, sinks = tensors["mask"], tensors["documents"], tensors["sinks"]
     if documents is not None:
         q, mask = without_padding(q, mask, documents, problem.offset)
     if mask is not None:
@@ -187,17 +187,17 @@ def run(constants, q, k, v, tensors):
     if tokens is not None:
         out, lse = _band(problem, heads, flash, tokens, more, q, k, v, mask, sinks)
     else:
-        out, lse = _blocks(problem, heads, flash, more, q, k, v, mask, documents, bias, sinks)
+        out, lse = _blocks(problem, heads, flash, more, q, k, v, mask, documents, tensors["bias"], sinks)
     if problem.spec.prefix > 0:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-        out, lse = with_prefix(problem, q, k, v, out, lse, (mask, documents, bias, sinks, None, None))
+        out, lse = with_prefix(problem, q, k, v, out, lse, mask, tensors)
     return out, lse
 
 
 def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
     """Run all queries at once. A key mask becomes one more entry of queries and keys."""
     compressed, first, after = constants
-    dtype, key_heads, nothing = _dtype(problem.dtype), heads // problem.share, None
+    dtype, key_heads, nothing = _dtype(problem.dtype), heads // problem.per_key_head, None
     if mask is not None:
         hidden = ops.cast(repeated(ops.logical_not(mask), k.shape[0]), ms.float32)
         q = ops.cat((ops.cast(q, dtype), ops.cast(ops.full(q.shape[:-1] + (1,), HIDING, dtype=ms.float32), dtype)), -1)
@@ -207,7 +207,7 @@ def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
     q, k, v = _padded(ops.cast(q, dtype)), _padded(ops.cast(k, dtype)), _padded(ops.cast(v, dtype), mask is not None)
     out, lse = _called(problem, heads, flash, tokens, _by_head(q, heads), _by_head(k, key_heads),
                        _by_head(v, key_heads), None, compressed, nothing, sinks)
-    out = out.reshape(problem.groups, problem.n_q, -1)[..., :problem.head_dim]
+    out = out.reshape(problem.groups, problem.n_q, -1)[..., :problem.d]
     return out, None if lse is None else lse.reshape(problem.groups, problem.n_q)
 
 
@@ -215,7 +215,7 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
     """Run blocks as batch entries. The operator's result is undefined for a row that sees nothing: such a row sees
     everything there, and is set to zero here."""
     hidden, queries, keys, bias_index, positions = constants
-    dtype, key_heads, scale = _dtype(problem.dtype), heads // problem.share, None
+    dtype, key_heads, scale = _dtype(problem.dtype), heads // problem.per_key_head, None
     if documents is not None:
         hidden = _hidden_by_documents(problem, documents, *positions)
     blocks, _, rows, width = hidden.shape
@@ -237,7 +237,7 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
     out, lse = _called(
         problem, heads, flash, None, _gathered(q, queries, blocks, heads), _gathered(k, keys, blocks, key_heads),
         _gathered(v, keys, blocks, key_heads), bias, _for_each(hidden, alike), _for_each(nothing, alike), sinks, scale)
-    out = _in_order(problem, out, blocks)[..., :problem.head_dim]
+    out = _in_order(problem, out, blocks)[..., :problem.d]
     return out, None if lse is None else _in_order(problem, lse, blocks)[..., 0]
 
 
@@ -246,7 +246,7 @@ def _called(problem, heads, flash, tokens, q, k, v, bias, mask, nothing, sinks, 
     if flash is not None:
         if sinks is not None:
             sinks = ops.cast(sinks, ms.float32)
-            sinks = ops.tile(sinks, (q.shape[0] * heads // problem.sinks,)).reshape(-1, heads, 1, 1)
+            sinks = ops.tile(sinks, (q.shape[0] * heads // problem.rows("sinks"),)).reshape(-1, heads, 1, 1)
         return flash(q, k, v, given(bias, ms.float16), mask, given(nothing, ms.bool_), given(sinks, ms.float32))
     before, after = tokens or (NO_LIMIT, NO_LIMIT)
     out = ops.flash_attention_score(
@@ -318,9 +318,9 @@ class Flash(AsGiven):
     def __init__(self, problem, heads, tokens):
         super().__init__()
         before, after = tokens or (NO_LIMIT, NO_LIMIT)
-        self.with_bias, self.with_sinks = problem.bias_shape is not None, problem.sinks > 0
-        self.some_see_nothing = tokens is None or problem.batch > 0
-        self.lse_has_gradient = problem.lse or problem.spec.prefix > 0
+        self.with_bias, self.with_sinks = problem.has("bias"), problem.has("sinks")
+        self.some_see_nothing = tokens is None or problem.has("mask")
+        self.lse_has_gradient = problem.frame.lse or problem.spec.prefix > 0
         numbers = heads, 1., 1. if self.with_bias else problem.scoring.scale, before, after, 0, "BNSD", \
             4 if tokens else 0
         self.forward, self.backward = FlashAttentionScore(*numbers), FlashAttentionScoreGrad(*numbers)

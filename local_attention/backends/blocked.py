@@ -38,12 +38,12 @@ def scores(problem):
         return any_length.scores(problem)
     runs, together, steps = schedule(problem)
     return (problem.groups * (sum(run.scores for run in runs) + problem.n_q * problem.spec.prefix),
-            together * problem.share * max(queries.size * keys.shape[1] for _, queries, keys in steps))
+            together * problem.per_key_head * max(queries.size * keys.shape[1] for _, queries, keys in steps))
 
 
 def without_plan(problem):
     """Whether `any_length` runs it: if rows of a bias start anew with each document, their order is not constant."""
-    return problem.documents > 0 and problem.bias_shape is not None
+    return problem.has("documents") and problem.has("bias")
 
 
 def prepare(problem):
@@ -58,7 +58,7 @@ def run(constants, q, k, v, tensors):
     problem, blocks, others = constants
     if blocks is None:
         return any_length.run(others, q, k, v, tensors)
-    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+    mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
@@ -68,9 +68,8 @@ def run(constants, q, k, v, tensors):
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
-        tensors = mask, documents, bias, sinks, rel_pos_emb, seed
-    if rel_pos_emb is not None:
-        emb = ops.div(rel_pos_emb, problem.scoring.scale)
+    if tensors["rel_pos_emb"] is not None:
+        emb = ops.div(tensors["rel_pos_emb"], problem.scoring.scale)
     block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
         hidden = repeated(ops.logical_not(mask), k.shape[0])
@@ -93,7 +92,7 @@ def run(constants, q, k, v, tensors):
         if blocks.masked:
             veil = _swap(veil, outer, by_head)
     out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.stop_gradient(ends), ops.stop_gradient(places),
-                      given(seed, ms.int32))
+                      given(tensors["seed"], ms.int32))
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
     seen = None
@@ -110,7 +109,7 @@ def run(constants, q, k, v, tensors):
         lse = _swap(lse, by_head, k.shape[0] // by_head)
     if seen is not None:
         lse = ops.masked_fill(lse, seen == 0, float("-inf"))
-    return finished(problem, q, k, v, out, lse[..., 0], tensors)
+    return finished(problem, q, k, v, out, lse[..., 0], mask, tensors)
 
 
 class _Zeroed(InFloat32):
@@ -209,7 +208,7 @@ class Blocks(Layout):
                     weights = ops.mul(weights, keep)
                 dproducts = dscores if self.softcap is None else ops.mul(dscores, slope)
                 dquery = _bmm(dproducts, key)
-                if problem.by_offset:
+                if problem.has("rel_pos_emb"):
                     by_offset = _keys_to_offsets(self._by_head(dscores, step), step, emb.shape[0])
                     by_offset = by_offset.reshape(-1, emb.shape[0])
                     dquery = ops.add(dquery, _matmul(by_offset, emb).reshape(dquery.shape))
@@ -217,7 +216,7 @@ class Blocks(Layout):
                 dq.append(self._rows_back(dquery, step))
                 dk.append(self._flat(_bmm_transpose_a(dproducts, query)))
                 dv.append(self._flat(_bmm_transpose_a(weights, grad)))
-                if problem.bias_shape is not None:
+                if problem.has("bias"):
                     dscores = dscores.reshape(-1, self.share * step.rows * step.width)
                     dtile.append(ops.matmul(ops.ones((1, dscores.shape[0]), ms.float32), dscores))
             dqs.append(self._in_order(dq))
@@ -256,14 +255,14 @@ class Blocks(Layout):
         if self.softcap is None:
             scores = _bmm_transpose_b(query, key)
         elif self.masked and not self.broadcasts:  # the score that hides a key is not capped
-            d = self.problem.head_dim
+            d = self.problem.d
             share = tanh(ops.mul(_bmm_transpose_b(query[..., :d], key[..., :d]), 1 / self.softcap))
             slope = ops.sub(1., ops.square(share))
             scores = ops.add(ops.mul(share, self.softcap), _bmm_transpose_b(query[..., d:], key[..., d:]))
         else:
             share = tanh(ops.mul(_bmm_transpose_b(query, key), 1 / self.softcap))
             slope, scores = ops.sub(1., ops.square(share)), ops.mul(share, self.softcap)
-        if self.problem.by_offset:
+        if self.problem.has("rel_pos_emb"):
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
             by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
             scores = ops.add(scores, by_offset.reshape(scores.shape))

@@ -31,13 +31,13 @@ def broadcasts():
 
 def key_heads(problem):
     """Return how many key heads have query heads with different biases; 1 if all are alike."""
-    return max(1, problem.heads // problem.share)
+    return max(1, problem.heads // problem.per_key_head)
 
 
 def planned(problem):
     """Return the spans that blocks are planned for. Windows of documents start anywhere. So with documents, each query
     gets a span of its own that contains its window wherever that starts; the running graph hides the rest."""
-    if problem.documents == 0:
+    if not problem.has("documents"):
         return replace(problem.spec, prefix=0)
     spec, forward = problem.spec, problem.spec.forward + problem.spec.bucket - 1
     return WindowSpec(1, spec.backward + spec.bucket - 1, min(forward, 0) if spec.causal else forward, spec.causal)
@@ -47,16 +47,16 @@ def schedule(problem):
     """Return the plan's runs, how many key groups are computed together, and their steps: (run, queries, keys)."""
     runs = make_plan(planned(problem), problem.n_q, problem.n_k, problem.offset, problem.bias_period)
     budget = max(SCORES_AT_ONCE, sum(run.scores for run in runs) * problem.groups // CHUNKS)
-    largest = max(run.visible.size for run in runs) * problem.share
-    gathered = sum(run.keys.size for run in runs) * problem.head_dim
-    alike = problem.groups // problem.share // key_heads(problem)  # groups of keys that share a bias
-    entry = alike // max(1, problem.documents)  # those of them that share documents
+    largest = max(run.visible.size for run in runs) * problem.per_key_head
+    gathered = sum(run.keys.size for run in runs) * problem.d
+    alike = problem.groups // problem.per_key_head // key_heads(problem)  # groups of keys that share a bias
+    entry = alike // max(1, problem.rows("documents"))  # those of them that share documents
     together = max(size for size in range(1, alike + 1)
                    if alike % size == 0 and (entry % size == 0 or size % entry == 0) and
                    (size == 1 or size * largest <= budget and size * gathered <= GATHERED_AT_ONCE))
     steps = []
     for number, run in enumerate(runs):
-        blocks = max(1, budget // (together * run.visible.size * problem.share))
+        blocks = max(1, budget // (together * run.visible.size * problem.per_key_head))
         steps += [(number, run.queries[start:start + blocks], run.keys[start:start + blocks])
                   for start in range(0, len(run.queries), blocks)]
     return runs, together, steps
@@ -83,19 +83,19 @@ class Layout(nn.Cell):
 
     def __init__(self, problem):
         super().__init__()
-        self.problem, self.share, self.heads = problem, problem.share, key_heads(problem)
+        self.problem, self.share, self.heads = problem, problem.per_key_head, key_heads(problem)
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
-        self.with_lse = problem.lse or problem.sinks > 0 or problem.spec.prefix > 0
-        self.in_documents, self.broadcasts = problem.documents > 0, broadcasts()
-        self.masked = problem.batch > 0 and not self.in_documents  # with documents, masks depend on bounds
+        self.with_lse = problem.frame.lse or problem.has("sinks") or problem.spec.prefix > 0
+        self.in_documents, self.broadcasts = problem.has("documents"), broadcasts()
+        self.masked = problem.has("mask") and not self.in_documents  # with documents, masks depend on bounds
         self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # adds one row to each
         self.runs, self.together, steps = schedule(problem)
         self.steps = tuple(self._step(*step) for step in steps)
         self.parts = problem.groups // self.share // self.together
         ends_with_query = problem.spec.causal and (problem.spec.forward >= 0 or problem.spec.bucket == 1)
         self.sides = 1 if ends_with_query else 2  # at which documents hide what `planned` shows
-        self.entries = max(1, self.together * self.share * problem.documents // problem.groups)  # of a part
-        self.parts_of_entry = max(1, self.parts // max(1, problem.documents))
+        self.entries = max(1, self.together * self.share * problem.rows("documents") // problem.groups)  # of a part
+        self.parts_of_entry = max(1, self.parts // max(1, problem.rows("documents")))
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
@@ -111,13 +111,13 @@ class Layout(nn.Cell):
         self.first, self.after, self.all_see_something = _int32(first), _int32(after), bool((first < after).all())
         self.positions = _int32(np.arange(problem.n_q) + problem.offset)
         self.after_each = _int32(np.arange(problem.n_k) + 1)
-        if problem.bias_shape:
+        if problem.has("bias"):
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
                 for run in self.runs]))
         if self.dropout > 0:  # in the order of groups that a bias needs
             groups = np.arange(problem.groups).reshape(-1, self.heads, self.share).swapaxes(0, 1).reshape(-1)
-            group, position = problem.origin
+            group, position = problem.frame.origin
             queries = np.arange(problem.n_q) + problem.offset
             self.row_hash = Tensor(row_hash(groups + group, queries + position)[..., None])
 
@@ -134,7 +134,7 @@ class Layout(nn.Cell):
             shift = 0
         columns = None
         if self.dropout > 0:
-            columns = Tensor(np.tile(column_hash(keys + problem.origin[1]), (self.together, 1))[:, None])
+            columns = Tensor(np.tile(column_hash(keys + problem.frame.origin[1]), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
 
@@ -163,7 +163,7 @@ class Layout(nn.Cell):
 
     def _of_entries(self, x, part):
         """Return the rows of the entries that a part belongs to."""
-        entry = part * self.together * self.share * self.problem.documents // self.problem.groups
+        entry = part * self.together * self.share * self.problem.rows("documents") // self.problem.groups
         return _slice(x, (self.sides * entry, 0, 0), (self.sides * self.entries, x.shape[1], x.shape[2]))
 
     def _hidden(self, ends, places, step):
@@ -235,7 +235,7 @@ class Layout(nn.Cell):
 
     def _tiles_grad(self, tiles, dtiles):
         """Return the sum over every step of a head's parts, run by run."""
-        if self.problem.bias_shape is None:
+        if not self.problem.has("bias"):
             return ops.zeros(tiles.shape, ms.float32)
         heads = []
         for head in range(self.problem.heads):

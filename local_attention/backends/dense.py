@@ -27,8 +27,8 @@ def prepare(problem):
     return (problem, Tensor(queries[None].astype(np.int32)), Tensor(keys[None, None].astype(np.int32)),
             Tensor(problem.spec.visible(queries[:, 0], keys)[None].astype(np.float32)),
             Tensor((queries == keys)[None]),
-            Tensor(problem.bias_index(queries, keys)[None]) if problem.bias_shape else None,
-            _offset_index(problem, queries, keys) if problem.by_offset else None,
+            Tensor(problem.bias_index(queries, keys)[None]) if problem.has("bias") else None,
+            _offset_index(problem, queries, keys) if problem.has("rel_pos_emb") else None,
             *(hashes(problem) if problem.scoring.dropout > 0 else (None, None)))
 
 
@@ -42,7 +42,7 @@ def _offset_index(problem, queries, keys):
 def run(constants, q, k, v, tensors):
     """Compute `out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
-    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
+    mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
     spec, scoring, first = problem.spec, problem.scoring, 0
     if documents is not None:
         q, mask = without_padding(q, mask, documents, problem.offset)
@@ -65,21 +65,21 @@ def run(constants, q, k, v, tensors):
             bias_index = bias_entries(problem, queries, keys, first)
         bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1).swapaxes(0, 1)  # (batch or 1, heads, ...)
         scores = (scores.reshape(bias.shape[0], -1, *bias.shape[1:]) + bias[:, None]).reshape(shape)
-    if rel_pos_emb is not None:
-        by_offset = ops.matmul(q, rel_pos_emb.T).reshape(problem.groups, -1)
+    if tensors["rel_pos_emb"] is not None:
+        by_offset = ops.matmul(q, tensors["rel_pos_emb"].T).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
         scores = ops.masked_fill(scores, is_self, SELF_SCORE)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:
-        weights = weights * keep_factors(seeded_rows(rows, seed), columns, scoring.dropout)
+        weights = weights * keep_factors(seeded_rows(rows, tensors["seed"]), columns, scoring.dropout)
     out = ops.bmm(_by_key_head(weights, problem), v).reshape(q.shape)
-    return (out, lse) if sinks is None else with_sinks(problem, out, lse, sinks)
+    return (out, lse) if tensors["sinks"] is None else with_sinks(problem, out, lse, tensors["sinks"])
 
 
 def _by_key_head(x, problem):
     """Turn the heads that share a key head into more rows: `(groups / share, share * n_q, ...)`."""
-    return x.reshape(problem.groups // problem.share, -1, x.shape[2])
+    return x.reshape(problem.groups // problem.per_key_head, -1, x.shape[2])
 
 
 def _per_group(x, groups):

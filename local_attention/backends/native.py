@@ -99,9 +99,9 @@ def prepare(problem):
 
 def run(fused, q, k, v, tensors):
     """Run one operator forward, and one backward."""
-    mask, documents, bias, sinks, rel_pos_emb, seed = tensors
-    out, _, lse = fused(q, k, v, given(mask, ms.bool_), given(documents, ms.int32), given(bias, ms.float32),
-                        given(sinks, ms.float32), given(rel_pos_emb, ms.float32), given(seed, ms.int32))
+    out, _, lse = fused(q, k, v, given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32),
+                        given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32),
+                        given(tensors["rel_pos_emb"], ms.float32), given(tensors["seed"], ms.int32))
     return out, lse
 
 
@@ -111,13 +111,14 @@ class Fused(nn.Cell):
     def __init__(self, problem):
         super().__init__()
         spec, scoring = problem.spec, problem.scoring
-        heads, period, columns = problem.bias_shape or (1, 1, 0)
-        offsets = spec.backward + 1 + spec.forward if problem.by_offset else 0
+        heads, period, columns = problem.shape("bias") or (1, 1, 0)
+        offsets = spec.backward + 1 + spec.forward if problem.has("rel_pos_emb") else 0
         self.numbers = integers(  # in the order of Call in native_call.h
-            problem.groups, problem.groups // problem.share, problem.n_q, problem.n_k, problem.head_dim, spec.bucket,
-            spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.batch, problem.documents,
-            heads, period, columns, spec.backward, offsets, problem.sinks, scoring.hide_self, threads(), level,
-            *problem.origin, problem.beside, float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
+            problem.groups, problem.groups // problem.per_key_head, problem.n_q, problem.n_k, problem.d, spec.bucket,
+            spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.rows("mask"),
+            problem.rows("documents"), heads, period, columns, spec.backward, offsets, problem.rows("sinks"),
+            scoring.hide_self, threads(), level, *problem.frame.origin, problem.heads_in_row, float(scoring.scale),
+            float(scoring.softcap or 0), float(scoring.dropout))
         self.forward = custom("attention_forward", [*INPUTS.values()], 3 * [FLOATS])  # the output, statistics, lse
         self.backward = custom("attention_backward", [*INPUTS.values(), *4 * [FLOATS]], 6 * [FLOATS])
 

@@ -94,7 +94,7 @@ def reach(problem):
     """Return how many keys a block of queries sees before and after itself, and the number that the block's start is a
     multiple of. With documents it is 1, because their windows start anywhere."""
     spec = problem.spec
-    if problem.documents == 0:
+    if not problem.has("documents"):
         return spec.backward, spec.forward, max(spec.bucket, problem.bias_period)
     return spec.backward + spec.bucket - 1, 0 if spec.causal else spec.forward + spec.bucket - 1, 1
 
@@ -107,7 +107,7 @@ def in_prefix(spec, positions, keys, first, last):
 
 def bias_entries(problem, positions, keys, first):
     """Compute `Problem.bias_index` on tensors; positions count from the first of each query's document."""
-    _, period, columns = problem.bias_shape
+    _, period, columns = problem.shape("bias")
     place = (positions - first) % period
     column = keys - (positions - place) + problem.spec.backward
     return place * columns + ops.clamp(column, 0, columns - 1)
@@ -199,30 +199,30 @@ def merged(outs, lses):
     return ops.cast(out, outs[0].dtype), ops.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
 
 
-def finished(problem, q, k, v, out, lse, tensors):
-    """Add the prefix and the sinks to the result of attention to spans, `out (g, n_q, d)` and `lse (g, n_q)`."""
+def finished(problem, q, k, v, out, lse, mask, tensors):
+    """Add the prefix and the sinks to the result of attention to spans, `out (g, n_q, d)` and `lse (g, n_q)`. The mask
+    hides padding between documents, too."""
     if problem.spec.prefix > 0:
-        out, lse = with_prefix(problem, q, k, v, out, lse, tensors)
-    return (out, lse) if tensors[3] is None else with_sinks(problem, out, lse, tensors[3])
+        out, lse = with_prefix(problem, q, k, v, out, lse, mask, tensors)
+    return (out, lse) if tensors["sinks"] is None else with_sinks(problem, out, lse, tensors["sinks"])
 
 
-def with_prefix(problem, q, k, v, out, lse, tensors):
+def with_prefix(problem, q, k, v, out, lse, mask, tensors):
     """Add the keys of the prefix that are outside a query's span."""
-    more, more_lse = _prefix(problem, q, k, v, tensors)
+    more, more_lse = _prefix(problem, q, k, v, mask, tensors["documents"], tensors["seed"])
     return merged((out, more), (lse, more_lse))
 
 
 def with_sinks(problem, out, lse, sinks):
     """Add a sink for each head, as a piece whose value is 0."""
-    by_head = lse.reshape(-1, problem.sinks, lse.shape[-1])
+    by_head = lse.reshape(-1, problem.rows("sinks"), lse.shape[-1])
     sinks = (ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)).reshape(lse.shape)
     return merged((out, ops.zeros_like(out)), (lse, sinks))
 
 
-def _prefix(problem, q, k, v, tensors):
+def _prefix(problem, q, k, v, mask, documents, seed):
     """Compute attention to the keys of the prefix that are outside a query's span, and its log-sum-exp."""
-    mask, documents, _, _, _, seed = tensors
-    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.share, problem.head_dim
+    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.per_key_head, problem.d
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
     offset = n_k - n_q if problem.offset is None else problem.offset
     count = spec.prefix if problem.n_k is None else min(spec.prefix, problem.n_k)
@@ -286,6 +286,6 @@ def _kept(problem, keys, index, documents, seed):
 @constexpr
 def hashes(problem):
     """Return dropout's hashes of every query `(g, n_q, 1)` and of every key."""
-    group, position = problem.origin
+    group, position = problem.frame.origin
     rows = row_hash(np.arange(problem.groups) + group, np.arange(problem.n_q) + problem.offset + position)
     return Tensor(rows[..., None]), Tensor(column_hash(np.arange(problem.n_k) + position))
