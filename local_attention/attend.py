@@ -9,13 +9,13 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
-from . import checks
+from . import checks, settings
 from .backends import any_length, ascend, blocked, dense, native
 from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
 
-BACKENDS = {"ascend": ascend, "native": native, "blocked": blocked, "any_length": any_length,
-            "dense": dense}  # in order of preference
+BACKENDS = {backend.name: backend for backend in (
+    ascend.ASCEND, native.NATIVE, blocked.BLOCKED, any_length.ANY_LENGTH, dense.DENSE)}  # in order of preference
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Problem:
     heads_in_row: int = 1  # how many heads are side by side in a row of the output, for backends that write it so
     frame: Frame = WHOLE
     shapes: tuple = ()  # (name, shape) of each tensor beside q, k and v
+    device: str = "CPU"
 
     def shape(self, name):
         """Return the shape of a tensor beside q, k and v; None if the call does not have it."""
@@ -61,6 +62,14 @@ class Problem:
     def rows(self, name):
         """Return the length of such a tensor's first axis; 0 if the call does not have it."""
         return self.shape(name)[0] if self.has(name) else 0
+
+    @property
+    def uses(self):
+        """The names of what a backend has to take for this: tensors, and options that are not at their default."""
+        options = {"kv_heads": self.per_key_head > 1, "prefix": self.spec.prefix > 0, "lse": self.frame.lse,
+                   "softcap": self.scoring.softcap is not None, "hide_self": self.scoring.hide_self,
+                   "dropout": self.scoring.dropout > 0}
+        return {name for name, _ in self.shapes} | {name for name, there in options.items() if there}
 
     @property
     def offset(self):
@@ -114,9 +123,6 @@ ALONE = beside()
 # ---- choosing a backend
 
 
-_default = [None]
-
-
 class use_backend:
     """
     Set what `backend=None` means from here on, for all Cells and functions, including the fused layers of models.
@@ -143,32 +149,31 @@ class use_backend:
     """
 
     def __init__(self, backend):
-        self.before = _default[0]
-        _default[0] = native.wanted[0] = check_backend("use_backend", backend)
+        self.before = settings.backend
+        settings.backend = check_backend("use_backend", backend)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        _default[0] = native.wanted[0] = self.before
+        settings.backend = self.before
 
 
 def refusals(problem):
     """Return why each backend cannot run a problem, None for those that can."""
-    return {name: module.why_not(problem) for name, module in BACKENDS.items()}
+    return {name: backend.refusal(problem) for name, backend in BACKENDS.items()}
 
 
 def choose(problem, backend=None):
     """Return the name of the backend that runs a problem: the requested one, else the first that can."""
-    backend = backend or _default[0]
+    backend = backend or settings.backend
     if backend is None:
-        reasons = refusals(problem)
-        name = next((name for name, reason in reasons.items() if reason is None), None)
-        if name is None:
-            raise ValueError("For 'attend', no backend can run this call: "
-                             + "; ".join(f"'{name}' {reason}" for name, reason in reasons.items()) + ".")
-        return name
-    reason = BACKENDS[check_backend("attend", backend)].why_not(problem)
+        for name, able in BACKENDS.items():
+            if able.refusal(problem) is None:
+                return name
+        raise ValueError("For 'attend', no backend can run this call: "
+                         + "; ".join(f"'{name}' {reason}" for name, reason in refusals(problem).items()) + ".")
+    reason = BACKENDS[check_backend("attend", backend)].refusal(problem)
     if reason is not None:
         raise ValueError(f"For 'attend', the backend '{backend}' cannot run this call: it {reason}.")
     return backend
@@ -200,12 +205,18 @@ class _RunAsGiven(AsGiven):
 _run, _run_as_given = _Run(), _RunAsGiven()
 
 
+def prepared(problem, backend=None):
+    """Choose a backend for a problem, and return what `run` needs besides tensors: a tuple, because a graph loses the
+    names of a NamedTuple's fields. This is plain Python: a Cell may call it in its constructor."""
+    return _prepared(problem, choose(problem, backend), settings.of_kernel())
+
+
 @lru_cache(maxsize=64)
-def _prepared(problem, name):
-    module = BACKENDS[name]
-    return (module.run, module.prepare(problem), problem.dtype in getattr(module, "AS_GIVEN", ()),
-            getattr(module, "ANY_AXES", False), getattr(module, "TOKENS_FIRST", False),
-            {"native": None, "dense": _twice}.get(name, _once))
+def _prepared(problem, name, of_kernel):
+    able = BACKENDS[name]
+    return (problem.frame, problem.scoring.dropout > 0, able.run, able.prepare(problem),
+            problem.dtype != "Float32" and problem.dtype in able.dtypes, able.any_axes, able.tokens_first,
+            {None: None, True: _twice, False: _once}[able.twice])
 
 
 @constexpr
@@ -220,13 +231,12 @@ def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes):
     return Problem(
         spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, d, v_shape[-1],
         checks.dtype_name(frame.dtype or dtype), 1 if leading == key_leading else q_shape[-3] // k_shape[-3],
-        q_shape[-3] if frame.tokens_first else 1, frame, shapes)
+        q_shape[-3] if frame.tokens_first else 1, frame, shapes, settings.device())
 
 
 @constexpr
-def _chosen(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes, backend):
-    problem = problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes)
-    return _prepared(problem, choose(problem, backend))
+def _prepared_for(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes, backend):
+    return prepared(problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes), backend)
 
 
 def _shapes(tensors):
@@ -256,22 +266,26 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         zero gradient. With `frame.lse`, a tuple of this and the log-sum-exp, float32, of q's shape without the last
         axis.
     """
-    shape = q.shape
-    if _empty(shape):
-        return (q, ops.full(shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
-    run, constants, as_given, any_axes, as_asked, once = _chosen(
-        spec, scoring, frame, shape, k.shape, v.shape, q.dtype, _shapes(tensors), backend)
-    seed = draw_seed() if scoring.dropout > 0 and tensors["seed"] is None else tensors["seed"]
-    dtype = q.dtype
+    if _empty(q.shape):
+        return (q, ops.full(q.shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
+    return run(_prepared_for(spec, scoring, frame, q.shape, k.shape, v.shape, q.dtype, _shapes(tensors), backend),
+               q, k, v, tensors)
+
+
+def run(prepared, q, k, v, tensors):
+    """Compute what `attend` does, of a problem that is `prepared`."""
+    frame, drops, run_backend, constants, as_given, any_axes, as_asked, once = prepared
+    shape, dtype = q.shape, q.dtype
+    seed = draw_seed() if drops and tensors["seed"] is None else tensors["seed"]
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
     flatten = not any_axes and len(shape) != 3  # on CPU a reshape copies
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
-        out, lse = _run_as_given(run, constants, q, k, v, _with_seed(tensors, seed, _as_it_is))
+        out, lse = _run_as_given(run_backend, constants, q, k, v, _with_seed(tensors, seed, _as_it_is))
     else:
-        out, lse = _run(run, constants, q, k, v, _with_seed(tensors, seed, _in_float32))
+        out, lse = _run(run_backend, constants, q, k, v, _with_seed(tensors, seed, _in_float32))
         if once is not None:
             out, lse = once(out), once(lse) if frame.lse else None
     out = ops.cast(out.reshape(shape) if flatten else out, dtype)
@@ -336,8 +350,8 @@ def explain(problem, backend=None):
     chosen = choose(problem, backend)
     computed, at_once = BACKENDS[chosen].scores(problem)
     elements = problem.groups * (problem.n_q + problem.n_k // problem.per_key_head) * (problem.d + problem.d_v)
-    size = 2 if problem.dtype in ascend.AS_GIVEN else 4
-    instead = f"could run it, but {chosen} {'was asked for' if backend or _default[0] else 'comes first'}"
+    size = 4 if problem.dtype == "Float32" else 2
+    instead = f"could run it, but {chosen} {'was asked for' if backend or settings.backend else 'comes first'}"
     lines = [f"{chosen}: runs this"]
     lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
     lines += [f"options: {', '.join(_options(problem)) or 'none'}",

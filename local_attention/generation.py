@@ -9,8 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from . import checks
-from .backends import native
+from . import checks, settings
 from .cache import Rings, clock_and_rows
 
 # MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
@@ -184,7 +183,7 @@ class State:
     """
 
     def __init__(self, model):
-        self.parts, self.places = [native.wanted[0]], []  # not their ids, which are reused once a part is freed
+        self.parts, self.places = [settings.backend], []  # not their ids, which are reused once a part is freed
         _collect((model,), self.parts, self.places, set())
 
     def __eq__(self, other):

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import local_attention
-from local_attention import LocalAttention, LocalTransformer, WindowSpec, use_backend, windowed_attention
+from local_attention import LocalAttention, LocalTransformer, WindowSpec, settings, use_backend, windowed_attention
 from local_attention.attend import BACKENDS
 from local_attention.backends import native
 from local_attention.selfcheck_cases import BATCH, CASES, D, DROPOUT, HEADS, N, reference
@@ -233,7 +233,7 @@ def machine(device):
     there = dict(local_attention=local_attention.__version__, mindspore=ms.__version__, numpy=np.__version__,
                  python=platform.python_version(), system=platform.platform(), device=device)
     if device == "CPU" and native.library()[0]:
-        there["native"] = f"{native.LEVELS[native.machine_level()]}, {native.threads()} threads"
+        there["native"] = f"{settings.LEVELS[native.machine_level()]}, {settings.threads()} threads"
     elif device != "CPU":
         try:
             there["device"] = f"{device}, {ms.hal.get_device_name(0)}"

@@ -14,6 +14,7 @@ import flash_emulation
 import oracle
 from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention, windowed_attention
 from local_attention import attend as attend_module
+from local_attention import settings
 from calls import attend_to
 from local_attention.attend import Frame, Problem, choose
 from local_attention.backends import ascend
@@ -30,7 +31,7 @@ def on_ascend(monkeypatch):
     monkeypatch.setattr(ms.ops, "flash_attention_score", flash_emulation.flash_attention_score)
     for primitive in ("FlashAttentionScore", "FlashAttentionScoreGrad"):
         monkeypatch.setattr(ascend, primitive, getattr(flash_emulation, primitive))
-    monkeypatch.setattr(ascend, "device", lambda: "Ascend")
+    monkeypatch.setattr(settings, "device", lambda: "Ascend")
     monkeypatch.setattr(ascend, "ROWS", 16)  # so that short sequences have several blocks
     attend_module._prepared.cache_clear()
     flash_emulation.CALLS.clear()
@@ -393,15 +394,14 @@ REFUSED = [
 @pytest.mark.parametrize("change, reason", REFUSED)
 def test_what_the_operator_cannot_do_is_refused_with_a_reason(change, reason):
     problem = Problem(**{**dict(spec=WindowSpec(1, 7, 0, True), scoring=Scoring(0.125), groups=6, n_q=23, n_k=23,
-                                d=64, d_v=64, dtype="Float16"), **change})
+                                d=64, d_v=64, dtype="Float16", device="Ascend"), **change})
     assert ascend.why_not(problem) == reason
     with pytest.raises(ValueError, match="the backend 'ascend' cannot run this call: it " + reason):
         choose(problem, "ascend")
     assert choose(problem) != "ascend"
 
 
-def test_without_ascend_it_is_refused(monkeypatch):
-    monkeypatch.setattr(ascend, "device", lambda: "CPU")
+def test_without_ascend_it_is_refused():
     problem = Problem(WindowSpec(1, 7, 0, True), Scoring(0.125), 6, 23, 23, 64, 64, "Float16")
     assert ascend.why_not(problem) == "runs on Ascend alone, and the device is CPU"
     assert choose(problem) != "ascend"

@@ -211,7 +211,7 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
 
 
 def test_decoding_by_plain_operators(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
+    monkeypatch.setattr(native, "unavailable", lambda device: "is not to be used")
     for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True), dict(prefix=9)):
         model = LocalTransformer(**{**MODEL, **settings})
         for attn, _ in model.layers:  # so that attention changes the tokens

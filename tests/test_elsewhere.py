@@ -14,7 +14,7 @@ MODES = ["pynative", "graph"]
 @pytest.fixture
 def elsewhere(monkeypatch):
     """Run `blocked` as on a device where broadcasting is cheap."""
-    monkeypatch.setattr(blocks, "broadcasts", lambda: True)
+    monkeypatch.setattr(blocks, "broadcasts", lambda problem: True)
     attend._prepared.cache_clear()
     yield
     attend._prepared.cache_clear()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from local_attention import LocalAttention, LocalMHA, layers, mha, rotary, windows
+from local_attention import LocalAttention, LocalMHA, layers, mha, rotary, settings, windows
 from local_attention.backends import native
 from local_attention.layers import GEGLU, LayerNorm
 from local_attention.rotary import SinusoidalEmbeddings
@@ -26,9 +26,9 @@ def choose(monkeypatch):
     """Force the plain operators, or the kernel at one width of vectors."""
     def to(by):
         if by == "operators":
-            monkeypatch.setattr(native, "unavailable", lambda: "is not to be used")
+            monkeypatch.setattr(native, "unavailable", lambda device: "is not to be used")
         else:
-            monkeypatch.setattr(native, "level", by)
+            monkeypatch.setattr(settings, "level", by)
     return to
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from local_attention import LocalAttention, LocalTransformer
+from local_attention import LocalAttention, LocalTransformer, settings
 from local_attention import attend as pipe
 from calls import attend_to
 from local_attention.attend import Problem
@@ -34,7 +34,7 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
     @pytest.mark.parametrize("seed", range(200, 212))
     @pytest.mark.parametrize("level", range(native.machine_level() + 1))
     def test_every_width_of_vectors(monkeypatch, level, seed):
-        monkeypatch.setattr(native, "level", level)
+        monkeypatch.setattr(settings, "level", level)
         case = Case(seed, n=150 if seed % 3 == 0 else 23)
         assert_close(case.got("native", "pynative"), case.wanted(), 2e-5)
 
@@ -110,10 +110,10 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
 
     def test_settings_of_the_number_of_threads(monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
-        assert native.threads() == 3
+        assert settings.threads() == 3
         for unset in ("", "0", "many"):
             monkeypatch.setenv("OMP_NUM_THREADS", unset)
-            assert 1 <= native.threads() <= ms.get_context("runtime_num_threads")
+            assert 1 <= settings.threads() <= ms.get_context("runtime_num_threads")
 
     def test_calls_from_several_threads_at_once_do_not_meet():
         """Calls the kernel itself: outside graphs, MindSpore's operators are not safe to call from several threads."""

@@ -15,17 +15,21 @@ ROOT = Path(__file__).resolve().parent.parent
 BROKEN = """
 import sys
 from local_attention import selfcheck
-from local_attention.backends import blocked
-whole = blocked.run
-blocked.run = lambda constants, q, k, v, tensors: (1.01 * whole(constants, q, k, v, tensors)[0], None)
+from dataclasses import replace
+from local_attention.attend import BACKENDS
+whole = BACKENDS["blocked"].run
+BACKENDS["blocked"] = replace(BACKENDS["blocked"], run=lambda constants, q, k, v, tensors: (
+    1.01 * whole(constants, q, k, v, tensors)[0], None))
 sys.exit(selfcheck.main(["--quick"]))
 """
 
 REFUSES = """
 import sys
 from local_attention import selfcheck
-from local_attention.backends import dense
-dense.why_not = lambda problem: "takes no softcap" if problem.scoring.softcap else None
+from dataclasses import replace
+from local_attention.attend import BACKENDS
+BACKENDS["dense"] = replace(BACKENDS["dense"],
+                            why_not=lambda problem: "takes no softcap" if problem.scoring.softcap else None)
 selfcheck.CASES = [case for case in selfcheck.CASES if "softcap" in case.more]
 report = selfcheck.Report()
 selfcheck.check_cases(report, "GPU", False)

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
+from . import Backend
 from .dropout import keep_factors, seeded_rows
 from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
                     softened, without_padding)
@@ -159,3 +160,8 @@ def _kept(problem, seed, taken, key_index, blocks, rows):
     row_hashes = row_hashes.reshape(-1, share, blocks, rows).swapaxes(1, 2).reshape(-1, blocks, share, rows, 1)
     columns = ops.gather(column_hashes, key_index, 0).reshape(1, blocks, 1, 1, -1)
     return keep_factors(row_hashes, columns, problem.scoring.dropout)
+
+
+ANY_LENGTH = Backend(
+    "any_length", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
+                             "softcap", "hide_self", "dropout")), why_not, scores, prepare, run)

@@ -15,9 +15,10 @@ from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
 from ..cells import AsGiven, given, last
+from . import Backend
 from .spans import HIDDEN, bounds_of, in_span, reach, repeated, sees_something, with_prefix, without_padding
 
-AS_GIVEN = ("Float16", "BFloat16")  # the dtypes that `run` takes without a cast
+DTYPES = ("Float16", "BFloat16")
 LARGEST_BATCH, MOST_HEADS, LONGEST, LARGEST_HEAD = 2048, 256, 512 * 1024, 512  # the operator's own limits
 COLUMNS = 16  # the number of dimensions of a head is padded to a multiple of this
 BAND = 2048  # the side of the operator's compressed mask; wider spans to both sides are reported to give wrong results
@@ -28,21 +29,16 @@ SMALLEST_SCALE = 1e-3  # the smallest scale at which that entry still hides a ke
 NO_LIMIT = 2147483647  # the operator's value for no limit of tokens before or after
 
 
-def device():
-    """Return MindSpore's device target."""
-    return ms.get_context("device_target")
-
-
 def why_not(problem):
     """Return why the operator cannot run a problem exactly, None if it can."""
-    if device() != "Ascend":
-        return f"runs on Ascend alone, and the device is {device()}"
+    if problem.device != "Ascend":
+        return f"runs on Ascend alone, and the device is {problem.device}"
     return _refusal(problem)
 
 
 @lru_cache(maxsize=64)
 def _refusal(problem):
-    if problem.dtype not in AS_GIVEN:
+    if problem.dtype not in DTYPES:
         return f"takes float16 and bfloat16, and the inputs are {problem.dtype.lower()}"
     if problem.any_length:
         return "makes its masks before a graph runs, which does not know a length here"
@@ -366,3 +362,8 @@ def _with_lse_gradient(dout, out, dlse):
         more_dout.append(ops.cast(ops.full(dout.shape[:-1] + (1,), factor, dtype=ms.float32), dout.dtype))
         more_out.append(ops.neg(part))
     return _padded(ops.cat(more_dout, -1)), _padded(ops.cat(more_out, -1))
+
+
+ASCEND = Backend(
+    "ascend", frozenset(("mask", "documents", "bias", "sinks", "seed", "kv_heads", "prefix", "lse")), why_not, scores,
+    prepare, run, dtypes=DTYPES)

@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ..cells import InFloat32, given
-from . import any_length
+from . import Backend, any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
 from .spans import HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
@@ -316,3 +316,8 @@ def _keys_to_offsets(x, step, offsets):
 def _largest(x):
     return ops.amax(x, -1, keepdims=True)
 
+
+
+BLOCKED = Backend(
+    "blocked", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
+                          "softcap", "hide_self", "dropout")), why_not, scores, prepare, run)

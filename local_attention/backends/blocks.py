@@ -24,9 +24,9 @@ _bmm_transpose_b = ops.BatchMatMul(transpose_b=True)
 _relu = ops.ReLU()
 
 
-def broadcasts():
+def broadcasts(problem):
     """Whether broadcasting is cheap: adding a row to each row, or a number to each of a row."""
-    return ms.get_context("device_target") != "CPU"
+    return problem.device != "CPU"
 
 
 def key_heads(problem):
@@ -86,7 +86,7 @@ class Layout(nn.Cell):
         self.problem, self.share, self.heads = problem, problem.per_key_head, key_heads(problem)
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
         self.with_lse = problem.frame.lse or problem.has("sinks") or problem.spec.prefix > 0
-        self.in_documents, self.broadcasts = problem.has("documents"), broadcasts()
+        self.in_documents, self.broadcasts = problem.has("documents"), broadcasts(problem)
         self.masked = problem.has("mask") and not self.in_documents  # with documents, masks depend on bounds
         self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # adds one row to each
         self.runs, self.together, steps = schedule(problem)

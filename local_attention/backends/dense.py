@@ -3,6 +3,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from . import Backend
 from .dropout import keep_factors, seeded_rows
 from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, softened, spans, with_sinks,
                     without_padding)
@@ -85,3 +86,8 @@ def _by_key_head(x, problem):
 def _per_group(x, groups):
     """Repeat `(batch, rows, columns)` as `(groups, rows, columns)`."""
     return ops.tile(x[:, None], (1, groups // x.shape[0], 1, 1)).reshape(groups, *x.shape[1:])
+
+
+DENSE = Backend(
+    "dense", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
+                        "softcap", "hide_self", "dropout")), why_not, scores, prepare, run, twice=True)

@@ -14,19 +14,16 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
+from .. import settings
 from ..cells import given, last
+from . import Backend
 
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
           "emb": FLOATS, "seed": INT32, "numbers": INT64}
 TILE = 64  # queries, and keys
-TOKENS_FIRST = True  # whether it can write its output so
-ANY_AXES = True  # axes before the last two of q, k and v are only counted
 INTERFACE = 7  # the version of the kernel's interface that this file needs
-LEVELS = ("baseline", "AVX2", "AVX-512")
-level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have narrower ones
-wanted = [None]  # the backend that `use_backend` requests; layers beside attention follow it
 
 
 @cache
@@ -47,16 +44,6 @@ def machine_level():
     return ctypes.CDLL(library()[0]).attention_level()
 
 
-def threads():
-    """Return how many threads may work: OMP_NUM_THREADS, else the fewer of MindSpore's threads and our cores."""
-    try:
-        asked = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
-    except ValueError:
-        asked = 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return asked if asked > 0 else max(1, min(cores, ms.get_context("runtime_num_threads")))
-
-
 def exporting():
     """Whether the caller is being exported, to machines without this library. A graph does not show it, but
     `mindspore.export` is then among the callers."""
@@ -66,9 +53,9 @@ def exporting():
     return frame is not None
 
 
-def unavailable():
-    """Return why the library cannot run here and now, None if it can."""
-    if ms.get_context("device_target") != "CPU":
+def unavailable(device):
+    """Return why the library cannot run on a device now, None if it can."""
+    if device != "CPU":
         return "runs on CPU alone"
     if exporting():
         return "is a library of this machine, which an exported graph would look for where it runs"
@@ -79,7 +66,7 @@ def why_not(problem):
     """Return why it cannot run a problem, None if it can: everything that `attend` offers is implemented."""
     if problem.any_length:
         return "takes its numbers from lengths, which a graph does not know here"
-    return unavailable()
+    return unavailable(problem.device)
 
 
 def scores(problem):
@@ -89,7 +76,8 @@ def scores(problem):
     _, last = problem.spec.span(np.minimum(starts + TILE, problem.n_q + problem.offset) - 1)
     keys = np.minimum(last, problem.n_k - 1) - np.maximum(first, 0) + 1
     tiles = int(np.ceil(np.maximum(keys, 0) / TILE).sum()) * problem.groups
-    return tiles * TILE**2 + problem.groups * problem.n_q * problem.spec.prefix, min(threads(), tiles) * TILE**2
+    return (tiles * TILE**2 + problem.groups * problem.n_q * problem.spec.prefix,
+            min(settings.threads(), tiles) * TILE**2)
 
 
 def prepare(problem):
@@ -117,8 +105,8 @@ class Fused(nn.Cell):
             problem.groups, problem.groups // problem.per_key_head, problem.n_q, problem.n_k, problem.d, spec.bucket,
             spec.backward, spec.forward, spec.causal, spec.prefix, problem.offset, problem.rows("mask"),
             problem.rows("documents"), heads, period, columns, spec.backward, offsets, problem.rows("sinks"),
-            scoring.hide_self, threads(), level, *problem.frame.origin, problem.heads_in_row, float(scoring.scale),
-            float(scoring.softcap or 0), float(scoring.dropout))
+            scoring.hide_self, *settings.of_kernel(), *problem.frame.origin, problem.heads_in_row,
+            float(scoring.scale), float(scoring.softcap or 0), float(scoring.dropout))
         self.forward = custom("attention_forward", [*INPUTS.values()], 3 * [FLOATS])  # the output, statistics, lse
         self.backward = custom("attention_backward", [*INPUTS.values(), *4 * [FLOATS]], 6 * [FLOATS])
 
@@ -134,17 +122,19 @@ class Fused(nn.Cell):
 def made(cell, *args):
     """Return a Cell of operators that work row by row, `cell(*args)`, for the threads and the widest vectors allowed
     now; None if the library cannot run or is not wanted."""
-    return _made(cell, threads(), level, *args) if wanted[0] in (None, "native") and unavailable() is None else None
+    if settings.backend not in (None, "native") or unavailable(settings.device()) is not None:
+        return None
+    return _made(cell, settings.of_kernel(), *args)
 
 
 @lru_cache(maxsize=256)
-def _made(cell, threads, level, *args):
+def _made(cell, of_kernel, *args):
     return cell(*args)
 
 
 def row_numbers(*more):
     """Return the numbers that such an operator gets."""
-    return integers(threads(), level, *more)
+    return integers(*settings.of_kernel(), *more)
 
 
 def integers(*numbers):
@@ -164,3 +154,9 @@ def custom(name, inputs, outputs, *others):
         info = info.dtype_format(*types)
     info = info.target("CPU").get_op_info()
     return ops.Custom(f"{library()[0]}:{name}", out_shape=None, out_dtype=None, func_type="aot", reg_info=info)
+
+
+NATIVE = Backend(
+    "native", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
+                         "softcap", "hide_self", "dropout")), why_not, scores, prepare, run,
+    any_axes=True, tokens_first=True, twice=None)
