@@ -11,6 +11,7 @@ from mindspore.ops import constexpr
 
 from . import checks, settings
 from .backends import any_length, ascend, blocked, dense, native
+from .backends.spans import FAINT, FAR, HIDDEN
 from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
 
@@ -24,7 +25,7 @@ class Frame:
     offset: Optional[int] = 0  # the position of the first query among the keys; None: the last query is at the last key
     origin: tuple = (0, 0)  # the first (group, position) within the larger problem; dropout counts from it
     dtype: Optional[ms.Type] = None  # the precision to compute in if it is not q's, as after a rotation in float32
-    bias_is_constant: bool = False  # whether the bias needs no gradient
+    bias_is_constant: bool = False  # whether the bias needs no gradient, and hides keys by HIDDEN alone
     lse: bool = False  # whether the log-sum-exp is returned too
     tokens_first: bool = False  # whether to return the output of q `(b, heads, n, d)` as `(b, n, heads * d)`
 
@@ -107,7 +108,8 @@ def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, s
 
     mask: bool `(batch, n_k)`, True = a real key; `batch` divides the number of groups. documents: int32 `(batch, n_k,
     2)`, the first and the last position of each position's document, made by `document_bounds`. bias: `(heads, period,
-    columns)`, added to the scaled products: the query at position `i` uses row `i % period`, and the key at `j` column
+    columns)`, added to the scaled products; what is not above -1e29, or the lowest number of its dtype, hides the key:
+    the query at position `i` uses row `i % period`, and the key at `j` column
     `j - (i - i % period - backward)`; in a document, positions count from its start. sinks: `(heads,)`, a score in each
     softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)`, for a bucket of 1: the product of row r and
     the unscaled q is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what
@@ -228,6 +230,9 @@ def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes):
     """Return the problem of a call on tensors of these shapes; `shapes` are (name, shape) of those beside q, k, v."""
     *leading, n_q, d = q_shape
     *key_leading, n_k, _ = k_shape
+    if not {"bias", "rel_pos_emb"} & {name for name, _ in shapes}:  # their columns are those of the whole span
+        known = None not in (n_q, n_k)
+        spec = spec.within(max(n_k, n_q + (frame.offset or 0)) if known else FAR)
     return Problem(
         spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, d, v_shape[-1],
         checks.dtype_name(frame.dtype or dtype), 1 if leading == key_leading else q_shape[-3] // k_shape[-3],
@@ -277,15 +282,16 @@ def run(prepared, q, k, v, tensors):
     frame, drops, run_backend, constants, as_given, any_axes, as_asked, once = prepared
     shape, dtype = q.shape, q.dtype
     seed = draw_seed() if drops and tensors["seed"] is None else tensors["seed"]
+    bias = tensors["bias"] if frame.bias_is_constant else _hiding(tensors["bias"])
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
     flatten = not any_axes and len(shape) != 3  # on CPU a reshape copies
     if flatten:
         q, k, v = _flat(q), _flat(k), _flat(v)
     if as_given:
-        out, lse = _run_as_given(run_backend, constants, q, k, v, _with_seed(tensors, seed, _as_it_is))
+        out, lse = _run_as_given(run_backend, constants, q, k, v, _renamed(tensors, bias, seed, _as_it_is))
     else:
-        out, lse = _run(run_backend, constants, q, k, v, _with_seed(tensors, seed, _in_float32))
+        out, lse = _run(run_backend, constants, q, k, v, _renamed(tensors, bias, seed, _in_float32))
         if once is not None:
             out, lse = once(out), once(lse) if frame.lse else None
     out = ops.cast(out.reshape(shape) if flatten else out, dtype)
@@ -301,11 +307,25 @@ def _flat(x):
     return x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
-def _with_seed(tensors, seed, cast):
-    """Return the tensors of a call with this seed, and with floats after a `cast`. All are named anew: in a graph that
-    is differentiated, a dict that is changed loses what is known of its other entries."""
-    return beside(mask=tensors["mask"], documents=tensors["documents"], bias=cast(tensors["bias"]),
+def _renamed(tensors, bias, seed, cast):
+    """Return the tensors of a call with this bias and seed, and with floats after a `cast`. All are named anew: in a
+    graph that is differentiated, a dict that is changed loses what is known of its other entries."""
+    return beside(mask=tensors["mask"], documents=tensors["documents"], bias=cast(bias),
                   sinks=cast(tensors["sinks"]), rel_pos_emb=cast(tensors["rel_pos_emb"]), seed=seed)
+
+
+@constexpr
+def _hides(dtype):
+    """Return up to which number an entry of a bias of a dtype hides its key."""
+    return -65504. if checks.dtype_name(dtype) == "Float16" else FAINT
+
+
+def _hiding(bias):
+    """Return a bias in float32, in which what hides a key is one finite number: two of those, added, are finite too."""
+    if bias is None:
+        return None
+    wide = ops.cast(bias, ms.float32)
+    return ops.masked_fill(wide, ops.less_equal(wide, _hides(bias.dtype)), HIDDEN)
 
 
 def _as_it_is(x):

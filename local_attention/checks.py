@@ -11,6 +11,7 @@ from mindspore import Tensor
 
 FLOATS = ("Float32", "Float16", "BFloat16")
 INTEGERS = ("Int32", "Int64")
+LARGEST_FLOAT32 = (2 - 2.**-23) * 2.**127
 
 
 def value_error(owner, name, rule, got):
@@ -22,12 +23,15 @@ def type_error(owner, name, rule, got):
 
 
 def integer(owner, name, value, minimum):
-    """Check for an int of at least `minimum`. Messages say "non-negative" for 0 and "positive" for 1."""
+    """Check for an int of at least `minimum` that 64 bits hold. Messages say "non-negative" for 0 and "positive" for
+    1."""
     rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise type_error(owner, name, rule, value)
     if value < minimum:
         raise value_error(owner, name, rule, value)
+    if value >= 2**63:
+        raise value_error(owner, name, f"{rule} below 2**63", value)
     return int(value)
 
 
@@ -155,7 +159,20 @@ def sinks(owner, got, heads):
 
 
 def softcap(owner, value):
-    return None if value is None else positive_number(owner, "softcap", value)
+    """Check a cap of scores: None, or a number beside which float32 still holds the quotients and products that a score
+    goes through."""
+    if value is None:
+        return None
+    if not 1e-30 <= positive_number(owner, "softcap", value) <= 1e30:
+        raise value_error(owner, "softcap", "from 1e-30 to 1e30", value)
+    return float(value)
+
+
+def scale(owner, name, value):
+    """Check a factor of scores: a number that float32 holds."""
+    if abs(number(owner, name, value)) > LARGEST_FLOAT32:
+        raise value_error(owner, name, f"a number of at most {LARGEST_FLOAT32:.2g}, float32's largest", value)
+    return float(value)
 
 
 def together(owner, one, other):

@@ -42,7 +42,7 @@ check_seed = constexpr(_check_seed)
 def _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend):
     """Check the options that are not tensors, and a seed, an int or a Tensor as `described`."""
     if scale is not None:
-        checks.number(owner, "scale", scale)
+        checks.scale(owner, "scale", scale)
     checks.softcap(owner, softcap)
     checks.rate(owner, "dropout_rate", dropout_rate)
     _check_seed(owner, seed)

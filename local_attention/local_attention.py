@@ -4,13 +4,13 @@ from mindspore import ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Frame, Problem, check_backend, explain, new_salt
+from .attend import Frame, check_backend, explain, new_salt, problem_of
 from .backends.spans import SELF_SCORE
 from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - upstream has it here too
 from .windows import Windowed, Windows, l2norm  # noqa: F401 - for the same reason
 
 TOKEN_SELF_ATTN_VALUE = SELF_SCORE
-LARGEST = {"Float32": (2 - 2.**-23) * 2.**127, "Float16": 65504., "BFloat16": (2 - 2.**-7) * 2.**127,
+LARGEST = {"Float32": checks.LARGEST_FLOAT32, "Float16": 65504., "BFloat16": (2 - 2.**-7) * 2.**127,
            "Float64": (2 - 2.**-52) * 2.**1023}
 
 
@@ -158,7 +158,7 @@ class LocalAttention(Windowed):
         self.salt = new_salt(dropout)
         self.shared_qk = checks.boolean(owner, "shared_qk", shared_qk)
         self.autopad = checks.boolean(owner, "autopad", autopad)
-        self.scale = None if scale is None else checks.number(owner, "scale", scale)
+        self.scale = None if scale is None else checks.scale(owner, "scale", scale)
         checks.boolean(owner, "use_xpos", use_xpos)
         self.backend = check_backend(owner, backend)
         self.sequence_parallel = sequence_parallel
@@ -224,8 +224,8 @@ class LocalAttention(Windowed):
         batch = groups // share if self.use_xpos else 1
         shapes = (("mask", (batch, n_k), mask or self.use_xpos), ("documents", (1, n_k, 2), segment_ids),
                   ("bias", (share, windows.size, windows.span), attn_bias), ("sinks", (share,), sinks))
-        return explain(Problem(
-            spec, scoring, groups, n_q, n_k, head_dim, head_dim, checks.dtype_name(dtype or ms.float32), share,
-            frame=Frame(offset),
-            shapes=tuple((name, shape) for name, shape, there in shapes if there)),
-                       self.backend) + halo
+        leading = groups // share
+        return explain(problem_of(
+            spec, scoring, Frame(offset), (leading, share, n_q, head_dim), (leading, 1, n_k, head_dim),
+            (leading, 1, n_k, head_dim), dtype or ms.float32,
+            tuple((name, shape) for name, shape, there in shapes if there)), self.backend) + halo

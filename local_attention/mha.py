@@ -257,7 +257,7 @@ class LocalMHA(_Heads):
         if dim_head % 2 and kwargs.get("use_rotary_pos_emb", True):
             raise checks.value_error(owner, "dim_head", "even for rotary embeddings", dim_head)
         self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
-        self.qk_scale = checks.number(owner, "qk_scale", qk_scale)
+        self.qk_scale = checks.scale(owner, "qk_scale", qk_scale)
         self.attn_fn = LocalAttention(
             dim=dim_head, window_size=window_size, causal=causal, autopad=True, scale=qk_scale if qk_rmsnorm else None,
             exact_windowsize=True if exact_windowsize is None else exact_windowsize, use_xpos=use_xpos,

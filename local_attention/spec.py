@@ -7,6 +7,7 @@ import numpy as np
 from . import checks
 
 NO_LIMIT = 2**31 - 1
+FARTHEST = 2**62  # farther than any key, and still an int64 when added to a position
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,13 @@ class WindowSpec:
     def span(self, i):
         """Return the first and the last key of the span of query `i`, an int or an array of ints; both are included."""
         start = i // self.bucket * self.bucket
-        first, last = start - self.backward, start + self.bucket - 1 + self.forward
+        first, last = start - min(self.backward, FARTHEST), start + min(self.bucket - 1 + self.forward, FARTHEST)
         return first, np.minimum(last, i) if self.causal else last
+
+    def within(self, end):
+        """Return the spec that shows the same of a sequence of `end` positions, with no number larger than it needs."""
+        return WindowSpec(min(self.bucket, end), min(self.backward, end), min(self.forward, end), self.causal,
+                          min(self.prefix, end))
 
     def visible(self, queries, keys):
         """Return a bool array `(len(queries), len(keys))`: whether the query at a position sees the key at another."""

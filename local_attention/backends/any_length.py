@@ -10,7 +10,7 @@ from mindspore.ops import constexpr
 
 from . import Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
+from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
                     softened, without_padding)
 
 ROWS = 128  # the smallest number of queries in a block
@@ -132,8 +132,8 @@ def run(constants, q, k, v, tensors):
         by_offset = ops.matmul(blocked_q.reshape(-1, head_dim), rel_pos_emb.T).reshape(-1, rows * offsets)
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
-        own = ops.cast(queries[:, None] == keys[None], ms.float32)
-        scores = scores.reshape(-1, rows, width) * (1. - own) + own * SELF_SCORE
+        scores = scores.reshape(-1, rows, width)
+        scores = ops.masked_fill(scores, ops.logical_and(queries[:, None] == keys[None], scores > FAINT), SELF_SCORE)
     seen = seen.reshape(-1, 1, blocks, 1, rows, width)
     weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
     if scoring.dropout > 0:

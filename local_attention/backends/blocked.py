@@ -13,7 +13,7 @@ from ..cells import InFloat32, given
 from . import Backend, any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
-from .spans import HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
+from .spans import FAINT, HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
 
 _bmm = ops.BatchMatMul()
 _bmm_transpose_a = ops.BatchMatMul(transpose_a=True)
@@ -95,8 +95,11 @@ def run(constants, q, k, v, tensors):
                       given(tensors["seed"], ms.int32))
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
+        lse = _swap(lse, by_head, k.shape[0] // by_head)
     seen = None
-    if mask is not None:
+    if blocks.with_lse:
+        seen = ops.cast(ops.greater(lse, FAINT), ms.float32)
+    elif mask is not None:
         seen = sees_something(mask, first, after)
         seen = repeated(ops.cast(seen, ms.float32), problem.groups)
     elif not blocks.all_see_something:
@@ -105,10 +108,7 @@ def run(constants, q, k, v, tensors):
         out = _times(out, ops.stop_gradient(seen))
     if not blocks.with_lse:
         return out, None
-    if bias is not None:
-        lse = _swap(lse, by_head, k.shape[0] // by_head)
-    if seen is not None:
-        lse = ops.masked_fill(lse, seen == 0, float("-inf"))
+    lse = ops.masked_fill(lse, seen == 0, float("-inf"))
     return finished(problem, q, k, v, out, lse[..., 0], mask, tensors)
 
 

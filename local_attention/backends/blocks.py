@@ -85,7 +85,8 @@ class Layout(nn.Cell):
         super().__init__()
         self.problem, self.share, self.heads = problem, problem.per_key_head, key_heads(problem)
         self.softcap, self.dropout = problem.scoring.softcap, problem.scoring.dropout
-        self.with_lse = problem.frame.lse or problem.has("sinks") or problem.spec.prefix > 0
+        self.with_lse = (problem.frame.lse or problem.has("sinks") or problem.spec.prefix > 0
+                         or problem.has("bias"))  # a bias may hide all that a query sees, which the lse shows
         self.in_documents, self.broadcasts = problem.has("documents"), broadcasts(problem)
         self.masked = problem.has("mask") and not self.in_documents  # with documents, masks depend on bounds
         self.plus_row = ops.Add() if self.broadcasts else ops.BiasAdd()  # adds one row to each

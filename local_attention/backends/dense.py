@@ -5,8 +5,8 @@ from mindspore import Tensor, ops
 
 from . import Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, softened, spans, with_sinks,
-                    without_padding)
+from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, softened, spans,
+                    with_sinks, without_padding)
 
 
 def why_not(problem):
@@ -70,7 +70,7 @@ def run(constants, q, k, v, tensors):
         by_offset = ops.matmul(q, tensors["rel_pos_emb"].T).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
-        scores = ops.masked_fill(scores, is_self, SELF_SCORE)
+        scores = ops.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:
         weights = weights * keep_factors(seeded_rows(rows, tensors["seed"]), columns, scoring.dropout)

@@ -36,7 +36,7 @@ namespace {
 constexpr int INTERFACE = 7;  // to be increased when what goes in or out changes; native.py compares it
 constexpr int BLOCK_QUERIES = 64;
 constexpr int64_t WIDEST = 16;  // floats in the widest vector
-constexpr float SELF_SCORE = -5e4f;  // as in backends/dense.py
+constexpr float SELF_SCORE = -5e4f, FAINT = -1e29f;  // as in backends/spans.py; an entry of a bias below hides its key
 constexpr int64_t SHARES = 32;  // parts that the rows of a layer are divided into
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth starting a thread: about 0.03 ms of its time
 

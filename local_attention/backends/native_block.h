@@ -250,7 +250,7 @@ struct Block {
   }
 
   // Computes the scores of the tile in units of log(2): products, scaled and capped, plus embeddings and bias. What is
-  // not seen gets -inf.
+  // not seen, or hidden by the bias, gets -inf.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
@@ -296,7 +296,7 @@ struct Block {
       turn(x);
       for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i) {
         float *at = scores + (j + i) * QUERIES + v * WIDTH;
-        store(at, load<Vec>(at) + x[i] * LOG2_E);
+        store(at, x[i] < FAINT ? all(-INFINITY) : load<Vec>(at) + x[i] * LOG2_E);
       }
     }
   }
@@ -305,7 +305,8 @@ struct Block {
     const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
-      store(at, own == j ? all(SELF_SCORE * LOG2_E) : load<Vec>(at));
+      const Vec score = load<Vec>(at);
+      store(at, (own == j) & (score > -INFINITY) ? all(SELF_SCORE * LOG2_E) : score);
     }
   }
 

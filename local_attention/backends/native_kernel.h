@@ -139,10 +139,11 @@ struct Worker : Block {
     std::fill(dq_t, dq_t + d * QUERIES, 0.f);
     if (call.emb) std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
     over_keys([&] {
-      careful = partial && !(block_finite && finite(k_rows(), keys * d));
+      const bool hides = partial || call.bias;
+      careful = hides && !(block_finite && finite(k_rows(), keys * d));
       score();
       products(v_rows(), dout_t, dscores);
-      const bool plain = !call.dropping && !call.hide_self && !partial;
+      const bool plain = !call.dropping && !call.hide_self && !hides;
       plain ? differentiate<true>() : differentiate<false>();
       for (int i = 0; call.bias && i < pieces; ++i)
         for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], chunk.dbias);
