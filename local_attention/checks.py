@@ -163,7 +163,7 @@ def softcap(owner, value):
     goes through."""
     if value is None:
         return None
-    if not 1e-30 <= positive_number(owner, "softcap", value) <= 1e30:
+    if not .999e-30 < positive_number(owner, "softcap", value) < 1.001e30:  # a graph rounds it to float32
         raise value_error(owner, "softcap", "from 1e-30 to 1e30", value)
     return float(value)
 
