@@ -112,6 +112,20 @@ class Once(InFloat32):
         return (dout,)
 
 
+# ---- gradients that need what a call returned
+
+
+@constexpr
+def compiling():
+    """Whether the caller is being compiled.
+
+    There, a Cell with a `bprop` that reads `out` must not be called twice: if the compiled function is differentiated
+    from outside of graphs, the first call's `bprop` gets the `out` of the last. (MindSpore 2.7 to 2.10.) The inputs are
+    right. So in a graph, what is returned goes into one more Cell, whose `bprop` gets it as an input.
+    """
+    return sys._getframe(1).f_code.co_name == "__infer__"  # a compiler's frame
+
+
 # ---- inputs that a call may not have
 
 

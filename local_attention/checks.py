@@ -133,6 +133,13 @@ def alike(owner, q, k, v):
     return shape, share
 
 
+def known_width(owner, shape):
+    """Check that a graph knows the head dimension of q: products and scales are made for it."""
+    if shape[-1] is None:
+        raise value_error(owner, "q", "of a known head dimension: name it in 'set_inputs' or 'input_signature', and do "
+                          "not compile with 'dynamic=1'", shape)
+
+
 def shared(q_shape, k_shape):
     """Return how many query heads share a key head if the two shapes differ only in the number of heads; else None."""
     if k_shape == q_shape:

@@ -80,6 +80,7 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
     shape = checks.tensor(owner, "q", q, checks.FLOATS)
     if len(shape) != 4 or 0 in shape[1:]:
         raise checks.value_error(owner, "q", "of shape (b, h, n_q, d), with h, n_q and d of at least 1", shape)
+    checks.known_width(owner, shape)
     batch, heads, n_q, head_dim = shape
     k_shape = checks.tensor(owner, "k", k, (checks.dtype_name(q[1]),))
     n_k = k_shape[2] if len(k_shape) == 4 else 0
@@ -244,6 +245,7 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed
     checks.non_negative_int(owner, "window_size_right", right)
     _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend)
     shape, share = checks.alike(owner, q, k, v)
+    checks.known_width(owner, shape)
     *leading, n, head_dim = shape
     _check_known(owner, dropout_rate, backend, shape)
     groups = None if None in leading else math.prod(leading)

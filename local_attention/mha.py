@@ -35,7 +35,7 @@ def checked_block(owner, dim, x, mask, return_cache):
     """Check a call on vectors; return its batch and length."""
     checks.boolean(owner, "return_cache", return_cache)
     shape = checks.tensor(owner, "x", x, checks.FLOATS)
-    if len(shape) != 3 or shape[2] != dim or 0 in shape:
+    if len(shape) != 3 or shape[2] not in (None, dim) or 0 in shape:  # None: a graph does not know it, but we do
         raise checks.value_error(owner, "x", f"of shape (batch, n, {dim}), not empty", shape)
     return checks.key_mask(owner, mask, shape[:2])
 

@@ -11,7 +11,7 @@ from .functional import check_seed, sliding_window_attention
 @constexpr
 def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask, segment_ids):
     shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
-    if len(shape) != 3 or shape[2] != features:
+    if len(shape) != 3 or shape[2] not in (None, features):
         raise checks.value_error(owner, name_q, f"of shape (b, n, {features})", shape)
     checks.tensor(owner, name_kv, inputs_kv, (checks.dtype_name(inputs_q[1]),), shape,
                   f"of the shape of {name_q}, {shape}")

@@ -96,7 +96,9 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
     shape, share = checks.alike(owner, q, k, v)
     *leading, n, head_dim = shape
     groups = None if None in leading else math.prod(leading)
-    if rotary_dim not in (None, head_dim):
+    if rotary_dim is None:
+        checks.known_width(owner, shape)
+    elif head_dim not in (None, rotary_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
     known = groups is not None and n is not None  # unknown in a graph that is compiled for any length
     if not known and dropout > 0:
@@ -197,6 +199,11 @@ def _flat(x):
     return x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
+def _of_width(x, width):
+    """Return x with a last axis that a graph knows."""
+    return x.reshape(x.shape[:-1] + (width,))
+
+
 class Windowed(nn.Cell):
     """What LocalAttention does in a call. In a base class, so that MindSpore's O1 does not rewrite it (see `cells`)."""
 
@@ -207,6 +214,8 @@ class Windowed(nn.Cell):
         groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, window_size)
         if groups == 0:
             return q
+        if unknown(q.shape[-1:]):
+            q, k, v = _of_width(q, self.rotary_dim), _of_width(k, self.rotary_dim), _of_width(v, self.rotary_dim)
         shape, dtype = q.shape, q.dtype
         flat = self.group is not None or self.use_xpos
         if flat:

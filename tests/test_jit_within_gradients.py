@@ -58,6 +58,14 @@ def test_backends(backend, option):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_two_calls_of_one_problem(backend):
+    """Two layers alike. MindSpore hands the `bprop` of a Cell that is called twice the `out` of its last call."""
+    def attention(q, k, v):
+        return windowed_attention(windowed_attention(q, k, v, SPAN, backend=backend), k, v, SPAN, backend=backend)
+    assert_same_within(attention, *(draw(B, H, N, D) for _ in range(3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout(backend):
     attn = LocalAttention(5, dim=D, causal=True, autopad=True, dropout=.3, backend=backend).set_train()
 

@@ -14,7 +14,7 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import FlashAttentionScore, FlashAttentionScoreGrad
 
-from ..cells import AsGiven, given, last
+from ..cells import AsGiven, compiling, given, last
 from . import Backend
 from .spans import HIDDEN, bounds_of, in_span, reach, repeated, sees_something, with_prefix, without_padding
 
@@ -134,7 +134,10 @@ def scores(problem):
 def prepare(problem):
     """Return the problem, the heads of a batch entry, the operator, and the constants of a band or of blocks."""
     heads, tokens = _heads(problem), band(problem)
-    flash = Flash(problem, heads, tokens) if problem.frame.lse or problem.has("sinks") or problem.spec.prefix else None
+    flash = None
+    if problem.frame.lse or problem.has("sinks") or problem.spec.prefix:
+        flash = Flash(problem, heads, tokens)
+        flash = flash, Linked(flash)
     return problem, heads, flash, tokens, *(_of_band(problem) if tokens else _of_blocks(problem))
 
 
@@ -243,7 +246,12 @@ def _called(problem, heads, flash, tokens, q, k, v, bias, mask, nothing, sinks, 
         if sinks is not None:
             sinks = ops.cast(sinks, ms.float32)
             sinks = ops.tile(sinks, (q.shape[0] * heads // problem.rows("sinks"),)).reshape(-1, heads, 1, 1)
-        return flash(q, k, v, given(bias, ms.float16), mask, given(nothing, ms.bool_), given(sinks, ms.float32))
+        flash, linked = flash
+        bias, nothing, sinks = given(bias, ms.float16), given(nothing, ms.bool_), given(sinks, ms.float32)
+        out, lse = flash(q, k, v, bias, mask, nothing, sinks)
+        if compiling():
+            return linked(q, k, v, bias, mask, nothing, sinks, ops.stop_gradient(out), ops.stop_gradient(lse))
+        return out, lse
     before, after = tokens or (NO_LIMIT, NO_LIMIT)
     out = ops.flash_attention_score(
         q, k, v, heads, real_shift=bias, attn_mask=mask, scalar_value=scale or problem.scoring.scale,
@@ -335,7 +343,9 @@ class Flash(AsGiven):
         return out, lse
 
     def bprop(self, q, k, v, bias, mask, nothing, sinks, outs, douts):
-        out, lse = outs
+        return self.gradients(q, k, v, bias, mask, nothing, sinks, outs[0], outs[1], douts)
+
+    def gradients(self, q, k, v, bias, mask, nothing, sinks, out, lse, douts):
         head_dim, dout, dlse = q.shape[-1], ops.cast(last(douts[0]), q.dtype), last(douts[1])
         dsinks = sinks
         if self.with_sinks:
@@ -351,6 +361,20 @@ class Flash(AsGiven):
         dq, dk, dv, _ = self.backward(q, k, v, dout, bias if self.with_bias else None, None, None, mask, eight,
                                       ops.ones_like(eight), None, out)
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], bias, mask, nothing, dsinks
+
+
+class Linked(AsGiven):
+    """Gives the output and the log-sum-exp of a `Flash` their gradients (see `cells.compiling`)."""
+
+    def __init__(self, flash):
+        super().__init__()
+        self.flash = flash
+
+    def construct(self, q, k, v, bias, mask, nothing, sinks, out, lse):
+        return out, lse
+
+    def bprop(self, q, k, v, bias, mask, nothing, sinks, out, lse, outs, douts):
+        return self.flash.gradients(q, k, v, bias, mask, nothing, sinks, out, lse, douts) + (out, lse)
 
 
 def _with_lse_gradient(dout, out, dlse):

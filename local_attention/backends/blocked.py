@@ -9,7 +9,7 @@ broadcasting is cheap and dimensions should be multiples of 16, so there both ar
 import mindspore as ms
 from mindspore import ops
 
-from ..cells import InFloat32, given
+from ..cells import InFloat32, compiling, given
 from . import Backend, any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
@@ -47,15 +47,17 @@ def without_plan(problem):
 
 
 def prepare(problem):
-    """Return the problem, and the Cell with its constants, or the constants of `any_length`."""
+    """Return the problem, and the Cell with its constants and the one that gives its result gradients in a graph, or
+    the constants of `any_length`."""
     if without_plan(problem):
-        return problem, None, any_length.prepare(problem)
-    return problem, Blocks(problem), None
+        return problem, None, None, any_length.prepare(problem)
+    blocks = Blocks(problem)
+    return problem, blocks, Linked(blocks), None
 
 
 def run(constants, q, k, v, tensors):
     """Run the blocks, and around them the steps that are cheap enough for automatic differentiation."""
-    problem, blocks, others = constants
+    problem, blocks, linked, others = constants
     if blocks is None:
         return any_length.run(others, q, k, v, tensors)
     mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
@@ -91,8 +93,11 @@ def run(constants, q, k, v, tensors):
         block_v = _swap(block_v, outer, by_head)
         if blocks.masked:
             veil = _swap(veil, outer, by_head)
-    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ops.stop_gradient(ends), ops.stop_gradient(places),
-                      given(tensors["seed"], ms.int32))
+    ends, places, seed = ops.stop_gradient(ends), ops.stop_gradient(places), given(tensors["seed"], ms.int32)
+    out, lse = blocks(block_q, block_k, block_v, tiles, emb, veil, ends, places, seed)
+    if compiling():
+        out, lse = linked(block_q, block_k, block_v, tiles, emb, veil, ends, places, seed, ops.stop_gradient(out),
+                          ops.stop_gradient(lse))
     if bias is not None:
         out = _swap(out, by_head, k.shape[0] // by_head)
         lse = _swap(lse, by_head, k.shape[0] // by_head)
@@ -172,8 +177,10 @@ class Blocks(Layout):
         return self._cat(outs, 0), self._cat(lses, 0) if self.with_lse else ops.zeros((1,), ms.float32)
 
     def bprop(self, q, k, v, tiles, emb, veil, ends, places, seed, out, dout):
+        return self.gradients(q, k, v, tiles, emb, veil, ends, places, seed, out[0], dout[0], dout[1])
+
+    def gradients(self, q, k, v, tiles, emb, veil, ends, places, seed, out, dout, dlse):
         problem = self.problem
-        out, dout, dlse = out[0], dout[0], dout[1]
         row_sums = ops.matmul(ops.mul(out, dout), ops.neg(ops.ones((v.shape[-1], 1), ms.float32)))
         if self.with_lse:
             row_sums = ops.add(row_sums, dlse)
@@ -286,6 +293,20 @@ class Blocks(Layout):
     def _keep(self, step, rows):
         """Return the dropout factors `(blocks, share * rows, width)`."""
         return keep_factors(self._queries(rows, step), step.columns, self.dropout)
+
+
+class Linked(InFloat32):
+    """Gives the output and the log-sum-exp of `Blocks` their gradients (see `cells.compiling`)."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def construct(self, q, k, v, tiles, emb, veil, ends, places, seed, out, lse):
+        return out, lse
+
+    def bprop(self, q, k, v, tiles, emb, veil, ends, places, seed, out, lse, outs, dout):
+        return self.blocks.gradients(q, k, v, tiles, emb, veil, ends, places, seed, out, dout[0], dout[1]) + (out, lse)
 
 
 def _offsets_to_keys(x, step):

@@ -15,7 +15,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
 from .. import settings
-from ..cells import given, last
+from ..cells import compiling, given, last
 from . import Backend
 
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
@@ -81,15 +81,22 @@ def scores(problem):
 
 
 def prepare(problem):
-    """Return the Cell that calls the kernel with the problem's numbers."""
-    return Fused(problem)
+    """Return the Cell that calls the kernel with the problem's numbers, and the one that gives its result gradients in
+    a graph."""
+    fused = Fused(problem)
+    return fused, Linked(fused)
 
 
-def run(fused, q, k, v, tensors):
+def run(constants, q, k, v, tensors):
     """Run one operator forward, and one backward."""
-    out, _, lse = fused(q, k, v, given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32),
-                        given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32),
-                        given(tensors["rel_pos_emb"], ms.float32), given(tensors["seed"], ms.int32))
+    fused, linked = constants
+    mask, documents = given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32)
+    bias, sinks = given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32)
+    emb, seed = given(tensors["rel_pos_emb"], ms.float32), given(tensors["seed"], ms.int32)
+    out, statistics, lse = fused(q, k, v, mask, documents, bias, sinks, emb, seed)
+    if compiling():
+        return linked(q, k, v, mask, documents, bias, sinks, emb, seed, ops.stop_gradient(out),
+                      ops.stop_gradient(statistics), ops.stop_gradient(lse))
     return out, lse
 
 
@@ -117,6 +124,22 @@ class Fused(nn.Cell):
         dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
                                                         out[0], out[1], last(dout[0]), last(dout[2]))
         return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed
+
+
+class Linked(nn.Cell):
+    """Gives the output and the log-sum-exp of a `Fused` their gradients (see `cells.compiling`)."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.backward, self.numbers = fused.backward, fused.numbers
+
+    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse):
+        return out, lse
+
+    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse, outs, dout):
+        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
+                                                        out, statistics, last(dout[0]), last(dout[1]))
+        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed, out, statistics, lse
 
 
 def made(cell, *args):
