@@ -39,7 +39,7 @@ def register(name="local_attention", zoos=None):
     if not isinstance(name, str):
         raise checks.type_error(owner, "name", "a str", name)
     if not name:
-        raise checks.value_error(owner, "name", "not empty", repr(name))
+        raise checks.value_error(owner, "name", "not empty", checks.shown(name))
     if zoos is None:
         named = [zoo for zoo in ZOOS if f"{zoo}.transformers" in sys.modules]
     else:
@@ -48,7 +48,7 @@ def register(name="local_attention", zoos=None):
             raise checks.type_error(owner, "zoos", f"names out of {ZOOS}", zoos)
         for zoo in named:
             if zoo not in ZOOS:
-                raise checks.value_error(owner, "zoos", f"names out of {ZOOS}", repr(zoo))
+                raise checks.value_error(owner, "zoos", f"names out of {ZOOS}", checks.shown(zoo))
     for zoo in named:
         try:
             importlib.import_module(f"{zoo}.transformers")

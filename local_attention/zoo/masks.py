@@ -1,44 +1,177 @@
-"""Reads masks of four axes, as older models make them: which keys are real, and which window the layer has."""
+"""Reads masks: what a mask function shows, and what masks of two axes and, as older models make them, of four say."""
+from dataclasses import replace
+from functools import partial
+
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
 from .. import checks
 from ..spec import NO_LIMIT, WindowSpec
+from .words import OWNER
 
+HIDDEN, UNUSED = -1, -2
+EVERYWHERE = "causal, or of both directions, everywhere"
+LAYERS = "causal, the layer's window and padding"
+# What reaches `positions` and says nothing that the mask function and the layers do not say, and why
+HARMLESS = {
+    "allow_is_bidirectional_skip": "whether None may stand for a mask without hidden keys",
+    "allow_torch_fix": "about queries that see nothing: these get zeros",
+    "config": "each layer has it",
+    "device": "where a mask of floats would be",
+    "dtype": "what a mask of floats would be of",
+    "local_size": "each layer has its window",
+    "use_vmap": "how a mask function would be called",
+}
 ROWS = 128  # rows of a mask that are compared at once
 
 
-def four_axes(mask, spec, n_q, n_k, configured=None):
-    """Read a mask `(b, 1, n_q, n_k)`; return the position of each key among its row's real keys, `(b, n_k)`, and the
-    WindowSpec of the layer.
+def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None,
+              allow_is_causal_skip=True, **kwargs):
+    """The entry of a zoo's table of masks. In place of an n² mask, return the position of each key among its row's real
+    tokens, `(b, kv_length)`.
 
-    A position is -1 for padding and -2 for places of a cache that are not filled yet. The WindowSpec is `spec`. It is
-    `configured`, the window of the model's config, if the layer has no window and the mask shows that one. A mask may
-    hold causality, the layer's window and padding; any other raises a ValueError.
+    It is `HIDDEN` for padding and `UNUSED` for places of a cache that are not filled yet. With packed documents, the
+    shape is `(b, 2, kv_length)`, and the second row has the number of each key's document. Return None if each position
+    is the key's index and there are no documents.
+    """
+    for name, given in kwargs.items():
+        if given is not None and name not in HARMLESS:
+            raise checks.value_error(OWNER, name, "None: what it means for a mask is not known here", "one")
+    n_q, kv_length, kv_offset = cache_position.shape[0], int(kv_length), int(kv_offset)
+    keys = kv_offset + np.arange(kv_length)
+    real, first = _padding(attention_mask, batch_size, keys)
+    read = mask_function is not None and not allow_is_causal_skip
+    used, documents = kv_length, None
+    if read or kv_length > n_q:
+        queries = cache_position.asnumpy()
+        used = min(kv_length, int(queries[-1]) + 1 - kv_offset)
+    if read:
+        real, used, documents = _as_shown(partial(_shown, mask_function, batch_size), queries, keys, real, used)
+    if documents is None and kv_offset == 0 and used == kv_length and real.all():
+        return None
+    places = np.where(real, keys - first, HIDDEN)
+    places[:, used:] = UNUSED
+    made = (places if documents is None else np.stack([places, documents], 1)).astype(np.int32)
+    mask = Tensor(made)
+    mask._made_by_local_attention = made  # no layer has to read it
+    return mask
+
+
+def _padding(mask, batch, keys):
+    """Read a padding mask of all tokens. Return which keys are real, `(b, len(keys))`, and the first token of each row
+    that is, `(b, 1)`."""
+    if mask is None:
+        return np.ones((batch, len(keys)), bool), np.zeros((batch, 1), int)
+    real = mask.asnumpy().astype(bool)
+    first = real.argmax(1)[:, None]
+    return np.pad(real, ((0, 0), (0, max(0, keys[-1] + 1 - real.shape[1]))))[:, keys], first
+
+
+def _as_shown(show, queries, keys, real, used):
+    """Ask a mask function about a few pairs. Return which keys are real, how many are in use, and the number of each
+    key's document or None.
+
+    The keys after the queries are in use if they are seen: then they are an encoder's, and all queries see the same. A
+    model may add more to its mask, such as images whose tokens see each other: that raises a ValueError.
+    """
+    if len(queries) == 1:
+        real = real & show(queries, keys)
+        return real, len(keys) if real[:, used:].any() else used, None
+    own = np.array_equal(queries, keys)
+    if own:
+        real = real & show(keys, keys)
+    else:
+        seen = show(queries[:1], keys)
+        if keys[-1] < queries[-1] or (seen & real)[:, keys > queries[0]].any():
+            differ = np.argwhere((seen != show(queries[-1:], keys)) & real)
+            if len(differ):
+                raise _refused(EVERYWHERE, f"one in which one of the queries {queries[0]} and {queries[-1]} sees key "
+                               f"{keys[differ[0, 1]]} and the other does not")
+            return real & seen, len(keys), None
+        known = keys <= queries[-1]  # a key that its own query does not see is padding
+        real = real & np.where(known, show(np.minimum(keys, queries[-1]), np.minimum(keys, queries[-1])), True)
+    starts = _starts(show, queries, real[:, queries - keys[0]])
+    return real, used, np.cumsum(starts, 1) if own and starts.any() else None
+
+
+def _starts(show, queries, real):
+    """Return whether a document starts at a query, `(b, n_q)`: there, a real query does not see the real key before it.
+
+    A model of both directions shows every query the next key of its document; a causal one shows none.
+    """
+    index = np.where(real, np.arange(len(queries)), -1)
+    before = np.pad(np.maximum.accumulate(index, 1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    pairs = real & (before >= 0)
+    before = queries[np.where(pairs, before, np.arange(len(queries)))]
+    starts, ahead = pairs & ~show(queries, before), pairs & show(before, queries)
+    if ahead.any() and not (ahead | starts | ~pairs).all():
+        row, where = np.argwhere(ahead)[0]
+        raise _refused(EVERYWHERE, f"one in which query {before[row, where]} sees key {queries[where]} and others see "
+                       "none after theirs")
+    return starts
+
+
+def _shown(mask_function, batch, queries, keys):
+    """Return whether each query sees the key at its place, `(b, n)`, from one call of a mask function. Both are NumPy
+    arrays of positions that broadcast to `(b, n)`."""
+    queries, keys, rows = np.broadcast_arrays(queries, keys, np.arange(batch)[:, None])
+    rows, heads, queries, keys = (Tensor(x.reshape(-1), ms.int64) for x in (rows, rows * 0, queries, keys))
+    found = mask_function(rows, heads, queries, keys)
+    found = np.atleast_2d(found.asnumpy() if isinstance(found, Tensor) else found)
+    if found.shape[0] == batch > 1:  # mindnlp returns all rows, whichever is asked for
+        return np.broadcast_to(found, (batch, rows.shape[0])).reshape(batch, batch, -1)[range(batch), range(batch)]
+    return np.broadcast_to(found, (1, rows.shape[0])).reshape(batch, -1)
+
+
+def places_of(values):
+    """Return the positions of keys and the numbers of their documents or None, from what `positions` returned, or from
+    a model's own padding mask of 0 and 1."""
+    if values.ndim == 3 and values.shape[1] == 2:
+        return values[:, 0], values[:, 1]
+    if values.ndim != 2:
+        raise checks.value_error(OWNER, "attention_mask", "of 2 or 4 axes", f"one of shape {values.shape}")
+    if values.dtype.kind == "i" and ((values > 1) | (values < 0)).any():
+        return values, None
+    real = values.astype(bool)
+    return np.where(real, np.arange(real.shape[1]) - real.argmax(1)[:, None], HIDDEN), None
+
+
+# ---- masks of four axes
+
+
+def four_axes(mask, spec, n_q, n_k, configured=None):
+    """Read a mask `(b, 1, n_q, n_k)`, a NumPy array; return the position of each key among its row's real keys,
+    `(b, n_k)`, and the WindowSpec of the layer.
+
+    A position is -1 for padding and -2 for places of a cache that are not filled yet. The WindowSpec is `spec`, and
+    causal if `spec` is not but no query sees the key after its own. It is `configured`, the window of the model's
+    config, if the layer has no window and the mask shows that one. A mask may hold causality, the layer's window and
+    padding; any other raises a ValueError.
     """
     if mask.shape[1] != 1 or mask.shape[2] != n_q or mask.shape[3] < n_k:
-        raise _refused(f"one of shape {tuple(mask.shape)} for {n_q} queries and {n_k} keys")
-    seen = _Seen(mask.asnumpy()[:, 0, :, :n_k])
-    rows, causal = np.arange(n_q), spec.causal
-    used = n_k
+        raise _refused(LAYERS, f"one of shape {mask.shape} for {n_q} queries and {n_k} keys")
+    seen = _Seen(mask[:, 0, :, :n_k])
+    rows, used, both = np.arange(n_q), n_k, not spec.causal and n_q != n_k
+    if not spec.causal and n_q == n_k and not seen[:, rows[:-1], rows[1:]].any():  # as in CLIP's model of texts
+        spec = replace(spec, forward=0, causal=True)
+    causal = spec.causal
     if causal and n_q < n_k and seen[:, -1].any():
         used = int(np.flatnonzero(seen[:, -1].any(0))[-1]) + 1
     offset = used - n_q
-    if offset < 0:
-        raise _refused(f"one whose last query sees nothing after key {used - 1} of {n_k}")
+    if offset < 0 and causal:
+        raise _refused(LAYERS, f"one whose last query sees nothing after key {used - 1} of {n_k}")
     # a key before all queries is real if the first query sees it; any other is real if the query at its position does
     real = np.zeros((len(seen.values), n_k), bool)
-    real[:, :n_k if not causal and n_q < n_k else offset] = seen[:, 0, :n_k if not causal and n_q < n_k else offset]
-    if causal or n_q == n_k:
+    real[:, :n_k if both else offset] = seen[:, 0, :n_k if both else offset]
+    if not both:
         real[:, offset:used] = seen[:, rows, rows + offset]
     if causal:  # many models let padding see every key: a query that sees the key after its own is padding
         real[:, offset:used - 1] &= ~seen[:, rows[:-1], rows[:-1] + offset + 1]
-    fingerprint = (spec, configured, n_q, n_k, real.tobytes(), seen[:, 0].tobytes(), seen[:, -1].tobytes())
-    read = getattr(mask, "_read_by_local_attention", (None, None))
-    if read[0] != fingerprint:  # once for all layers that share the mask
-        read = mask._read_by_local_attention = fingerprint, _matched(seen, real, spec, configured, offset)
+    shown = _matched(seen, real, spec, configured, offset)
     places = np.where(real, np.arange(n_k) - real.argmax(1)[:, None], -1)
     places[:, used:] = -2
-    return places, read[1]
+    return places, shown
 
 
 class _Seen:
@@ -54,7 +187,7 @@ class _Seen:
         hidden = values <= -1e4
         if not (hidden | (values == 0)).all():
             bias = values[~(hidden | (values == 0))][0]
-            raise _refused(f"one that adds {bias:.4g} to a score")
+            raise _refused(LAYERS, f"one that adds {bias:.4g} to a score")
         return ~hidden
 
 
@@ -83,9 +216,9 @@ def _matched(seen, real, spec, configured, offset):
                 left.append(one)
         wanted = left
         if not wanted:
-            raise _refused(wrong)
+            raise _refused(LAYERS, wrong)
     return configured if wanted == [configured] else spec
 
 
-def _refused(got):
-    return checks.value_error("local_attention", "attention_mask", "causal, the layer's window and padding", got)
+def _refused(rule, got):
+    return checks.value_error(OWNER, "attention_mask", rule, got)

@@ -4,16 +4,20 @@ Every tensor of mindnlp has a `_device`. A tensor that MindSpore made has none.
 """
 import importlib
 
-from . import translation
+from . import huggingface, masks
 
 
 def attention(module, query, *args, **kwargs):
-    out, weights = translation.attention(module, query, *args, **kwargs)
+    out, weights = huggingface.attention(module, query, *args, **kwargs)
     return _on_device_of(query, out), weights
 
 
-def positions(batch_size, cache_position, *args, **kwargs):
-    return _on_device_of(cache_position, translation.positions(batch_size, cache_position, *args, **kwargs))
+def positions(batch_size, cache_position, *args, mask_function=None, **kwargs):
+    def shown(*indices):
+        return mask_function(*(_on_device_of(cache_position, index) for index in indices))
+    places = masks.positions(batch_size, cache_position, *args, **kwargs,
+                             mask_function=None if mask_function is None else shown)
+    return _on_device_of(cache_position, places)
 
 
 def _on_device_of(other, tensor):
@@ -30,3 +34,4 @@ def register(name):
     # `import ... as` would return the module of transformers: mindnlp.transformers forwards attributes to it
     own = importlib.import_module("mindnlp.transformers.masking_utils")
     own.ALL_MASK_ATTENTION_FUNCTIONS[name] = positions
+    huggingface.refuse_in_own_tables("transformers", name)
