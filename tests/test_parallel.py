@@ -20,6 +20,7 @@ import pytest
 import parallel_worker as worker
 import train
 from local_attention import parallel
+from local_attention.parallel import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 900  # seconds; a job of two ranks takes ninety if nothing else runs
@@ -62,8 +63,9 @@ def waited_too_long(folder, output):
     ten seconds. No rank has another error, and none was killed."""
     logs = "\n".join(path.read_text() for path in folder.glob("logs/worker_*.log"))
     errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*", logs, re.MULTILINE)
-    return (re.search(r" wait receiving .*failed", logs) is not None and "Error code: -" not in output
-            and all("RuntimeError: Launch kernel failed" in error for error in errors))
+    return (re.search(r" wait receiving .*failed| CollectiveWait .*failed", logs) is not None
+            and "Error code: -" not in output
+            and all("RuntimeError: Launch kernel failed" in error or error == "RuntimeError: " for error in errors))
 
 
 def attempts(folder):
@@ -105,7 +107,7 @@ def assert_equal_to_one_process(parts, ranks, name, mode):
         largest = np.abs(wanted).max()
         if key.endswith("mlp.4.bias"):  # adding one number to all the scores of a head changes nothing
             largest = 1e-2
-        assert largest > 1e-5, key
+        assert largest > 3e-6, key
         np.testing.assert_allclose(found, wanted, atol=tolerance * largest + 1e-7, rtol=0, err_msg=key)
 
 
@@ -116,7 +118,7 @@ def one_process(name, ranks):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    sections = "cases", "emulated", "bytes", "refusals", "example", "training"
+    sections = "cases", "emulated", "bytes", "refusals", "example", "training", "disagreements"
     return results_of(tmp_path_factory.mktemp("two"), 2, *sections)
 
 
@@ -170,17 +172,21 @@ def assert_emulated(parts, ranks):
             np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max(), err_msg=f"{name}/{key}")
 
 
+AGREEMENT = 2 * 4 * 4  # bytes: four numbers of each of two ranks
+
+
 def test_bytes_do_not_depend_on_the_length(two_ranks):
     heads, batch, halo = worker.B * worker.H, worker.B, worker.W
     keys_and_values = 2 * heads * halo * worker.D * 4
     for part in two_ranks[1]:
-        for n in (4 * worker.W, 40 * worker.W):  # one collective forward, with the mask, and one backward
-            assert part[f"bytes/{n}"].tolist() == [2, 2 * keys_and_values + batch * halo * 4]
+        for n in (4 * worker.W, 40 * worker.W):  # to agree, one forward with the mask, and one backward
+            assert part[f"bytes/{n}"].tolist() == [3, AGREEMENT + 2 * keys_and_values + batch * halo * 4]
 
 
 def test_bytes_are_those_of_the_heads_of_keys(two_ranks):
     for part in two_ranks[1]:
-        assert part["bytes/8 on 8"] == 2 * 2 * 8 * worker.B * worker.W * worker.D * 4 == 4 * part["bytes/8 on 2"]
+        for kv_heads in (8, 2):
+            assert part[f"bytes/8 on {kv_heads}"] - AGREEMENT == 2 * 2 * kv_heads * worker.B * worker.W * worker.D * 4
 
 
 def test_places_in_documents_that_began_ranks_before(monkeypatch):
@@ -194,10 +200,10 @@ def test_places_in_documents_that_began_ranks_before(monkeypatch):
         edges.append(mine)
         return ms.ops.tile(mine, (1, ranks))
 
-    monkeypatch.setattr(parallel, "_every_rank", noted)
+    monkeypatch.setattr(documents, "every_rank", noted)
     for group, part in zip(groups, slices):
         parallel.places(group, part)
-    monkeypatch.setattr(parallel, "_every_rank", lambda group, mine: ms.ops.cat(edges[:ranks], 1))
+    monkeypatch.setattr(documents, "every_rank", lambda group, mine: ms.ops.cat(edges[:ranks], 1))
     found = np.concatenate([parallel.places(group, part).asnumpy() for group, part in zip(groups, slices)], 1)
     wanted = np.zeros_like(ids)
     for i in range(1, ranks * n):
@@ -227,6 +233,8 @@ RuntimeError: Launch kernel failed, name:Default/AllReduce-op0
 
 
 @pytest.mark.parametrize("logs, output, jobs", [
+    (["", WAITED.replace("Reduce wait receiving [1]", "CollectiveWait [const pair]")], "", 2),
+    (["", WAITED.replace("Error: Launch", "Error: \n- Kernel error:\nLaunch")], "", 2),
     (["", WAITED], "Error code: 1.", 2), ([WAITED, WAITED], "", 2), (["", WAITED], "Error code: -11.", 1),
     (["AssertionError: of our own", WAITED], "", 1), ([WAITED + "ValueError: q"], "", 1), (["", ""], "", 1),
     (["RuntimeError: Launch kernel failed, name:Default/MatMul-op0"], "", 1)])

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 
 import train
 from training.data import (
-    order_0_entropy, pack, read_documents, rows_of, standard_library, training_batches, validation_batches)
+    batches_of, checksum, order_0_entropy, pack, read_documents, rows_of, standard_library, training_batches,
+    validation_batches)
+from training.folder import read_metrics, taken
 from training.settings import make_parser, read_settings, run_folder
+from training.trainer import BITS, learning_rate
 
 TINY = ("--dim 16 --depth 1 --heads 2 --dim-head 8 --seq-len 24 --windows 8 --batch-size 3 --grad-accum 2 "
         "--warmup 2 --validate-every 2 --validate-batches 2 --sample-every 4 --sample-len 5 --save-every 3 "
@@ -108,7 +112,7 @@ def test_a_checkpoint_that_is_cut_short_takes_nobody_s_place(run, monkeypatch, t
 
 def test_a_line_that_is_cut_short_is_no_record(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    assert train.read_metrics(tmp_path / "metrics.jsonl", 5) == [{"step": 1}, {"step": 2}]
+    assert read_metrics(tmp_path / "metrics.jsonl", 5) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_run_goes_on_with_as_many_processes(run, tmp_path):
@@ -120,15 +124,15 @@ def test_a_run_goes_on_with_as_many_processes(run, tmp_path):
 
 
 def test_processes_share_the_batches_of_one():
-    text = np.arange(250, dtype=np.uint8)
-    ids = np.arange(100, 350)
+    text = np.tile(np.arange(250, dtype=np.uint8)[:, None], 8)
+    ids = text.astype(np.int32) + 100
     one = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "6"])
     each = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--batch-size", "2"])
     each.ranks = 3
     for batches, *step in ((training_batches, 3), (validation_batches,)):
         parts = [batches((text, ids), each, *step, rank=rank) for rank in range(3)]
-        for number, (rows, their_ids) in enumerate(batches((text, ids), one, *step)):
-            together = np.concatenate([part[number][0].asnumpy() for part in parts])
+        for number, (_, rows, their_ids) in enumerate(batches((text, ids), one, *step)):
+            together = np.concatenate([part[number][1].asnumpy() for part in parts])
             np.testing.assert_array_equal(together, rows.asnumpy())
             np.testing.assert_array_equal(together + 100, their_ids.asnumpy())
 
@@ -166,9 +170,32 @@ def test_a_step_of_one_batch_is_that_of_several(mode):
     np.testing.assert_allclose(weights[0], weights[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("batches, ranks", [(2, 1), (1, 2)])
+def test_rows_of_other_numbers_of_labels_count_by_their_labels(batches, ranks):
+    """Packed rows of 34 and 64 labels: two batches, or those of two processes, are one batch of both rows."""
+    settings, _ = read_settings([*TINY, "--packed", "--seq-len", "64", "--mode", "pynative"])
+    random = np.random.default_rng(0)
+    rows = pack([random.integers(1, 256, size, np.uint8) for size in (35, 65)], 65)
+    trainer = train.Trainer(settings)
+
+    def found(chosen):
+        parts = [part for rank in range(settings.ranks) for part in batches_of(rows, chosen, settings, rank)]
+        losses, gradients = zip(*(trainer.gradients(*part) for part in parts))
+        validation = sum(trainer.validate([part]) for part in parts)
+        return [np.sum([np.concatenate([x.asnumpy().ravel() for x in each]) for each in gradients], 0),
+                sum(map(float, losses)) * BITS, validation]
+
+    gradient, loss, validation = found(np.array([[0, 1]]))
+    settings.ranks = ranks
+    sums = found(np.array([[0], [1]]) if batches == 2 else np.array([[0, 1]]))
+    np.testing.assert_allclose(sums[0] / ranks, gradient, atol=1e-5 * np.abs(gradient).max())
+    assert [each / ranks for each in sums[1:]] == pytest.approx([loss, loss], abs=1e-5)
+    assert validation == pytest.approx(loss, abs=1e-5) and np.abs(gradient).max() > 1e-3
+
+
 def test_learning_rate_rises_and_falls():
     settings = make_parser().parse_args(["--steps", "100", "--warmup", "10", "--learning-rate", "1"])
-    rates = [train.learning_rate(settings, step) for step in range(101)]
+    rates = [learning_rate(settings, step) for step in range(101)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[10] == 1 and rates[100] == pytest.approx(0)
     assert all(np.diff(rates[10:]) < 0)
@@ -188,6 +215,53 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     assert run_folder(None, False) == Path("runs/11")
     assert run_folder(None, True) == Path("runs/10")
     assert run_folder("mine", True) == Path("mine")
+
+
+def test_runs_at_once_have_folders_of_their_own(run, monkeypatch, tmp_path):
+    """The folder is made before data are read, so a second run takes another one or, of the same name, none."""
+    monkeypatch.chdir(tmp_path)
+    settings, folder = read_settings([])
+    with taken(folder, settings) as first, taken(folder, settings) as second:
+        assert [str(first), str(second)] == ["runs/1", "runs/2"] and first.exists() and second.exists()
+    assert not (tmp_path / "runs").exists()
+    take_step = train.Trainer.train_step
+
+    def meanwhile(trainer, batches):
+        if trainer.step == 4:  # after the checkpoint of step 3
+            monkeypatch.setattr(train.Trainer, "train_step", take_step)
+            for more in ([], ["--resume"]):
+                with pytest.raises(SystemExit, match="another train.py writes to .*same|same already holds a run"):
+                    run("same", "--mode", "pynative", *more)
+        return take_step(trainer, batches)
+
+    monkeypatch.setattr(train.Trainer, "train_step", meanwhile)
+    assert len(run("same", "--mode", "pynative")) == 8
+
+
+def test_runs_are_no_text(run, monkeypatch, tmp_path):
+    """Trained on the folder that it is in, a run reads the files that were there before, then and when resumed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("round and round it goes, " * 40)
+    here = [*TINY, "--data", ".", "--mode", "pynative", "--steps"]
+    train.main([*here, "1", "--out", "mine"])
+    train.main([*here, "1"])
+    train.main(["--resume", "--steps", "2"])
+    checksums = [json.loads((tmp_path / folder / "settings.json").read_text())["text_checksum"]
+                 for folder in ("mine", "runs/1")]
+    assert checksums == [checksum(read_documents("text", 24))] * 2
+    with pytest.raises(SystemExit, match="--data .*mine lies in the run's folder .*mine, whose files are no text"):
+        train.main([*TINY, "--data", "mine", "--out", "mine", "--resume"])
+
+
+def test_a_text_that_has_changed_is_not_resumed(run, tmp_path):
+    text, same = tmp_path / "text", tmp_path / "same"
+    text.write_text("round and round it goes, " * 40)
+    run("short", "--data", str(text), "--steps", "1", "--mode", "pynative")
+    same.write_bytes(text.read_bytes())
+    assert len(run("short", "--resume", "--steps", "2", "--data", str(same))) == 2
+    same.write_text("round and round it goes, " * 39 + "round and round it went, ")
+    with pytest.raises(SystemExit, match="the text of .*same is not that of the run that --resume continues; name the"):
+        run("short", "--resume", "--steps", "3")
 
 
 def test_folder_is_read_in_order_without_what_is_not_text(tmp_path):
@@ -214,7 +288,7 @@ def test_batches_depend_on_seed_and_step_alone():
     def batches(step, seed="0"):
         settings = make_parser().parse_args(["--seq-len", "7", "--grad-accum", "2", "--seed", seed])
         rows = rows_of(text, None, settings)
-        return np.stack([batch.asnumpy() for batch, in training_batches(rows, settings, step)])
+        return np.stack([batch.asnumpy() for _, batch in training_batches(rows, settings, step)])
 
     assert batches(3).shape == (2, 4, 8)
     assert (np.diff(batches(3)) == 1).all()
@@ -253,10 +327,10 @@ def test_a_packed_run_predicts_each_document_as_if_it_were_alone(run, tmp_path):
     for document in documents:
         for piece in pack([document], 25)[0]:
             piece = piece[piece > 0][None].astype(np.int32)
-            total += float(trainer._loss(train.Tensor(piece))) * (piece.size - 1)
+            total += float(trainer._loss(Tensor(piece))) * (piece.size - 1)
             count += piece.size - 1
     settings.batch_size, settings.validate_batches = len(rows[0]), 1
-    assert trainer.validate(validation_batches(rows, settings)) == pytest.approx(total / count * train.BITS)
+    assert trainer.validate(validation_batches(rows, settings)) == pytest.approx(total / count * BITS)
 
 
 def test_windows_by_layer_and_fewer_heads_of_keys(run):

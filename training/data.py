@@ -4,10 +4,14 @@ import gzip
 import math
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+
+from .folder import runs_below
 
 VALIDATION_SHARE = 0.1  # the share of the text, at its end, that is held back for validation
 
@@ -19,8 +23,9 @@ def standard_library():
     return [path for path in sorted(root.rglob("*.py")) if not aside.intersection(path.relative_to(root).parts)]
 
 
-def files_of(data):
-    """Return the files of `--data` in a fixed order, without the hidden files of a folder."""
+def files_of(data, run=None):
+    """Return the files of `--data` in a fixed order, without the hidden files of a folder and those of runs, of which
+    `run` is the folder of this one."""
     if data is None:
         return standard_library()
     root = Path(data)
@@ -28,8 +33,10 @@ def files_of(data):
         sys.exit(f"train.py: --data {data} does not exist.")
     if root.is_file():
         return [root]
-    return [path for path in sorted(root.rglob("*"))
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    runs, inside = runs_below(root, run), root.resolve()
+    files = [(path, path.relative_to(root)) for path in sorted(root.rglob("*")) if path.is_file()]
+    return [path for path, relative in files if not any(part.startswith(".") for part in relative.parts)
+            and runs.isdisjoint((inside / relative).parents)]
 
 
 def read_bytes(path):
@@ -42,10 +49,10 @@ def read_bytes(path):
         sys.exit(f"train.py: {path} cannot be read: {error}.")
 
 
-def read_documents(data, seq_len):
+def read_documents(data, seq_len, run=None):
     """Return the documents to train on and the documents to validate on, as arrays of bytes. The last files are for
-    validation. Files of a folder that are not text are left out."""
-    files = files_of(data)
+    validation. Files of a folder that are not text, and those of runs, are left out."""
+    files = files_of(data, run)
     contents = [read_bytes(path) for path in files]
     documents = [np.frombuffer(content, np.uint8) for content in contents
                  if len(files) == 1 or b"\0" not in content[:1024]]
@@ -58,6 +65,14 @@ def read_documents(data, seq_len):
     cuts = np.clip(size - held_back - starts, 0, None)  # one document is cut in two
     return ([document[:cut] for document, cut in zip(documents, cuts) if cut > 0],
             [document[cut:] for document, cut in zip(documents, cuts) if cut < len(document)])
+
+
+def checksum(documents):
+    """Return a checksum of the documents to train and to validate on, and of where they begin."""
+    total = 0
+    for document in (document for each in documents for document in each):
+        total = zlib.crc32(document, zlib.crc32(len(document).to_bytes(8, "little"), total))
+    return total
 
 
 def order_0_entropy(text):
@@ -103,7 +118,8 @@ def pack(documents, length):
 
 
 def training_batches(rows, settings, step, rank=0):
-    """Return the batches of one step. They depend on seed and step alone, so a resumed run sees the same batches.
+    """Return the batches of one step, as `batches_of`. They depend on seed and step alone, so a resumed run sees the
+    same batches.
 
     Several processes have the batches that one process would have, split among them.
     """
@@ -120,5 +136,22 @@ def validation_batches(rows, settings, rank=0):
 
 
 def batches_of(rows, chosen, settings, rank):
-    return [tuple(Tensor(each[numbers].astype(np.int32)) for each in rows)
-            for numbers in np.split(chosen, settings.ranks, 1)[rank]]
+    """Return a process's batches of the chosen rows, each a tuple: its weight, its bytes and, if packed, their ids.
+
+    The weight is the number of the batch's labels, divided by that of all batches and by the mean over the processes.
+    So losses times their weights, summed over the batches and averaged over the processes, are the mean over labels.
+    """
+    parts = np.stack(np.split(chosen, settings.ranks, 1))
+    labels = np.array([[count_labels(rows, numbers) for numbers in part] for part in parts])
+    weights = labels[rank] * settings.ranks / labels.sum()
+    return [(Tensor(weight, ms.float32), *(Tensor(each[numbers].astype(np.int32)) for each in rows))
+            for weight, numbers in zip(weights, parts[rank])]
+
+
+def count_labels(rows, numbers):
+    """Count the bytes that are predicted in some rows: all but the first of a row or, if packed, of a document."""
+    tokens, *ids = (each[numbers] for each in rows)
+    if not ids:
+        return tokens[:, 1:].size
+    before, after = ids[0][:, :-1], ids[0][:, 1:]
+    return np.count_nonzero((after == before) & (after >= 0))

@@ -6,8 +6,10 @@ import os
 import sys
 from pathlib import Path
 
+from .folder import refuse_a_second_run
+
 FREE_ON_RESUME = ("data", "out", "resume", "steps", "validate_every", "sample_every", "save_every", "sample_len",
-                  "temperature", "device", "mode")
+                  "temperature", "device", "mode", "text_checksum")
 
 
 def positive(number):
@@ -44,7 +46,7 @@ def make_parser():
                         help="continue the run in --out (default: the newest in runs/)")
     add("--steps", count, 3000, "optimizer steps")
     add("--batch-size", count, 4, "sequences in a batch, for each process")
-    add("--grad-accum", count, 1, "batches in a step; their gradients are averaged")
+    add("--grad-accum", count, 1, "batches in a step, which is that of one batch of all their rows")
     add("--seq-len", count, 128, "bytes in a sequence")
     add("--windows", window, [64], "window of the local attention: one for all layers, or one for each; with 'none', a "
         "layer sees the whole sequence", "--window-size", nargs="+")
@@ -67,7 +69,7 @@ def make_parser():
     add("--save-every", count, 1000, "steps between checkpoints")
     add("--device", str, "CPU", "the device to train on", choices=("CPU", "GPU", "Ascend"))
     add("--mode", str, "graph", "graph compiles the steps, pynative runs them eagerly", choices=("graph", "pynative"))
-    parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1)
+    parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1, text_checksum=None)
     return parser
 
 
@@ -78,8 +80,7 @@ def read_settings(arguments):
     folder = run_folder(settings.out, settings.resume)
     checkpoint = folder / "checkpoint.ckpt"
     if not settings.resume:
-        if checkpoint.exists():
-            sys.exit(f"train.py: {folder} already holds a run; continue it with --resume, or name another --out.")
+        refuse_a_second_run(folder)
         return settings, folder
     if not checkpoint.exists():
         sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
@@ -101,6 +102,7 @@ def read_settings(arguments):
 
 
 def run_folder(out, resume):
+    """Return the folder of a run; for a new one without `out`, the first number after those in runs/."""
     if out:
         return Path(out)
     newest = max((int(path.name) for path in Path("runs").glob("*") if path.name.isdecimal()), default=0)
