@@ -6,6 +6,7 @@ from mindspore._c_expression import MSContext, ms_ctx_param
 
 LEVELS = ("baseline", "AVX2", "AVX-512")
 backend = None  # what `use_backend` asked for; layers beside attention follow it
+MOST_THREADS = 1024
 level = len(LEVELS) - 1  # the widest vectors allowed; the machine may have narrower ones
 
 
@@ -21,7 +22,7 @@ def threads():
     except ValueError:
         asked = 0
     if asked > 0:
-        return asked
+        return min(asked, MOST_THREADS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores, MSContext.get_instance().get_param(ms_ctx_param.runtime_num_threads)))
 

@@ -7,6 +7,7 @@ from mindspore import Tensor
 import oracle
 from calls import BACKENDS, COMPLETE, attend_to, skip_what_it_refuses
 from local_attention.attend import Problem
+from local_attention.backends.dropout import row_hash
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 
 W = 7
@@ -196,6 +197,21 @@ def test_dropout_is_a_function_of_the_seed(mode, backend):
     if mode == "graph" or backend != "dense":  # the mask is the same everywhere
         for a, b in zip(once, case.got("dense", "pynative", dropout=0.3, seed=Tensor([11], ms.int32))):
             np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("pair", [(602, 3881), (0, 1)])
+def test_two_heads_drop_places_of_their_own_wherever_they_begin(pair):
+    """The hashes of heads 602 and 3881 are 195 apart."""
+    a, b = row_hash(pair, np.arange(2000))
+    for shift in range(1, 1000):
+        assert (a[shift:] == b[:-shift]).sum() < 3 and (b[shift:] == a[:-shift]).sum() < 3
+    n = 400  # drops half of the weights, in the same places for half of them
+    zeros, values = Tensor(np.zeros((1, n, n), np.float32)), Tensor(np.eye(n, dtype=np.float32)[None])
+    kept = [attend_to(zeros, zeros, values, WindowSpec(1, NO_LIMIT, NO_LIMIT, False), 1., dropout=.5, origin=(group, 0),
+                      seed=Tensor([7], ms.int32)).asnumpy()[0] > 0 for group in pair]
+    for shift in (0, 195):
+        assert abs((kept[0][shift:] == kept[1][:n - shift]).mean() - .5) < .02
+        assert abs((kept[1][shift:] == kept[0][:n - shift]).mean() - .5) < .02
 
 
 def test_dropout_keeps_the_right_share_and_scale():

@@ -1,5 +1,4 @@
 """What only the native kernel has: widths of vectors, threads, sizes around its tiles, and memory it must not read."""
-import ctypes
 import shutil
 import threading
 
@@ -13,8 +12,10 @@ from local_attention import attend as pipe
 from calls import attend_to
 from local_attention.attend import Problem
 from local_attention.backends import native, spans
+from local_attention.layers import _FusedLayerNorm
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 from test_attend import SPECS, Case, assert_close
+from test_native_calls import call as call_operator
 
 BUILT = native.library()[0] is not None
 
@@ -108,6 +109,16 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
             for a, b in zip(results[0], other):
                 np.testing.assert_array_equal(a, b)
 
+    def test_a_change_of_the_number_of_threads_reaches_attention_and_layers(monkeypatch):
+        problem = Problem(WindowSpec(1, 13, 0, True), Scoring(.3), 2, 29, 29, 16, 16)
+        found = []
+        for count in ("1", "3"):
+            monkeypatch.setenv("OMP_NUM_THREADS", count)
+            attention, _ = pipe.prepared(problem, "native")[3]
+            found.append([cell.numbers.asnumpy() for cell in (attention, native.made(_FusedLayerNorm, 1e-5))])
+        for one, three in zip(*found):
+            assert [(a, b) for a, b in zip(one.tolist(), three.tolist()) if a != b] == [(1, 3)]
+
     def test_settings_of_the_number_of_threads(monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
         assert settings.threads() == 3
@@ -116,22 +127,20 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
             assert 1 <= settings.threads() <= ms.get_context("runtime_num_threads")
 
     def test_calls_from_several_threads_at_once_do_not_meet():
-        """Calls the kernel itself: outside graphs, MindSpore's operators are not safe to call from several threads."""
-        kernel, rng = ctypes.CDLL(native.library()[0]), np.random.default_rng(0)
+        """Calls the kernel itself, without the lock of its operators."""
+        rng = np.random.default_rng(0)
         numbers = native.Fused(Problem(WindowSpec(1, 70, 0, True), Scoring(.25), 4, 700, 700, 16, 16)).numbers.asnumpy()
         q, k, v, dout = (rng.standard_normal((4, 700, 16)).astype(np.float32) for _ in range(4))
         absent = np.zeros(1, np.float32)
         results = []
 
         def call():
-            inputs = [q, k, v, *6 * [absent], numbers]
+            inputs = [q, k, v, absent > 0, absent.astype(np.int32), *3 * [absent], absent.astype(np.int32), numbers]
             statistics = np.empty((4, 700, 2), np.float32)
             out, lse = np.empty_like(q), np.empty((4, 700), np.float32)
             backward = [np.empty_like(q), np.empty_like(k), np.empty_like(v), *(absent.copy() for _ in range(3))]
-            for name, arrays in (("forward", [*inputs, out, statistics, lse]),
-                                 ("backward", [*inputs, out, statistics, dout, 0 * lse, *backward])):
-                pointers = (ctypes.c_void_p * len(arrays))(*(x.ctypes.data for x in arrays))
-                assert kernel[f"attention_{name}"](len(arrays), pointers, None, None, None, None, None) == 0
+            assert call_operator("attention_forward", [*inputs, out, statistics, lse]) == 0
+            assert call_operator("attention_backward", [*inputs, out, statistics, dout, 0 * lse, *backward]) == 0
             results.append([out, *backward[:3]])
         threads = [threading.Thread(target=lambda: [call() for _ in range(5)]) for _ in range(6)]
         for thread in threads:

@@ -5,6 +5,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 import oracle
+from calls import COMPLETE
 from local_attention import (LocalSelfAttention, MultiHeadLocalAttention, WindowSpec, sliding_window_attention)
 
 B, H, D = 2, 3, 10
@@ -53,6 +54,37 @@ def test_mask_embeddings_and_span_together_have_gradients(mode):
     for a, b in zip(got, [x for x in wanted if x is not None]):
         assert np.abs(b).max() > 1e-2
         np.testing.assert_allclose(a.reshape(b.shape), b, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.parametrize("backend", COMPLETE)
+@pytest.mark.parametrize("n, left", [(6, 9), (150, 20)])
+def test_embeddings_that_no_pair_uses_and_queries_of_padding_have_no_effect(backend, mode, n, left):
+    """Documents of up to 4 tokens, or padding on the left, leave embeddings of far keys unused."""
+    q, k, v, emb = (*(draw(B, H, n, D, seed=seed) for seed in range(3)), draw(left + 3, D))
+    ids = np.arange(n)[None].repeat(B, 0).astype(np.int32) // 4
+    ids[:, 4:6] = -1
+    last_two = np.arange(n)[None] >= n - 2
+    for plain, unused in ((dict(segment_ids=Tensor(ids)), left - 3), (dict(mask=Tensor(last_two)), left - 1),
+                          ({}, max(left - n + 1, 0))):
+        poisoned, far = q.copy(), emb.copy()
+        if "segment_ids" in plain:
+            poisoned[:, :, 4:6] = np.nan
+        far[:unused] = np.nan
+        options = dict(window_size_left=left, window_size_right=3, backend=backend, **plain)
+        clean, got = results(mode, q, k, v, emb, **options), results(mode, poisoned, k, v, far, **options)
+        for a, b in zip(got, clean):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        assert all(np.abs(x).max() > 1e-2 for x in clean)
+
+
+@pytest.mark.parametrize("backend", COMPLETE)
+def test_an_embedding_that_is_used_has_an_effect(backend):
+    q, k, v, emb = (*(draw(B, H, 23, D, seed=seed) for seed in range(3)), draw(8, D))
+    emb[0, 1] = np.nan  # of the key 5 before
+    got = results("pynative", q, k, v, emb, window_size_left=5, window_size_right=3, backend=backend)
+    assert np.isnan(got[0][:, :, 5:]).all()
+    assert not np.isnan(got[0][:, :, :5]).any()
 
 
 def test_the_query_is_among_the_right_ones():

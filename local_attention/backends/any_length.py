@@ -10,8 +10,8 @@ from mindspore.ops import constexpr
 
 from . import Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, reach, repeated,
-                    softened, without_padding)
+from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, offset_products,
+                    reach, repeated, softened, without_padding)
 
 ROWS = 128  # the smallest number of queries in a block
 WIDEST = 2**16  # a span that reaches farther, before and after together, makes one block with all keys
@@ -129,7 +129,7 @@ def run(constants, q, k, v, tensors):
         offsets = rel_pos_emb.shape[0]
         apart = ops.clamp(keys[None] - queries[:, None] + spec.backward, 0, offsets - 1)
         index = (queries[:, None] * offsets + apart).reshape(-1)
-        by_offset = ops.matmul(blocked_q.reshape(-1, head_dim), rel_pos_emb.T).reshape(-1, rows * offsets)
+        by_offset = offset_products(blocked_q.reshape(-1, head_dim), rel_pos_emb).reshape(-1, rows * offsets)
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
         scores = scores.reshape(-1, rows, width)

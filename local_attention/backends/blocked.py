@@ -61,6 +61,7 @@ def run(constants, q, k, v, tensors):
     if blocks is None:
         return any_length.run(others, q, k, v, tensors)
     mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
+    low, high = None, None
     tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
@@ -70,19 +71,20 @@ def run(constants, q, k, v, tensors):
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
-    if tensors["rel_pos_emb"] is not None:
-        emb = ops.div(tensors["rel_pos_emb"], problem.scoring.scale)
-    block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
+        everywhere = _everywhere(repeated(ops.logical_not(mask), k.shape[0]), k)
+        k, v = _zeroed(k, everywhere), _zeroed(v, everywhere)
+    if tensors["rel_pos_emb"] is None:
+        block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
+    else:  # they meet the queries without a scale
+        block_q, block_k, block_v = q, ops.mul(k, problem.scoring.scale), v
+        emb = blocks.used(tensors["rel_pos_emb"], mask, low, high)
+    if mask is not None and blocks.masked:
         hidden = repeated(ops.logical_not(mask), k.shape[0])
-        everywhere = _everywhere(hidden, k)
-        k, block_v = _zeroed(k, everywhere), _zeroed(v, everywhere)
-        v, block_k = block_v, k
-        if blocks.masked:
-            veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
-        if blocks.masked and not blocks.broadcasts:
+        veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
+        if not blocks.broadcasts:
             block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
-            block_k = ops.cat((k, veil), -1)
+            block_k = ops.cat((block_k, veil), -1)
             emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
     by_head = key_heads(problem)
     if bias is not None:
@@ -152,7 +154,8 @@ def _swap(x, outer, inner):
 
 
 class Blocks(Layout):
-    """Attention of scaled queries, one `Step` at a time. The log-sum-exp is computed only if it is needed."""
+    """Attention of queries to keys, one of them scaled, one `Step` at a time. The log-sum-exp is computed only if it is
+    needed."""
 
     def construct(self, q, k, v, tiles, emb, veil, ends, places, seed):
         outs, lses, added = [], [], []

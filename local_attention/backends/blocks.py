@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 from ..plan import make_plan
 from ..spec import WindowSpec
 from .dropout import column_hash, row_hash, seeded_rows
-from .spans import HIDDEN, SELF_SCORE
+from .spans import HIDDEN, SELF_SCORE, sees_something
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little compared with a long sequence
 GATHERED_AT_ONCE = 2**24  # elements of gathered keys; all of their gradients exist before they are summed
@@ -112,6 +112,13 @@ class Layout(nn.Cell):
         self.first, self.after, self.all_see_something = _int32(first), _int32(after), bool((first < after).all())
         self.positions = _int32(np.arange(problem.n_q) + problem.offset)
         self.after_each = _int32(np.arange(problem.n_k) + 1)
+        if problem.has("rel_pos_emb"):
+            self.offsets = np.arange(-problem.spec.backward, max(1 + problem.spec.forward, 1 - problem.spec.backward))
+            at = np.clip(self.offsets + problem.offset, 0, problem.n_k)
+            after = np.clip(self.offsets + problem.offset + problem.n_q, 0, problem.n_k)
+            after = np.where(problem.spec.causal & (self.offsets > 0), at, after)
+            self.all_offsets_used = bool((at < after).all())
+            self.offsets, self.offset_first, self.offset_after = _int32(self.offsets), _int32(at), _int32(after)
         if problem.has("bias"):
             self.bias_index = _int32(np.concatenate([
                 problem.bias_index(run.queries[0][:, None] + problem.offset, run.keys[0]).reshape(-1)
@@ -138,6 +145,23 @@ class Layout(nn.Cell):
             columns = Tensor(np.tile(column_hash(keys + problem.frame.origin[1]), (self.together, 1))[:, None])
         return Step(number, queries.shape[1], keys.shape[1], None if queries.size == problem.n_q else _int32(queries),
                     None if len(keys) == 1 and keys.size == problem.n_k else _int32(keys), columns, shift)
+
+    def used(self, emb, mask, low, high):
+        """Return the embeddings with zeros for those that no query and real key have, whatever they hold. The spans of
+        queries are given with documents."""
+        if mask is None:
+            if self.all_offsets_used:
+                return emb
+            used = ops.less(self.offset_first, self.offset_after)
+        else:
+            used = sees_something(mask, self.offset_first, self.offset_after)
+            used = ops.greater(ops.amax(ops.cast(used, ms.float32), 0), 0.)
+        if low is not None:
+            before = ops.amax(ops.cast(ops.sub(self.positions, low), ms.float32))
+            after = ops.amax(ops.cast(ops.sub(high, self.positions), ms.float32))
+            offsets = ops.cast(self.offsets, ms.float32)
+            used = ops.logical_and(used, ops.logical_and(offsets >= ops.neg(before), offsets <= after))
+        return ops.masked_fill(emb, ops.expand_dims(ops.logical_not(used), 1), 0.)
 
     # ---- what documents hide: bounds of spans against places of keys, at one side of the span or at both
 

@@ -5,8 +5,8 @@ from mindspore import Tensor, ops
 
 from . import Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, softened, spans,
-                    with_sinks, without_padding)
+from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, offset_products, softened,
+                    spans, with_sinks, without_padding)
 
 
 def why_not(problem):
@@ -67,7 +67,7 @@ def run(constants, q, k, v, tensors):
         bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1).swapaxes(0, 1)  # (batch or 1, heads, ...)
         scores = (scores.reshape(bias.shape[0], -1, *bias.shape[1:]) + bias[:, None]).reshape(shape)
     if tensors["rel_pos_emb"] is not None:
-        by_offset = ops.matmul(q, tensors["rel_pos_emb"].T).reshape(problem.groups, -1)
+        by_offset = offset_products(q, tensors["rel_pos_emb"]).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
         scores = ops.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)

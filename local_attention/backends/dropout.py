@@ -13,9 +13,13 @@ from ..cells import Float32
 
 
 def row_hash(groups, queries):
-    """Return int32 `(len(groups), len(queries))`, a constant for each query of each head."""
+    """Return int32 `(len(groups), len(queries))`, a constant for each query of each head.
+
+    Both numbers are mixed before they meet: in a sum, one head's hashes would be those of another, some places on.
+    """
     groups = _mix(np.asarray(groups).astype(np.uint32) + np.uint32(0x9E3779B9))
-    return _mix(groups[:, None] + np.asarray(queries).astype(np.uint32)).view(np.int32)
+    queries = _mix(np.asarray(queries).astype(np.uint32) + np.uint32(0x85EBCA6B))
+    return _mix(groups[:, None] ^ queries).view(np.int32)
 
 
 def column_hash(keys):

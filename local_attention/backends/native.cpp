@@ -14,6 +14,7 @@
 #include <exception>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -33,10 +34,13 @@
 
 namespace {
 
-constexpr int INTERFACE = 7;  // to be increased when what goes in or out changes; native.py compares it
+constexpr int INTERFACE = 8;  // to be increased when what goes in or out changes; native.py compares it
 constexpr int BLOCK_QUERIES = 64;
+constexpr int FAILED = 1, WRONG_CALL = 2;  // what operators return if they cannot compute, or if numbers do not fit
+constexpr int64_t FARTHEST = (1LL << 31) - BLOCK_QUERIES;  // positions are int32
+constexpr int64_t MOST_THREADS = 1024;
 constexpr int64_t WIDEST = 16;  // floats in the widest vector
-constexpr float SELF_SCORE = -5e4f, FAINT = -1e29f;  // as in backends/spans.py; an entry of a bias below hides its key
+constexpr float SELF_SCORE = -5e4f;  // as in backends/spans.py
 constexpr int64_t SHARES = 32;  // parts that the rows of a layer are divided into
 constexpr double THREAD_WORK = 1e6;  // multiply-adds that are worth starting a thread: about 0.03 ms of its time
 
@@ -111,47 +115,45 @@ const Kernel &kernel_of([[maybe_unused]] int64_t level) {
   return baseline::kernel;
 }
 
-// Returns 0 if all went well, else 1: no exception may reach MindSpore.
+// Returns 0 if all went well: no exception may reach MindSpore.
 template <typename Do>
-int guarded(void **inputs, Do &&act) {
+int guarded(Do &&act) {
   try {
-    const Call call(inputs);
-    return act(call, kernel_of(call.level)) ? 0 : 1;
+    return act() ? 0 : FAILED;
+  } catch (const std::invalid_argument &) {
+    return WRONG_CALL;
   } catch (const std::exception &) {
-    return 1;
+    return FAILED;
   }
 }
 
 // Acts on every row. The shares depend on the number of rows alone, so sums over them do not depend on threads.
 template <typename Do>
-int guarded_rows(const Rows &rows, int64_t shares, Do &&act) {
-  try {
-    const Kernel &kernel = kernel_of(rows.level);
-    return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
-      for (int64_t row = share * rows.count / shares; row < (share + 1) * rows.count / shares; ++row)
-        act(kernel, share, row);
-    }) ? 0 : 1;
-  } catch (const std::exception &) {
-    return 1;
-  }
+bool over_rows(const Rows &rows, int64_t shares, Do &&act) {
+  const Kernel &kernel = kernel_of(rows.level);
+  return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
+    for (int64_t row = share * rows.count / shares; row < (share + 1) * rows.count / shares; ++row)
+      act(kernel, share, row);
+  });
 }
 
-// Moves every token of all batch entries. `numbers`: threads, level, the position of the first query, and d / 2
-// frequencies in radians per position, or none for no rotation.
+// Moves every token of all batch entries. `numbers`: threads, level, the position of the first query, frequencies.
 template <typename Function>
-int guarded_heads(Heads heads, const void *numbers, int64_t count, Function Kernel::*move, float *rows,
-                  float *const *parts) try {
-  const int64_t shape[] = {heads.batch * heads.n, (heads.heads + 2 * heads.kv_heads) * heads.d};
-  const Rows all(numbers, 2, shape);
-  const int64_t shares = std::min(heads.n, SHARES), *number = (const int64_t *)numbers;
-  heads.first_query = number[2], heads.frequencies.resize(count - 3);
-  std::memcpy(heads.frequencies.data(), number + 3, (count - 3) * sizeof(double));
+bool move_all_heads(const Tensors &x, Heads heads, int numbers, Function Kernel::*move, int rows, int parts) {
+  heads.frequencies = frequencies_of(x, numbers, heads.d);
+  const int64_t *number = (const int64_t *)x.data[numbers];
+  heads.first_query = number[2];
+  const double each = (double)heads.batch * heads.n * heads.d;
+  float *const row = x.floats(rows, each * (heads.heads + 2 * heads.kv_heads));
+  float *const part[] = {x.floats(parts, each * heads.heads), x.floats(parts + 1, each * heads.kv_heads),
+                         x.floats(parts + 2, each * heads.kv_heads)};
+  Rows all(x, number);
+  all.count = heads.batch * heads.n, all.d = (heads.heads + 2 * heads.kv_heads) * heads.d;
+  const int64_t shares = std::min(heads.n, SHARES);
   const Kernel &kernel = kernel_of(all.level);
   return in_parallel<NoMemory>(all, shares, [&](NoMemory &, int64_t share) {
-    (kernel.*move)(heads, share * heads.n / shares, (share + 1) * heads.n / shares, rows, parts);
-  }) ? 0 : 1;
-} catch (const std::exception &) {
-  return 1;
+    (kernel.*move)(heads, share * heads.n / shares, (share + 1) * heads.n / shares, row, part);
+  });
 }
 
 typedef std::vector<std::vector<int64_t>> Shapes;
@@ -163,6 +165,13 @@ std::vector<int64_t> shape_of(int input, const int *ndims, int64_t *const *shape
 }  // namespace
 
 #define EXPORTED __attribute__((visibility("default")))
+// A function as MindSpore calls it. `x` are its tensors; its body returns whether it could compute.
+#define OPERATOR(name)                                                                                             \
+  static bool name##_of(const Tensors &x);                                                                         \
+  EXPORTED int name(int count, void **data, int *axes, int64_t **shapes, const char **types, void *, void *) {     \
+    return guarded([&] { return expect(count > 0), name##_of({count, data, axes, shapes, types}); });              \
+  }                                                                                                                \
+  static bool name##_of(const Tensors &x)
 
 extern "C" {
 
@@ -174,28 +183,32 @@ EXPORTED int attention_level() { return (int)highest_level(); }
 // -> out, statistics (..., n_q, 2), lse (..., n_q)
 // The statistics of a row are a score near its highest, and the inverse of the sum of weights relative to that score.
 // lse holds the same information, but weights computed from it would have the error of its last digit.
-EXPORTED int attention_forward(int, void **params, int *, int64_t **, const char **, void *, void *) {
-  return guarded(params, [params](const Call &call, const Kernel &kernel) {
-    float *const *out = (float *const *)params + 10;
-    return kernel.forward(call, {out[0], out[1], out[2]});
-  });
+OPERATOR(attention_forward) {
+  const Call call(x);
+  const double rows = (double)call.groups * call.n_q;
+  return kernel_of(call.level).forward(
+      call, {x.floats(10, rows * call.head_dim), x.floats(11, rows * 2), x.floats(12, rows)});
 }
 
 // the same inputs, out, statistics, dout, dlse -> dq, dk, dv, dbias, dsinks, demb
-EXPORTED int attention_backward(int, void **params, int *, int64_t **, const char **, void *, void *) {
-  return guarded(params, [params](const Call &call, const Kernel &kernel) {
-    const float *const *in = (const float *const *)params + 10;
-    float *const *out = (float *const *)params + 14;
-    return kernel.backward(call, {in[0], in[1], in[2], in[3], out[0], out[1], out[2], nullptr}, out[3], out[4], out[5]);
-  });
+OPERATOR(attention_backward) {
+  const Call call(x);
+  const double rows = (double)call.groups * call.n_q, queries = rows * call.head_dim;
+  const double keys = (double)call.kv_groups * call.n_k * call.head_dim;
+  const Gradients grads{x.floats(10, queries), x.floats(11, rows * 2), x.floats(12, queries), x.floats(13, rows),
+                        x.floats(14, queries), x.floats(15, keys), x.floats(16, keys), nullptr};
+  return kernel_of(call.level).backward(
+      call, grads, call.bias ? x.floats(17, (double)call.heads * call.bias_size) : nullptr,
+      call.sinks ? x.floats(18, call.sink_heads) : nullptr,
+      call.emb ? x.floats(19, (double)call.offsets * call.head_dim) : nullptr);
 }
 
 // segment_ids (batch, n) -> the first and the last position of each position's document (batch, n, 2)
 // Both are int32, or both int64. A document is a run of one id. A negative id is padding, which belongs to no document:
 // its last is before its first.
-EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const char **types, void *, void *) {
+OPERATOR(document_bounds) {
+  const int64_t batch = x.shape(0, 2)[0], n = x.shape(0, 2)[1];
   const auto find = [&](auto *ids, auto *bounds) {
-    const int64_t batch = shapes[0][0], n = shapes[0][1];
     for (int64_t row = 0; row < batch; ++row, ids += n)
       for (int64_t first = 0, end; first < n; first = end) {
         for (end = first + 1; end < n && ids[end] == ids[first];) ++end;
@@ -203,102 +216,109 @@ EXPORTED int document_bounds(int, void **params, int *, int64_t **shapes, const 
         for (int64_t j = first; j < end; ++j) *bounds++ = padding ? j : first, *bounds++ = padding ? j - 1 : end - 1;
       }
   };
-  if (std::strcmp(types[0], "int32") == 0)
-    find((const int32_t *)params[0], (int32_t *)params[1]);
+  const double size = (double)batch * n;
+  if (std::strcmp(x.types[0], "int32") == 0)
+    find(x.get<const int32_t>(0, "int32", size), x.get<int32_t>(1, "int32", 2 * size));
   else
-    find((const int64_t *)params[0], (int64_t *)params[1]);
-  return 0;
+    find(x.get<const int64_t>(0, "int64", size), x.get<int64_t>(1, "int64", 2 * size));
+  return true;
 }
 
 // x (..., d), gamma, beta, numbers -> y
-EXPORTED int layer_norm_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
-  const Rows rows(params[3], ndims[0], shapes[0]);
-  const float *const *in = (const float *const *)params;
-  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
-    kernel.layer_norm(in[0] + row * rows.d, in[1], in[2], rows.epsilon, rows.d, (float *)params[4] + row * rows.d);
+OPERATOR(layer_norm_forward) {
+  const int64_t *number = x.numbers(3, 3);
+  const Rows rows(x, number);
+  const float *from = x.floats(0, rows.size()), *gamma = x.floats(1, rows.d), *beta = x.floats(2, rows.d);
+  float *y = x.floats(4, rows.size());
+  return over_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.layer_norm(from + row * rows.d, gamma, beta, epsilon_of(number), rows.d, y + row * rows.d);
   });
 }
 
 // x, gamma, numbers, dy -> dx, dgamma, dbeta
-EXPORTED int layer_norm_backward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) try {
-  const Rows rows(params[2], ndims[0], shapes[0]);
+OPERATOR(layer_norm_backward) {
+  const int64_t *number = x.numbers(2, 3);
+  const Rows rows(x, number);
   const int64_t d = rows.d, shares = std::min(rows.count, SHARES);
-  const float *const *in = (const float *const *)params;
-  float *const *out = (float *const *)params + 4;
+  const float *from = x.floats(0, rows.size()), *gamma = x.floats(1, d), *dy = x.floats(3, rows.size());
+  float *dx = x.floats(4, rows.size()), *dgamma = x.floats(5, d), *dbeta = x.floats(6, d);
   std::vector<float> parts(shares * 2 * d);
-  const int failed = guarded_rows(rows, shares, [&](const Kernel &kernel, int64_t share, int64_t row) {
+  const bool fine = over_rows(rows, shares, [&](const Kernel &kernel, int64_t share, int64_t row) {
     float *part = parts.data() + share * 2 * d;
-    kernel.layer_norm_backward(in[0] + row * d, in[1], rows.epsilon, in[3] + row * d, d, out[0] + row * d, part,
+    kernel.layer_norm_backward(from + row * d, gamma, epsilon_of(number), dy + row * d, d, dx + row * d, part,
                                part + d);
   });
   sum_rows(parts, shares);
-  std::copy_n(parts.data(), d, out[1]);
-  std::copy_n(parts.data() + d, d, out[2]);
-  return failed;
-} catch (const std::exception &) {
-  return 1;
+  std::copy_n(parts.data(), d, dgamma);
+  std::copy_n(parts.data() + d, d, dbeta);
+  return fine;
 }
 
 // x (..., 2 d), numbers -> y (..., d)
-EXPORTED int geglu_forward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
-  const Rows rows(params[1], ndims[0], shapes[0]);
-  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
-    kernel.geglu((const float *)params[0] + row * rows.d, rows.d / 2, (float *)params[2] + row * rows.d / 2);
+OPERATOR(geglu_forward) {
+  const Rows rows(x, x.numbers(1, 3));
+  const int64_t half = rows.d / 2;
+  expect(rows.d % 2 == 0);
+  const float *from = x.floats(0, rows.size());
+  float *y = x.floats(2, rows.size() / 2);
+  return over_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.geglu(from + row * rows.d, half, y + row * half);
   });
 }
 
 // x, numbers, dy -> dx
-EXPORTED int geglu_backward(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
-  const Rows rows(params[1], ndims[0], shapes[0]);
-  const float *const *in = (const float *const *)params;
-  return guarded_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
-    kernel.geglu_backward(in[0] + row * rows.d, in[2] + row * rows.d / 2, rows.d / 2,
-                          (float *)params[3] + row * rows.d);
+OPERATOR(geglu_backward) {
+  const Rows rows(x, x.numbers(1, 3));
+  const int64_t half = rows.d / 2;
+  expect(rows.d % 2 == 0);
+  const float *from = x.floats(0, rows.size()), *dy = x.floats(2, rows.size() / 2);
+  float *dx = x.floats(3, rows.size());
+  return over_rows(rows, std::min(rows.count, SHARES), [&](const Kernel &kernel, int64_t, int64_t row) {
+    kernel.geglu_backward(from + row * rows.d, dy + row * half, half, dx + row * rows.d);
   });
 }
 
 // x (..., n, d), the position of the first of the n tokens (1), numbers -> y
 // `numbers`: threads, level, whether to rotate back, d / 2 frequencies in radians per position.
-EXPORTED int rotary(int, void **params, int *ndims, int64_t **shapes, const char **, void *, void *) {
-  const Rows rows(params[2], ndims[0], shapes[0]);
-  const int64_t n = shapes[0][ndims[0] - 2], d = rows.d, half = d / 2, shares = std::min(n, SHARES);
-  const int64_t *numbers = (const int64_t *)params[2], start = *(const int32_t *)params[1];
-  const float *x = (const float *)params[0];
-  float *y = (float *)params[3];
-  const double sign = numbers[2] ? -1 : 1;
-  try {
-    std::vector<double> frequencies(half);
-    std::memcpy(frequencies.data(), numbers + 3, half * sizeof(double));
-    const Kernel &kernel = kernel_of(rows.level);
-    return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
-      std::vector<float> cosines(half), sines(half);
-      for (int64_t token = share * n / shares; token < (share + 1) * n / shares; ++token) {
-        for (int64_t c = 0; c < half; ++c) {
-          const double angle = (double)(start + token) * frequencies[c];
-          cosines[c] = (float)std::cos(angle), sines[c] = (float)(sign * std::sin(angle));
-        }
-        for (int64_t row = token; row < rows.count; row += n)
-          kernel.rotate(x + row * d, cosines.data(), sines.data(), half, y + row * d);
+OPERATOR(rotary) {
+  const int axes = x.axes[0];
+  expect(axes > 1);
+  const int64_t n = x.shape(0, axes)[axes - 2], d = x.shape(0, axes)[axes - 1], half = d / 2;
+  const std::vector<double> frequencies = frequencies_of(x, 2, d);
+  expect(!frequencies.empty());
+  const int64_t *number = (const int64_t *)x.data[2], start = *x.get<const int32_t>(1, "int32", 1);
+  const Rows rows(x, number);
+  const float *from = x.floats(0, rows.size());
+  float *y = x.floats(3, rows.size());
+  const double sign = number[2] ? -1 : 1;
+  const int64_t shares = std::min(n, SHARES);
+  const Kernel &kernel = kernel_of(rows.level);
+  return in_parallel<NoMemory>(rows, shares, [&](NoMemory &, int64_t share) {
+    std::vector<float> cosines(half), sines(half);
+    for (int64_t token = share * n / shares; token < (share + 1) * n / shares; ++token) {
+      for (int64_t c = 0; c < half; ++c) {
+        const double angle = (double)(start + token) * frequencies[c];
+        cosines[c] = (float)std::cos(angle), sines[c] = (float)(sign * std::sin(angle));
       }
-    }) ? 0 : 1;
-  } catch (const std::exception &) {
-    return 1;
-  }
+      for (int64_t row = token; row < rows.count; row += n)
+        kernel.rotate(from + row * d, cosines.data(), sines.data(), half, y + row * d);
+    }
+  });
 }
 
 // qkv (batch, n, (heads + 2 kv_heads) d), a tensor of shape (heads, kv_heads) that is not read, numbers as in
-// `guarded_heads` -> q (batch, heads, n, d), k, v (batch, kv_heads, n, d), with q and k rotated
-EXPORTED int split_heads(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
-  const int64_t *qkv = shapes[0], heads = shapes[1][0], kv_heads = shapes[1][1];
-  return guarded_heads({qkv[0], qkv[1], heads, kv_heads, qkv[2] / (heads + 2 * kv_heads), 0, {}}, params[2],
-                       shapes[2][0], &Kernel::split_heads, (float *)params[0], (float **)params + 3);
+// `move_all_heads` -> q (batch, heads, n, d), k, v (batch, kv_heads, n, d), with q and k rotated
+OPERATOR(split_heads) {
+  const int64_t *qkv = x.shape(0, 3), heads = x.shape(1, 2)[0], kv_heads = x.shape(1, 2)[1];
+  expect(heads < FARTHEST && kv_heads < FARTHEST);
+  return move_all_heads(x, {qkv[0], qkv[1], heads, kv_heads, qkv[2] / (heads + 2 * kv_heads), 0, {}}, 2,
+                        &Kernel::split_heads, 0, 3);
 }
 
 // dq, dk, dv, numbers -> dqkv
-EXPORTED int join_heads(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
-  const int64_t *q = shapes[0];
-  return guarded_heads({q[0], q[2], q[1], shapes[1][1], q[3], 0, {}}, params[3], shapes[3][0], &Kernel::join_heads,
-                       (float *)params[4], (float **)params);
+OPERATOR(join_heads) {
+  const int64_t *q = x.shape(0, 4);
+  return move_all_heads(x, {q[0], q[2], q[1], x.shape(1, 4)[1], q[3], 0, {}}, 3, &Kernel::join_heads, 4, 0);
 }
 
 // qkv (batch, 1, (heads + 2 kv_heads) d) of one token, ring buffers of keys and of values (batch kv_heads,
@@ -306,47 +326,48 @@ EXPORTED int join_heads(int, void **params, int *, int64_t **shapes, const char 
 // -> q (batch heads, 1, d)
 // The key and the value are written into the ring buffers, in place. `numbers` are those of `rotary`, with the prefix
 // in place of whether to rotate back, and without frequencies for no rotation.
-EXPORTED int enter_rings(int, void **params, int *, int64_t **shapes, const char **, void *, void *) {
-  const int64_t batch = shapes[0][0], groups = shapes[1][0], places = shapes[1][1], d = shapes[1][2];
-  const int64_t *numbers = (const int64_t *)params[5], position = *(const int32_t *)params[3], prefix = numbers[2];
-  const int64_t all = shapes[0][2] / d, kv_heads = groups / batch, heads = all - 2 * kv_heads, half = shapes[5][0] - 3;
-  const int32_t *const rows = (const int32_t *)params[4];
-  const float *qkv = (const float *)params[0];
-  float *const kept_keys = (float *)params[1], *const kept_values = (float *)params[2], *const q = (float *)params[6];
-  try {
-    const Kernel &kernel = kernel_of(numbers[1]);
-    std::vector<float> cosines(half), sines(half);
-    for (int64_t c = 0; c < half; ++c) {
-      double frequency;
-      std::memcpy(&frequency, numbers + 3 + c, sizeof(double));
-      cosines[c] = (float)std::cos(position * frequency), sines[c] = (float)std::sin(position * frequency);
-    }
-    const auto turned = [&](const float *from, float *to) {
-      if (half)
-        kernel.rotate(from, cosines.data(), sines.data(), half, to);
-      else
-        std::copy_n(from, d, to);
-    };
-    for (int64_t row = 0; row < batch; ++row) {
-      const float *from = qkv + row * all * d, *keys = from + heads * d, *values = keys + kv_heads * d;
-      for (int64_t head = 0; head < heads; ++head) turned(from + head * d, q + (row * heads + head) * d);
-      const int64_t own = rows[shapes[4][0] > 1 ? row : 0];
-      for (int64_t head = 0; head < kv_heads; ++head) {
-        float *const to_keys = kept_keys + (row * kv_heads + head) * places * d;
-        float *const to_values = kept_values + (row * kv_heads + head) * places * d;
-        const int64_t to = (prefix + position % (places - prefix)) * d;
-        turned(keys + head * d, to_keys + to);
-        std::copy_n(values + head * d, d, to_values + to);
-        if (own < prefix) {
-          std::copy_n(to_keys + to, d, to_keys + own * d);
-          std::copy_n(to_values + to, d, to_values + own * d);
-        }
+OPERATOR(enter_rings) {
+  const int64_t *qkv = x.shape(0, 3), batch = qkv[0], groups = x.shape(1, 3)[0], places = x.shape(1, 3)[1],
+                d = x.shape(1, 3)[2], all = qkv[2] / d, kv_heads = groups / batch, heads = all - 2 * kv_heads;
+  const std::vector<double> frequencies = frequencies_of(x, 5, d);
+  const int64_t *number = (const int64_t *)x.data[5], prefix = number[2], half = frequencies.size();
+  const int64_t position = *x.get<const int32_t>(3, "int32", 1), own_rows = x.shape(4, 1)[0];
+  const int32_t *const rows = x.get<const int32_t>(4, "int32", own_rows);
+  expect(qkv[1] == 1 && groups % batch == 0 && heads > 0 && (own_rows == 1 || own_rows == batch));
+  expect(position >= 0 && prefix >= 0 && prefix < places);
+  const double size = (double)groups * places * d;
+  float *const kept_keys = x.floats(1, size), *const kept_values = x.floats(2, size);
+  float *const q = x.floats(6, (double)batch * heads * d);
+  const float *const tokens = x.floats(0, (double)batch * all * d);
+  const Kernel &kernel = kernel_of(number[1]);
+  std::vector<float> cosines(half), sines(half);
+  for (int64_t c = 0; c < half; ++c) {
+    const double angle = position * frequencies[c];
+    cosines[c] = (float)std::cos(angle), sines[c] = (float)std::sin(angle);
+  }
+  const auto turned = [&](const float *from, float *to) {
+    if (half)
+      kernel.rotate(from, cosines.data(), sines.data(), half, to);
+    else
+      std::copy_n(from, d, to);
+  };
+  for (int64_t row = 0; row < batch; ++row) {
+    const float *from = tokens + row * all * d, *keys = from + heads * d, *values = keys + kv_heads * d;
+    for (int64_t head = 0; head < heads; ++head) turned(from + head * d, q + (row * heads + head) * d);
+    const int64_t own = rows[own_rows > 1 ? row : 0];
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      float *const to_keys = kept_keys + (row * kv_heads + head) * places * d;
+      float *const to_values = kept_values + (row * kv_heads + head) * places * d;
+      const int64_t to = (prefix + position % (places - prefix)) * d;
+      turned(keys + head * d, to_keys + to);
+      std::copy_n(values + head * d, d, to_values + to);
+      if (0 <= own && own < prefix) {
+        std::copy_n(to_keys + to, d, to_keys + own * d);
+        std::copy_n(to_values + to, d, to_values + own * d);
       }
     }
-    return 0;
-  } catch (const std::exception &) {
-    return 1;
   }
+  return true;
 }
 
 // MindSpore asks these for the shapes and types of outputs. Python functions in their place would be lost when it
@@ -381,7 +402,7 @@ EXPORTED int document_boundsInferType(std::vector<int> types, void *) { return t
 
 EXPORTED Shapes split_headsInferShape(int *, int64_t **shapes, void *) {
   const int64_t *qkv = shapes[0], heads = shapes[1][0], kv_heads = shapes[1][1];
-  const int64_t d = qkv[2] / (heads + 2 * kv_heads);
+  const int64_t d = qkv[2] / std::max<int64_t>(heads + 2 * kv_heads, 1);
   return {{qkv[0], heads, qkv[1], d}, {qkv[0], kv_heads, qkv[1], d}, {qkv[0], kv_heads, qkv[1], d}};
 }
 
@@ -396,7 +417,7 @@ EXPORTED std::vector<int64_t> join_headsInferShape(int *, int64_t **shapes, void
 EXPORTED int join_headsInferType(std::vector<int> types, void *) { return types[0]; }
 
 EXPORTED std::vector<int64_t> enter_ringsInferShape(int *, int64_t **shapes, void *) {
-  return {shapes[0][0] * (shapes[0][2] / shapes[1][2]) - 2 * shapes[1][0], 1, shapes[1][2]};
+  return {shapes[0][0] * (shapes[0][2] / std::max<int64_t>(shapes[1][2], 1)) - 2 * shapes[1][0], 1, shapes[1][2]};
 }
 
 EXPORTED int enter_ringsInferType(std::vector<int> types, void *) { return types[0]; }

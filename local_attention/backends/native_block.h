@@ -1,5 +1,6 @@
 // A block of queries, its tiles of keys, one after the other, and their scores: a part of native_kernel.h.
 
+constexpr float HIDES = -1e29f;  // a bias below it hides its key
 constexpr int KEYS = 64;   // in a tile
 constexpr int PIECE = 16;  // keys in a piece: a tile that some queries do not see whole is divided into these
 
@@ -24,6 +25,7 @@ struct Block {
   uint32_t rows[QUERIES];                             // each query's hash for dropout
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES];
   const bool *real;  // which keys are real; null if all are
+  float unit = LOG2_E;  // scores are in units of log(2), or twice that where they would overflow in these
 
   int64_t key;  // the tile: keys key ... key + keys - 1
   int keys, pieces;
@@ -49,7 +51,11 @@ struct Block {
     ahead.width = d;
   }
 
-  void read_block(const Queries &block) {
+  bool halved() const { return unit < LOG2_E; }
+
+  // Reads a block of queries whose scores are to be `halved` or not.
+  void read_block(const Queries &block, bool halved) {
+    unit = halved ? LOG2_E / 2 : LOG2_E;
     group = block.group, key_group = group / call.share, start = block.start, count = block.end - start;
     vectors = (count + WIDTH - 1) / WIDTH;
     const float *from_q = call.q + (group * call.n_q + start) * d;
@@ -60,7 +66,8 @@ struct Block {
       const int64_t position = call.offset + start + std::min<int64_t>(lane, count - 1);
       const Span within = call.document(bounds, position);
       const auto after = [&](int64_t size) {  // how far after the start of its bucket, or of its period
-        return size > 1 ? (uint32_t)(position - within.first) % (uint32_t)size : 0;
+        const uint32_t place = position - within.first;
+        return size == 1 ? 0 : place < size ? place : place % (uint32_t)size;
       };
       const Span span = call.span(position, position - after(call.bucket), within);
       positions[lane] = position, first[lane] = span.first, last[lane] = span.last;
@@ -71,8 +78,8 @@ struct Block {
       }
       if (call.dropping) rows[lane] = row_hash(call.first_group + group, call.first_position + position);
     }
-    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * LOG2_E);
-    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, LOG2_E);
+    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * unit);
+    if (call.emb) transpose(count, d, from_q, d, q_emb_t, QUERIES, unit);
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
         store(rows + v * WIDTH, scramble(load<Bits>(rows + v * WIDTH) ^ (Bits{} + call.seed)));
@@ -184,6 +191,14 @@ struct Block {
     }
   }
 
+  // Whether a query sees a real key.
+  bool sees(int64_t lane) const {
+    const auto any = [&](int64_t from, int64_t to) {
+      return from <= to && (!real || std::count(real + from, real + to + 1, true));
+    };
+    return any(first[lane], last[lane]) || (call.prefix && any(document[lane], prefix_last[lane]));
+  }
+
   // The same for one query, as in decoding. Here a vector holds numbers of one key instead of queries. The lanes of the
   // missing queries get the product of the one that exists.
   void products_with_one(const float *from, const float *x_t, float *to) {
@@ -249,8 +264,8 @@ struct Block {
     }
   }
 
-  // Computes the scores of the tile in units of log(2): products, scaled and capped, plus embeddings and bias. What is
-  // not seen, or hidden by the bias, gets -inf.
+  // Computes the scores of the tile: products, scaled and capped, plus embeddings and bias. What is not seen, or hidden
+  // by the bias, gets -inf.
   void score() {
     products(k_rows(), q_t, scores);
     if (call.emb) score_offsets();
@@ -268,7 +283,7 @@ struct Block {
     for (int j = p.key; j < p.end_key; ++j) {
       const int64_t at = j * QUERIES + v * WIDTH;
       const Vec capped = tanh(load<Vec>(scores + at));
-      store(scores + at, capped * (call.softcap * LOG2_E));
+      store(scores + at, capped * (call.softcap * unit));
       store(slopes + at, 1.f - capped * capped);
     }
   }
@@ -296,7 +311,7 @@ struct Block {
       turn(x);
       for (int i = 0; i < std::min(WIDTH, p.end_key - j); ++i) {
         float *at = scores + (j + i) * QUERIES + v * WIDTH;
-        store(at, x[i] < FAINT ? all(-INFINITY) : load<Vec>(at) + x[i] * LOG2_E);
+        store(at, x[i] < HIDES ? all(-INFINITY) : load<Vec>(at) + x[i] * unit);
       }
     }
   }
@@ -306,7 +321,7 @@ struct Block {
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       const Vec score = load<Vec>(at);
-      store(at, (own == j) & (score > -INFINITY) ? all(SELF_SCORE * LOG2_E) : score);
+      store(at, (own == j) & (score > -INFINITY) ? all(SELF_SCORE * unit) : score);
     }
   }
 
@@ -329,7 +344,7 @@ struct Block {
 
   // The embeddings for the pairs of query and key in this tile: by_offset[x] belongs to embedding offset_of(0) + x.
   int64_t offset_of(int64_t x) const {
-    return key - (call.offset + start + QUERIES - 1) + call.spec_backward + x;
+    return key - (call.offset + start + QUERIES - 1) + call.bias_backward + x;
   }
 
   void offsets_within(int64_t &from, int64_t &to) const {

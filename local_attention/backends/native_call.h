@@ -8,10 +8,43 @@ inline uint32_t mix(uint32_t x) {
 }
 
 inline uint32_t row_hash(int64_t group, int64_t query) {
-  return mix(mix((uint32_t)group + 0x9E3779B9u) + (uint32_t)query);
+  return mix(mix((uint32_t)group + 0x9E3779B9u) ^ mix((uint32_t)query + 0x85EBCA6Bu));
 }
 
 inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995u); }
+
+// Throws unless a call is as it should be: an operator that got something else returns WRONG_CALL.
+inline void expect(bool right) {
+  if (!right) throw std::invalid_argument("the tensors and the numbers of a call do not fit");
+}
+
+// The inputs and then the outputs of a call, as MindSpore describes them.
+struct Tensors {
+  int count;
+  void **data;
+  int *axes;
+  int64_t **shapes;
+  const char **types;
+
+  // Returns the shape of a tensor that has so many axes, none of them empty.
+  const int64_t *shape(int x, int wanted) const {
+    expect(x < count && axes[x] == wanted);
+    for (int axis = 0; axis < wanted; ++axis) expect(shapes[x][axis] > 0);
+    return shapes[x];
+  }
+
+  // Returns the data of a tensor of this type and size. Sizes are doubles, which do not overflow.
+  template <typename T>
+  T *get(int x, const char *type, double size) const {
+    double found = 1;
+    expect(x < count && std::strcmp(types[x], type) == 0);
+    for (int axis = 0; axis < axes[x]; ++axis) found *= shapes[x][axis];
+    expect(found == size && data[x]);
+    return (T *)data[x];
+  }
+  float *floats(int x, double size) const { return get<float>(x, "float32", size); }
+  const int64_t *numbers(int x, double size) const { return get<const int64_t>(x, "int64", size); }
+};
 
 // Keys from the first to the last, both included; none if the last is before the first.
 struct Span {
@@ -45,8 +78,8 @@ struct Call {
   int32_t drop_below;
   bool dropping;
 
-  explicit Call(void **inputs) {
-    const int64_t *number = (const int64_t *)inputs[9];
+  explicit Call(const Tensors &x) {
+    const int64_t *number = x.numbers(9, 28);
     for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
                         &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
                         &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside})
@@ -54,17 +87,41 @@ struct Call {
     double real[3];  // passed as their bits
     std::memcpy(real, number, sizeof(real));
     const double rate = real[2];
+    check(rate);
     scale = (float)real[0], softcap = (float)real[1], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
     drop_below = (int32_t)((int64_t)(rate * 4294967296.) - 2147483648LL);
-    q = (const float *)inputs[0], k = (const float *)inputs[1], v = (const float *)inputs[2];
-    mask = batch ? (const bool *)inputs[3] : nullptr;
-    documents = doc_batch ? (const int32_t *)inputs[4] : nullptr;
-    bias = columns ? (const float *)inputs[5] : nullptr;
-    sinks = sink_heads ? (const float *)inputs[6] : nullptr;
-    emb = offsets ? (const float *)inputs[7] : nullptr;
-    seed = *(const uint32_t *)inputs[8];
+    const double queries = (double)groups * n_q, keys = (double)kv_groups * n_k * head_dim;
+    q = x.floats(0, queries * head_dim), k = x.floats(1, keys), v = x.floats(2, keys);
+    mask = batch ? x.get<const bool>(3, "bool", (double)batch * n_k) : nullptr;
+    documents = doc_batch ? x.get<const int32_t>(4, "int32", 2. * doc_batch * n_k) : nullptr;
+    bias = columns ? x.floats(5, (double)heads * period * columns) : nullptr;
+    sinks = sink_heads ? x.floats(6, sink_heads) : nullptr;
+    emb = offsets ? x.floats(7, (double)offsets * head_dim) : nullptr;
+    seed = *x.get<const uint32_t>(8, "int32", 1);
+    // No query sees farther, and no sum of these overflows.
+    const int64_t farthest = std::max(n_k, offset + n_q) + 1;
+    for (int64_t *size : {&bucket, &spec_backward, &spec_forward}) *size = std::min(*size, farthest);
+    threads = std::min(threads, MOST_THREADS);
+    first_group = (uint32_t)first_group, first_position = (uint32_t)first_position;  // hashes need no more of them
     prefix = std::min(prefix, n_k), share = groups / kv_groups;
     padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
+  }
+
+  // Checks the numbers by which something is divided, or that are sizes of something.
+  void check(double rate) const {
+    for (int64_t number : {groups, kv_groups, n_q, n_k, head_dim, bucket, heads, period, threads, beside})
+      expect(number > 0);
+    for (int64_t number : {spec_backward, prefix, offset, batch, doc_batch, columns, bias_backward, offsets,
+                           sink_heads})
+      expect(number >= 0);
+    for (int64_t part : {kv_groups, heads, beside, batch, doc_batch, sink_heads})
+      expect(part == 0 || groups % part == 0);
+    for (int64_t number : {n_q, n_k, offset}) expect(number < FARTHEST);
+    expect(offset + n_q < FARTHEST && spec_forward >= -1 && rate >= 0 && rate < 1);
+    expect(doc_batch == 0 || (kv_groups % doc_batch == 0 && offset + n_q <= n_k));
+    expect((columns == 0 && offsets == 0) || bias_backward < 2 * FARTHEST);
+    const int64_t shared = groups / kv_groups;
+    expect(heads < shared || heads % shared == 0);
   }
 
   // The stride from one row of a group to the next, in the output and in its gradient, and where a query's row begins.
@@ -78,7 +135,8 @@ struct Call {
     return documents ? documents + 2 * (group / (groups / doc_batch) * n_k) : nullptr;
   }
   Span document(const int32_t *bounds, int64_t position) const {
-    return bounds ? Span{bounds[2 * position], bounds[2 * position + 1]} : Span{0, n_k - 1};
+    if (!bounds) return {0, n_k - 1};
+    return {std::max<int64_t>(bounds[2 * position], 0), std::min<int64_t>(bounds[2 * position + 1], n_k - 1)};
   }
 
   // The keys that the query at a position sees by its window, without the prefix; its bucket begins at `start`.
@@ -99,21 +157,38 @@ struct Call {
   }
 };
 
-// A call on rows of d numbers.
+// A call on rows of d numbers: tensor 0 has them, and of `numbers` come first those of threads and the level.
 struct Rows {
   int64_t threads, level, count, d;
-  float epsilon;
 
-  Rows(const void *numbers, int axes, const int64_t *shape) : count(1), d(shape[axes - 1]) {
-    const int64_t *number = (const int64_t *)numbers;
-    double real;  // passed as its bits
-    std::memcpy(&real, number + 2, sizeof(real));
-    threads = number[0], level = number[1], epsilon = (float)real;
+  Rows(const Tensors &x, const int64_t *number) : threads(number[0]), level(number[1]), count(1) {
+    const int axes = x.axes[0];
+    expect(axes > 0 && threads > 0);
+    const int64_t *shape = x.shape(0, axes);
     for (int axis = 0; axis < axes - 1; ++axis) count *= shape[axis];
+    d = shape[axes - 1], threads = std::min(threads, MOST_THREADS);
   }
 
+  double size() const { return (double)count * d; }
   double work() const { return 16. * count * d; }
 };
+
+// The third number of LayerNorm, as its bits.
+inline float epsilon_of(const int64_t *number) {
+  double real;
+  std::memcpy(&real, number + 2, sizeof(real));
+  return (float)real;
+}
+
+// Returns the frequencies at the end of `numbers`, in radians per position: d / 2, or none for no rotation.
+inline std::vector<double> frequencies_of(const Tensors &x, int numbers, int64_t d) {
+  const int64_t count = x.shape(numbers, 1)[0] - 3;
+  expect(count == 0 || (count > 0 && d == 2 * count));
+  std::vector<double> found(count);
+  const int64_t *number = x.numbers(numbers, count + 3.);
+  if (count) std::memcpy(found.data(), number + 3, count * sizeof(double));
+  return found;
+}
 
 // Heads of projected tokens, and the rotation of queries and keys.
 struct Heads {

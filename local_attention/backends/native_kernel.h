@@ -17,25 +17,39 @@ struct Worker : Block {
   using Block::Block;
 
   void forward(const Queries &block, const Queries &next, const Outputs &outputs) {
-    read_block(block);
+    read_block(block, false);
     look_ahead(next, {call.k, call.v});
     ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride());
     ahead.begin(2 * parts());
     careful = false;
     attend();
     if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
+    if (overflown()) read_block(block, true), attend();
     const int64_t at = group * call.n_q + start;
-    for (int64_t lane = 0; lane < count; lane += WIDTH)
-      put(outputs.lse + at + lane, count - lane, load<Vec>(highest + lane) * LOG_2 + log(load<Vec>(sum + lane)));
+    for (int64_t lane = 0; lane < count; lane += WIDTH) {
+      const Vec near = load<Vec>(highest + lane) * (LOG_2 * (LOG2_E / unit));
+      put(outputs.lse + at + lane, count - lane, near + log(load<Vec>(sum + lane)));
+    }
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
     transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum, d);
     for (int64_t lane = 0; lane < count; ++lane) {
       outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
-      outputs.statistics[2 * (at + lane) + 1] = sum[lane];
+      outputs.statistics[2 * (at + lane) + 1] = halved() ? -sum[lane] : sum[lane];
     }
   }
 
-  float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * LOG2_E : -INFINITY; }
+  // Whether scores left the range of float32 upwards, or all that a query sees did so downwards. Where they are
+  // infinite in any unit, nothing is lost.
+  bool overflown() const {
+    const bool has_sink = call.sinks && call.sinks[group % call.sink_heads] > -INFINITY;
+    for (int64_t lane = 0; lane < count; ++lane) {
+      if (highest[lane] == INFINITY || std::isnan(sum[lane])) return true;
+      if (sum[lane] == 0 && (has_sink || sees(lane))) return true;
+    }
+    return false;
+  }
+
+  float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * unit : -INFINITY; }
 
   // Computes the weighted sums of values, and the sums of weights.
   void attend() {
@@ -62,6 +76,7 @@ struct Worker : Block {
       for (int i = 0; i < count; ++i) store(top + (v + i) * WIDTH, now[i]);
     });
     for (int v = 0; v < vectors; ++v) move(v);
+    if (halved()) widen(top);
     over_tile([&](auto count, int v, int from, int to) {
       Vec near[count], total[count]{};  // summing each tile by itself loses less than one long sum
       for (int i = 0; i < count; ++i) near[i] = load<Vec>(top + (v + i) * WIDTH);
@@ -80,6 +95,15 @@ struct Worker : Block {
     });
   }
 
+  // Subtracts from halved scores what they are relative to, and doubles what is left: not halved, and relative to 0.
+  void widen(float *relative_to) {
+    for (int i = 0; i < pieces; ++i)
+      for (int j = piece[i].key; j < piece[i].end_key; ++j)
+        for (int lane = piece[i].vector * WIDTH; lane < piece[i].end_vector * WIDTH; ++lane)
+          scores[j * QUERIES + lane] = 2 * (scores[j * QUERIES + lane] - relative_to[lane]);
+    std::fill(relative_to, relative_to + QUERIES, 0.f);
+  }
+
   // Replaces the highest scores of a vector of queries, in `top`, by those that the weights are relative to.
   void move(int v) {
     const Vec before = load<Vec>(highest + v * WIDTH), now = load<Vec>(top + v * WIDTH);
@@ -87,7 +111,7 @@ struct Worker : Block {
     const Vec near = moves ? now : before, relative_to = near == -INFINITY ? Vec{} : near;
     store(top + v * WIDTH, relative_to);
     if (!moves) return;
-    const Vec rescale = power_of_2(before - relative_to);
+    const Vec rescale = power_of_2((before - relative_to) * (LOG2_E / unit));
     store(highest + v * WIDTH, near);
     store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale);
     scale_out(v, rescale);
@@ -99,13 +123,13 @@ struct Worker : Block {
   }
 
   void backward(const Queries &block, const Queries &next, const Gradients &grads, Chunk &chunk) {
-    read_block(block);
+    const int64_t at = block.group * call.n_q + block.start;
+    read_block(block, was_halved(grads.statistics + 2 * at, block.end - block.start));
     look_ahead(next, {call.k, call.v, grads.dk, grads.dv});
     for (const float *x : {grads.dout, grads.out})
       ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride());
     ahead.add(grads.dq + (group * call.n_q + start) * d, count, d);
     ahead.begin(5 * parts());
-    const int64_t at = group * call.n_q + start;
     const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
     const float *from_dout = grads.dout + out_at;
     const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
@@ -118,7 +142,7 @@ struct Worker : Block {
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
-      sum[lane] = exists ? grads.statistics[2 * (at + lane) + 1] : 0;
+      sum[lane] = exists ? std::fabs(grads.statistics[2 * (at + lane) + 1]) : 0;
     }
     for (int v = 0; v < vectors; ++v) {
       Vec total[WIDTH]{};
@@ -143,11 +167,13 @@ struct Worker : Block {
       careful = hides && !(block_finite && finite(k_rows(), keys * d));
       score();
       products(v_rows(), dout_t, dscores);
+      const float *relative_to = highest;
+      if (halved()) relative_to = top, std::copy_n(highest, QUERIES, top), widen(top);
       const bool plain = !call.dropping && !call.hide_self && !hides;
-      plain ? differentiate<true>() : differentiate<false>();
+      plain ? differentiate<true>(relative_to) : differentiate<false>(relative_to);
       for (int i = 0; call.bias && i < pieces; ++i)
         for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], chunk.dbias);
-      if (call.emb) add_to_offsets(q_rows, chunk.demb);
+      if (call.emb) add_to_offsets(q_rows, chunk.demb, block_finite);
       if (call.softcap > 0) uncap();
       float *dk = grads.dk + first_row() * d, *dv = grads.dv + first_row() * d;
       if (in_prefix && begun < chunk.position) dk = chunk.dprefix + (key - begun) * d, dv = dk + call.prefix * d;
@@ -159,11 +185,19 @@ struct Worker : Block {
     transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, call.emb ? 1 : call.scale);
   }
 
+  // Whether the forward pass halved scores: the inverses of its sums are then negative, or -0.
+  static bool was_halved(const float *statistics, int64_t count) {
+    for (int64_t row = 0; row < count; ++row)
+      if (!std::isnan(statistics[2 * row + 1]) && std::signbit(statistics[2 * row + 1])) return true;
+    return false;
+  }
+
   // Returns the block's part of the gradient of the sink. A sink acts as a key without a value.
   float sink_gradient() {
     Vec total{};
     for (int lane = 0; lane < vectors * WIDTH; lane += WIDTH) {
-      const Vec weight = power_of_2(sink() - load<Vec>(highest + lane)) * load<Vec>(sum + lane);
+      const Vec score = (sink() - load<Vec>(highest + lane)) * (LOG2_E / unit);
+      const Vec weight = power_of_2(score) * load<Vec>(sum + lane);
       total -= weight * load<Vec>(dot + lane);
     }
     return sum_of(total);
@@ -172,12 +206,12 @@ struct Worker : Block {
   // Turns scores into weights, and gradients of weights into gradients of scores. PLAIN: every key is seen, nothing is
   // dropped, and no query hides itself. Otherwise an unseen key stays 0, whatever the other numbers are.
   template <bool PLAIN>
-  void differentiate() {
+  void differentiate(const float *relative_to) {
     over_tile([&](auto count, int v, int from, int to) {
       Vec near[count], inverse[count], mean[count];
       for (int i = 0; i < count; ++i) {
         const int lane = (v + i) * WIDTH;
-        near[i] = load<Vec>(highest + lane), inverse[i] = load<Vec>(sum + lane), mean[i] = load<Vec>(dot + lane);
+        near[i] = load<Vec>(relative_to + lane), inverse[i] = load<Vec>(sum + lane), mean[i] = load<Vec>(dot + lane);
       }
       for (int j = from; j < to; ++j)
         for (int i = 0; i < count; ++i) {
@@ -229,7 +263,7 @@ struct Worker : Block {
     }
   }
 
-  void add_to_offsets(const float *q_rows, float *demb) {
+  void add_to_offsets(const float *q_rows, float *demb, bool q_finite) {
     int64_t from, to;
     offsets_within(from, to);
     if (from >= to) return;
@@ -240,10 +274,17 @@ struct Worker : Block {
         for (int64_t lane = piece[i].vector * WIDTH; lane < end; ++lane)
           by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
     }
-    matmul(d, vectors, to - from, call.emb + offset_of(from) * d, 1, d, by_offset + from * QUERIES, QUERIES, dq_emb_t,
-           QUERIES, true, ahead);
-    matmul(to - from, padded / WIDTH, count, by_offset + from * QUERIES, QUERIES, 1, q_rows, padded,
-           demb + offset_of(from) * padded, padded, true, ahead);
+    const int64_t rows = to - from;
+    const float *by = by_offset + from * QUERIES, *emb = call.emb + offset_of(from) * d;
+    float *to_emb = demb + offset_of(from) * padded;
+    if (finite(emb, rows * d))
+      matmul(d, vectors, rows, emb, 1, d, by, QUERIES, dq_emb_t, QUERIES, true, ahead);
+    else
+      matmul_of_seen(rows, vectors * WIDTH, d, by, emb, d, dq_emb_t, QUERIES, true);
+    if (q_finite)
+      matmul(rows, padded / WIDTH, count, by, QUERIES, 1, q_rows, padded, to_emb, padded, true, ahead);
+    else
+      matmul_of_seen(rows, count, padded, by, q_rows, padded, to_emb, padded, false);
   }
 };
 

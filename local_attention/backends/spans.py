@@ -171,6 +171,14 @@ def capped(q, k, softcap):
     return scores if softcap is None else tanh(scores / softcap) * softcap
 
 
+def offset_products(q, emb):
+    """Return the products of queries `(..., d)` and embeddings `(offsets, d)`. A NaN in an embedding makes its own
+    products NaN, but not the gradient of a query that does not use it: 0 times NaN is NaN."""
+    missing = ops.stop_gradient(ops.mul(emb, 0.))  # 0, or NaN
+    emb = ops.masked_fill(emb, ops.not_equal(missing, 0.), 0.)
+    return ops.add(ops.matmul(q, emb.T), missing.sum(-1))
+
+
 def softened(scores, seen):
     """Return the softmax of scores and their log-sum-exp; `seen` is 1. or 0. and broadcasts. Rows that see nothing get
     zeros and -inf.
