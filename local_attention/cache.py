@@ -1,15 +1,15 @@
 """Decoding: the cache of the last tokens' keys and values, whose shape does not depend on how much was fed, and
 attention of new tokens to it.
 
-A cache is a tuple of keys and values `(groups, capacity, d)`, and the number of tokens fed so far, int32 `(1,)`. It
-keeps the first `prefix` tokens, each in its own place, and behind them the last `backward + bucket` tokens, oldest
-first: new tokens enter on the right, and old ones leave on the left. A token of the prefix that is also among the last
-ones is seen there, and in the prefix only once no span holds it. If rows have unequal lengths, the last token of each
-row is still on the right. The third part is then `(1 + b,)`: the number of tokens of the longest row, and then that of
-each row. The first is the clock that keys are rotated by, which is right for every row, as a rotation is relative. Keys
-are kept as attention takes them: normalised under `shared_qk`, and rotated by their positions, but not by xpos, whose
-scales would overflow. A position is a tensor, so one compiled step serves all positions. Pass a cache to a compiled
-function as `ms.mutable(cache)`: any other tuple is a constant there.
+A cache is a tuple of keys and values `(groups, capacity, d)`, and the number of tokens fed so far, int32 `(1 + b,)`: of
+the longest row, and then of each of the b rows. It keeps the first `prefix` tokens, each in its own place, and behind
+them the last `backward + bucket` tokens, oldest first: new tokens enter on the right, and old ones leave on the left. A
+token of the prefix that is also among the last ones is seen there, and in the prefix only once no span holds it. If
+rows have unequal lengths, the last token of each row is still on the right. The first number is the clock that keys are
+rotated by, which is right for every row, as a rotation is relative. A call also takes the clock alone, `(1,)`, which
+then is the position of all rows. Keys are kept as attention takes them: normalised under `shared_qk`, and rotated by
+their positions, but not by xpos, whose scales would overflow. A position is a tensor, so one compiled step serves all
+positions. Pass a cache to a compiled function as `ms.mutable(cache)`: any other tuple is a constant there.
 
 `generate` keeps the same keys and values in place, as ring buffers. A cache that goes in and out is written anew at
 each step, which takes longer than the attention to it.
@@ -42,13 +42,17 @@ def capacity(windows):
 
 
 @constexpr
-def checked_cache(owner, keys, values, groups, windows, head_dim, dtype):
-    """Check the keys and values of a cache that is passed in, as `described`."""
-    wanted = (groups, capacity(windows), head_dim), dtype
+def checked_cache(owner, cache, batch, heads, windows, head_dim, dtype):
+    """Check the keys, values and position of a cache that is passed in, as `form`."""
+    keys, values, position, *_ = cache[1]
+    wanted = (batch * heads, capacity(windows), head_dim), dtype
+    rule = (f"one of keys {wanted[0]} of {checks.dtype_name(dtype).lower()}, and such values, from a call of this "
+            "block with this batch size")
     for got in (keys, values):
         if got != wanted:
-            raise checks.value_error(owner, "cache", f"one of keys {wanted[0]} of {checks.dtype_name(dtype).lower()}, "
-                                     "and such values, from a call of this block with this batch size", got)
+            raise checks.value_error(owner, "cache", rule, got)
+    if len(cache[1]) == 3 and position[0] not in ((1,), (1 + batch,)):
+        raise checks.value_error(owner, "cache", rule, position)
 
 
 def form(cache):
@@ -71,7 +75,8 @@ def check_form(owner, cache, batch, windows, attn_bias):
     if not all(isinstance(part, tuple) and isinstance(part[0], tuple) for part in cache[1]):
         raise checks.type_error(owner, "cache", rule, cache[1])
     shape, dtype = cache[1][0 if len(cache[1]) == 1 else 2]
-    if shape not in ((1,), (1 + batch,)) or checks.dtype_name(dtype) != "Int32":
+    fits = len(shape) == 1 if len(cache[1]) == 3 else shape in ((1,), (1 + batch,))  # see `checked_cache`
+    if not fits or checks.dtype_name(dtype) != "Int32":
         raise checks.type_error(owner, "cache", rule, cache[1])
     if attn_bias is not None:
         checks.together(owner, ("attn_bias", True), ("prefix", windows.prefix))
@@ -98,14 +103,14 @@ def as_kept(attn, k, position):
     return rotated(attn, l2norm(k) if attn.shared_qk else k, position)
 
 
-def first_cache(attn, k, v, position=None):
+def first_cache(attn, k, v, batch, position=None):
     """Return the cache after a first call on `k, v (groups, n, d)`. If a `position (1 + b,)` is given, in the form of a
     cache, only that many tokens at the start of each row are real."""
     n, prefix, kept = k.shape[1], attn.windows.prefix, recent(attn.windows)
-    position = ops.full((1,), n, dtype=ms.int32) if position is None else position
-    _, rows = clock_and_rows(position)
-    pads = n - rows[:, None]
-    if rows.shape[0] > 1:  # moves rows to the right, where all have the same clock
+    ragged = position is not None and batch > 1
+    position = ops.full((1 + batch,), n, dtype=ms.int32) if position is None else position
+    pads = n - position[1:, None] if ragged else _range(0, 1)[:, None]
+    if ragged:  # moves rows to the right, where all have the same clock
         index = ops.maximum(_range(0, n)[None] - pads, 0)
         k, v = _at(k, index), _at(v, index)
     k = as_kept(attn, k, 0)
@@ -231,19 +236,20 @@ def attend_in_place(attn, q, ring, attn_bias=None, sinks=None):
 
 def reorder_cache(cache, rows):
     """
-    Return a cache whose row r continues row `rows[r]`, for beam search, which drops some beams and splits others.
+    Return a cache whose row r continues row `rows[r]`, for beam search, which drops some beams and splits others. Call
+    it outside compiled functions.
 
     Args:
         cache (tuple): The cache that a call of :class:`LocalMHA` or :class:`LocalTransformer` on `b` rows returned.
-        rows (Tensor): int32 or int64 :math:`(b,)`, each in [0, b).
+        rows (Tensor): int32 or int64 :math:`(m,)`, each in [0, b), for any number `m` of rows.
 
     Returns:
-        tuple, the cache for the next call. In a global layer's part, the first axis of each Tensor must have the rows
-        of the batch, or of batch and heads, or a single row for all.
+        tuple, the cache for the next call, on `m` rows. In a global layer's part, the first axis of each Tensor must
+        have the rows of the batch, or of batch and heads, or a single row for all.
 
     Raises:
         TypeError: If `cache` is not a tuple or `rows` not a Tensor of ints.
-        ValueError: If `rows` has another shape, or the cache not that many rows.
+        ValueError: If `rows` has another shape or a row that the cache does not have, or if `cache` is of another form.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -254,28 +260,51 @@ def reorder_cache(cache, rows):
         >>> from local_attention.cache import reorder_cache
         >>> mha = LocalMHA(dim=16, window_size=4, dim_head=8, heads=2, causal=True)
         >>> _, cache = mha(ops.randn((3, 5, 16)), return_cache=True)
-        >>> cache = reorder_cache(cache, Tensor([2, 0, 2]))
-        >>> print(mha(ops.randn((3, 1, 16)), cache=cache).shape)
-        (3, 1, 16)
+        >>> cache = reorder_cache(cache, Tensor([2, 0, 2, 2]))
+        >>> print(mha(ops.randn((4, 1, 16)), cache=cache).shape)
+        (4, 1, 16)
     """
-    owner = "reorder_cache"
+    owner, rule = "reorder_cache", "a tuple from a call with 'return_cache'"
     if not isinstance(cache, tuple) or not cache:
-        raise checks.type_error(owner, "cache", "a tuple from a call with 'return_cache'", cache)
+        raise checks.type_error(owner, "cache", rule, cache)
+    first = cache
+    while isinstance(first[0], tuple) and first[0]:  # of a model: its first layer is a local one
+        first = first[0]
+    if not _is_ours(first):
+        raise checks.value_error(owner, "cache", rule, form(first))
+    batch = first[2].shape[0] - 1
     shape = checks.tensor(owner, "rows", checks.described(rows), checks.INTEGERS)
     if len(shape) != 1 or shape[0] == 0:
-        raise checks.value_error(owner, "rows", "of shape (batch,), not empty", shape)
-    if isinstance(cache[0], tuple):  # of a model
-        return tuple(reorder_cache(layer, rows) for layer in cache[0]), *cache[1:]
-    return tuple(_reordered(part, rows) for part in cache)
+        raise checks.value_error(owner, "rows", "of shape (rows,), not empty", shape)
+    smallest, largest = rows.asnumpy().min(), rows.asnumpy().max()
+    if smallest < 0 or largest >= batch:
+        raise checks.value_error(owner, "rows", f"of rows in [0, {batch})", f"{smallest} to {largest}")
+    if first is cache:
+        return _reordered(cache, rows, batch)
+    return tuple(_reordered(layer, rows, batch) for layer in cache[0]), *cache[1:]
 
 
-def _reordered(part, rows):
-    groups, batch = part.shape[0], rows.shape[0]
-    if groups == 1:  # the same for all rows
-        return part
-    if groups % batch:
-        raise checks.value_error("reorder_cache", "rows", "as many as the cache has", batch)
-    heads = groups // batch
+def _is_ours(parts):
+    """Whether these are keys, values and position, as a block returns them."""
+    return (len(parts) == 3 and all(isinstance(part, Tensor) for part in parts)
+            and len(parts[2].shape) == 1 and parts[2].shape[0] > 1 and parts[2].dtype == ms.int32
+            and parts[0].shape[:1] == parts[1].shape[:1] and parts[0].shape[0] % (parts[2].shape[0] - 1) == 0)
+
+
+def _reordered(parts, rows, batch):
+    """Reorder the parts of a layer's cache."""
+    if _is_ours(parts) and parts[2].shape[0] == 1 + batch:
+        clock, of_each = clock_and_rows(parts[2])
+        moved = tuple(_of_rows(part, rows, batch) for part in parts[:2])
+        return *moved, ops.cat((clock, ops.gather(of_each, rows, 0)))
+    return tuple(part if part.shape[0] == 1 < batch else _of_rows(part, rows, batch) for part in parts)
+
+
+def _of_rows(part, rows, batch):
+    if part.shape[0] % batch:
+        raise checks.value_error("reorder_cache", "cache", f"of layers whose first axis is a multiple of {batch} rows, "
+                                 "or 1", part.shape)
+    heads = part.shape[0] // batch
     return ops.gather(part, (rows[:, None] * heads + ops.arange(heads)[None]).reshape(-1), 0)
 
 

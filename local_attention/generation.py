@@ -1,8 +1,10 @@
 """Generation: sampling, and decoding a token at a time from a given model, whatever keeps its cache."""
+import inspect
 import operator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from itertools import count as numbers
+from threading import RLock
 
 import mindspore as ms
 import numpy as np
@@ -62,8 +64,30 @@ def sample(logits, temperature, thres):
     return np.take_along_axis(kept, values.argmax(-1)[:, None], -1)[:, 0]
 
 
-def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
-    """Check the arguments of `generate`; return its prompts as `runs`."""
+def takes_tokens(owner, callback):
+    """Return whether a callback takes the new tokens after the count. A second argument with a default value is its
+    own affair, unless it is named `tokens`."""
+    if not callable(callback):
+        raise checks.type_error(owner, "callback", "None or a function", callback)
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # a builtin that does not say
+        return False
+    arguments = [one for one in signature.parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    second = arguments[1] if len(arguments) > 1 else None
+    told = any(one.kind is one.VAR_POSITIONAL for one in arguments[:2]) or (
+        second is not None and second.kind is not second.VAR_KEYWORD
+        and (second.default is second.empty or second.name == "tokens"))
+    try:
+        signature.bind(*range(1 + told))
+    except TypeError:
+        raise checks.type_error(owner, "callback", "None or a function of the count, or of the count and the tokens",
+                                callback) from None
+    return told
+
+
+def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, stop_token):
+    """Check the arguments of `generate`, but for its callback; return its prompts as `runs`."""
     owner = f"{model.cls_name}.generate"
     if model.num_tokens is None:
         raise ValueError(f"For '{owner}', the model must have tokens, but its 'num_tokens' is None.")
@@ -74,8 +98,9 @@ def check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, 
     checks.non_negative_number(owner, "temperature", temperature)
     checks.fraction(owner, "filter_thres", filter_thres)
     checks.boolean(owner, "use_kv_cache", use_kv_cache)
-    if callback is not None and not callable(callback):
-        raise checks.type_error(owner, "callback", "None or a function", callback)
+    rule = f"a token in [0, {model.num_tokens})"
+    if stop_token is not None and checks.non_negative_int(owner, "stop_token", stop_token) >= model.num_tokens:
+        raise checks.value_error(owner, "stop_token", rule, stop_token)
     checks.tokens(owner, "prime", checks.described(prime), checks.described(mask))
     smallest, largest = prime.asnumpy().min(), prime.asnumpy().max()
     if smallest < 0 or largest >= model.num_tokens:
@@ -112,7 +137,7 @@ def padded(model, n):
 
 
 def whole_logits(model, tokens, ends):
-    """Return the logits after the first `ends` tokens of each row, by a call on the last `max_seq_len` of these."""
+    """Return the logits after the first `ends` tokens of each row, computed from the last `max_seq_len` of these."""
     starts = np.maximum(0, ends - model.max_seq_len)
     lengths = ends - starts
     even = (lengths == lengths[0]).all()
@@ -122,12 +147,37 @@ def whole_logits(model, tokens, ends):
     places = np.arange(padded(model, lengths.max()))
     seen = np.take_along_axis(tokens, starts[:, None] + places, 1)
     unneeded = model.causal and (even or model.global_takes_cache)  # a causal model does not see what comes later
-    logits = model(Tensor(seen), None if unneeded else Tensor(places < lengths[:, None]))
-    return as_array(logits)[np.arange(len(ends)), lengths - 1]
+    mask = None if unneeded else Tensor(places < lengths[:, None])
+    logits, *_ = model.steps.prompt(model, False)(Tensor(seen), places_of(lengths, len(places)), mask, None)
+    return as_array(logits)
+
+
+def places_of(ends, n):
+    """Return where the last token of each row is among those of all rows, `(b, 1)`, for rows of n tokens."""
+    return Tensor((np.arange(len(ends)) * n + ends - 1)[:, None].astype(np.int32))
 
 
 def as_array(logits):
     return (logits if logits.dtype == ms.float32 else ops.cast(logits, ms.float32)).asnumpy()
+
+
+def prompt_logits(model, tokens, places, mask, position, cached):
+    """Compute a prompt: return the logits of one token of each row, which is at `places`, and if `cached`, the caches
+    of all layers and the biases. A `position` in the form of caches is needed for rows of unequal length.
+
+    It is a call of the model but for the logits: with many words, those of a long prompt take more memory than all
+    else.
+    """
+    b, n = tokens.shape
+    layers, biases = None, ()
+    if position is not None:
+        layers = ((position,),) * model.cached_cells
+    if model.bias_distances:
+        biases = model._biases()
+    x = model._embedded(tokens, None, None, b, 0, n)
+    x, layers = model._through_layers(x, mask, biases, layers, cached)
+    logits = model.to_logits(ops.gather(x.reshape(-1, model.dim), places, 0))
+    return logits.reshape(b, model.num_tokens), layers, biases
 
 
 def next_logits(model, token, position, rings, sizes, *flat):
@@ -192,28 +242,56 @@ class State:
 
 
 class Steps:
-    """The compiled steps of a model, one for each kind of batch, valid as long as the model is what they were compiled
-    from.
+    """The compiled functions of a model, a step for each kind of batch, valid as long as the model is what they were
+    compiled from.
 
     They are functions around the model: a Cell with a compiled method would be compiled to that method wherever it is
     called later. Rings outlive steps, because MindSpore keeps whatever it compiled, and its Parameters, until the
-    process ends.
+    process ends. A generation within the callback of another one has rings, and so steps, of its own.
     """
 
     def __init__(self):
-        self.state, self.steps, self.rings = None, {}, {}
+        self.state, self.steps, self.prompts, self.rings, self.level = None, {}, {}, {}, 0
 
     def __deepcopy__(self, memo):
         return Steps()
 
-    def after(self, model, layers):
-        """Return `next_logits`, compiled at its first call, with its rings filled with the caches of a prompt."""
+    @contextmanager
+    def deeper(self):
+        self.level += 1
+        try:
+            yield
+        finally:
+            self.level -= 1
+
+    def forget_the_past(self, model):
+        """Drop what was compiled from a model that has changed."""
         state = State(model)
         if self.state is None or state != self.state:
-            self.state, self.steps = state, {}
+            check_names(model)
+            self.state, self.steps, self.prompts = state, {}, {}
+
+    def prompt(self, model, cached):
+        """Return `prompt_logits`, compiled in Graph mode."""
+        def prompt(*args):
+            return prompt_logits(model, *args, cached)
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            self.forget_the_past(model)
+            if cached not in self.prompts:
+                self.prompts[cached] = of_model(model, prompt)
+            return self.prompts[cached]
+
+        def call(*args):
+            with precision(model):
+                return prompt(*args)
+        return call
+
+    def after(self, model, layers):
+        """Return `next_logits`, compiled at its first call, with its rings filled with the caches of a prompt."""
+        self.forget_the_past(model)
         local, others = layers[:len(model.layers)], layers[len(model.layers):]
         prefix = model.windows.prefix
-        kind = prefix, tuple((cache[0].shape, str(cache[0].dtype)) for cache in local)
+        kind = self.level, prefix, tuple((cache[0].shape, checks.dtype_name(cache[0].dtype)) for cache in local)
         if kind not in self.rings:
             self.rings[kind] = filled_rings(local, prefix)
         rings, fill = self.rings[kind]
@@ -245,9 +323,39 @@ def compiled_step(model, rings, sizes):
     """Return `next_logits` with its rings; `sizes` are the numbers of tensors in the caches of global layers."""
     def step(token, position, *flat):
         return next_logits(model, token, position, rings, sizes, *flat)
+    return of_model(model, step)
+
+
+def of_model(model, function):
+    """Compile a function around a model."""
     if hasattr(model, "amp_strategy"):  # set by `amp` at "auto"; MindSpore applies it to the model's own calls
-        step.amp_strategy = model.amp_strategy
-    return _compiled(step)
+        function.amp_strategy = model.amp_strategy
+    return _compiled(function)
+
+
+def precision(model):
+    """Return the context that "auto" of `amp` puts around the model's own calls."""
+    strategy = getattr(model, "amp_strategy", None)
+    if strategy is None:
+        return nullcontext()
+    from mindspore.train.amp import AmpDecorator
+    return AmpDecorator(strategy.get_amp_level(), strategy.get_amp_dtype(), strategy.get_white_list(),
+                        strategy.get_black_list())
+
+
+def check_names(model):
+    """Check that no two Parameters have one name, which nothing that is compiled may have."""
+    owners = {}
+    for path, cell in model.cells_and_names():
+        for parameter in cell._params.values():
+            name = "" if parameter is None else parameter.name
+            where, other = owners.setdefault(name, (path, parameter))
+            if other is not parameter:
+                inner = name.partition(".")[2].rpartition(".")[0]  # within the Cell that was put in place of another
+                one, two = (whole.removesuffix(f".{inner}") for whole in (where, path))
+                raise ValueError(
+                    f"For '{model.cls_name}.generate', Parameters must have names of their own, but those named "
+                    f"'{name}' of '{one}' and '{two}' are two: call 'update_parameters_name(\"{two}.\")' of '{two}'.")
 
 
 @contextmanager
@@ -273,34 +381,64 @@ def eval_decorator(function):
     return inner
 
 
-def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback):
+def each_logits(model, tokens, lengths, cached):
+    """Yield the logits after the tokens of each row, again and again: before it asks for more, the caller writes the
+    next token of each row behind its `lengths` first ones."""
+    rows, even = np.arange(len(lengths)), (lengths == lengths[0]).all()
+    step, biases, flat = None, (), []
+    for count in numbers():
+        ends = lengths + count
+        longest = ends.max()
+        if not cached or longest > model.max_seq_len:
+            yield whole_logits(model, tokens, ends)
+        elif step is not None:
+            position = Tensor(np.array([longest - 1, *(ends - 1)], np.int32))
+            logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, *biases, *flat)
+            yield as_array(logits)
+        else:
+            position = None if even else Tensor(np.array([longest, *ends], np.int32))
+            logits, layers, biases = model.steps.prompt(model, True)(
+                Tensor(tokens[:, :longest]), places_of(ends, longest), None, position)
+            step = model.steps.after(model, layers)
+            flat = [x for layer in layers[len(model.layers):] for x in layer]
+            yield as_array(logits)
+
+
+# MindSpore's compiled functions are not safe in several threads; a callback may generate, too
+_one_thread = RLock()
+
+
+def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, stop_token, callback):
     """Implement `LocalTransformer.generate`: move the tokens of each row to the left, then generate one at a time."""
-    begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)
-    given, rows = prime.asnumpy(), np.arange(len(lengths))
-    even = (lengths == lengths[0]).all()
-    tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
-    for row in rows:
-        tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
-    cached = use_kv_cache and model.causal and model.global_takes_cache
-    cached = cached and (even or model.global_cache_is_ours)
-    with evaluating(model):
-        step, biases, flat = None, (), []
-        for count in range(seq_len):
-            ends = lengths + count
-            if not cached or ends.max() > model.max_seq_len:
-                logits = whole_logits(model, tokens, ends)
-            elif step is not None:
-                position = Tensor(np.array([ends.max() - 1, *(ends - 1)], np.int32))
-                logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, *biases, *flat)
-                logits = as_array(logits)
-            else:
-                begun = None
-                if not even:
-                    begun = ((Tensor(np.array([ends.max(), *ends], np.int32)),),) * model.cached_cells, (), 0
-                logits, (layers, biases, _) = model(Tensor(tokens[:, :ends.max()]), cache=begun, return_cache=True)
-                logits, step = as_array(logits)[rows, ends - 1], model.steps.after(model, layers)
-                flat = [x for layer in layers[len(model.layers):] for x in layer]
-            tokens[rows, ends] = sample(logits, temperature, filter_thres)
-            if callback is not None:
-                callback(count + 1)
-    return Tensor(np.take_along_axis(tokens, lengths[:, None] + np.arange(seq_len), 1))
+    with _one_thread, model.steps.deeper():
+        begin, lengths = check(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, stop_token)
+        told = callback is not None and takes_tokens(f"{model.cls_name}.generate", callback)
+        given, rows = prime.asnumpy(), np.arange(len(lengths))
+        tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
+        for row in rows:
+            tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
+        cached = use_kv_cache and model.causal and model.global_takes_cache
+        cached = cached and (model.global_cache_is_ours or (lengths == lengths[0]).all())
+        count, ended = 0, np.zeros(len(rows), bool)
+        with evaluating(model):
+            logits = each_logits(model, tokens, lengths, cached)
+            while count < seq_len and not ended.all():
+                new = sample(next(logits), temperature, filter_thres)
+                if stop_token is not None:
+                    new[ended] = stop_token
+                    ended |= new == stop_token
+                tokens[rows, lengths + count] = new
+                count += 1
+                if callback is not None:
+                    answer = callback(count, Tensor(new.astype(given.dtype))) if told else callback(count)
+                    if told and is_true(answer):
+                        break
+        return Tensor(np.take_along_axis(tokens, lengths[:, None] + np.arange(count), 1))
+
+
+def is_true(answer):
+    """Whether a callback returned True, also as an array or a Tensor: not any number, such as `write` returns."""
+    if isinstance(answer, Tensor):
+        answer = answer.asnumpy()
+    return (isinstance(answer, (bool, np.bool_, np.ndarray)) and np.size(answer) == 1
+            and np.asarray(answer).dtype == bool and bool(answer))

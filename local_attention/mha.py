@@ -100,6 +100,12 @@ def checked_segments(owner, segment_ids, b, n):
     checks.segment_ids(owner, segment_ids, b, n)
 
 
+# what LocalMHA hands on to LocalAttention; it sets the others itself
+ATTENTION_ARGUMENTS = tuple(name for name in checks.parameters(LocalAttention) if name not in (
+    "dim", "window_size", "causal", "scale", "exact_windowsize", "use_xpos", "xpos_scale_base", "dropout"))
+INSTEAD = {"head_dim": "dim_head", "num_heads": "heads", "num_kv_heads": "kv_heads", "scale": "qk_scale"}
+
+
 class _Heads(nn.Cell):
     """What LocalMHA does between projections, in a base class, which MindSpore's O1 does not rewrite (see `cells`)."""
 
@@ -147,12 +153,11 @@ class _Heads(nn.Cell):
                                mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks)
             if return_cache:
                 shape = (b * self.kv_heads, n, self.dim_head)
-                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape),
+                cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape), b,
                                     None if cache is None else cache[0])
         else:
             shape = (b * self.kv_heads, n, self.dim_head)
-            checked_cache(self.cls_name, checks.described(cache[0]), checks.described(cache[1]), shape[0],
-                          self.attn_fn.windows, self.dim_head, k.dtype)
+            checked_cache(self.cls_name, form(cache), b, self.kv_heads, self.attn_fn.windows, self.dim_head, k.dtype)
             q, k, v = q.reshape(b * self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape)
             if len(cache) == 3:
                 out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
@@ -229,7 +234,7 @@ class LocalMHA(_Heads):
         tuple of the output and the cache.
 
     Raises:
-        TypeError: If an argument or input is of another type or dtype.
+        TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
         ValueError: If an argument is out of its range or shapes do not agree.
 
     Supported Platforms:
@@ -248,6 +253,7 @@ class LocalMHA(_Heads):
                  gate_values_per_head=False, kv_heads=None, learned_sinks=False, **kwargs):
         super().__init__()
         owner = self.cls_name
+        checks.arguments(owner, kwargs, [*checks.parameters(LocalMHA), *ATTENTION_ARGUMENTS], INSTEAD)
         self.dim = checks.positive_int(owner, "dim", dim)
         self.dim_head = checks.positive_int(owner, "dim_head", dim_head)
         self.heads = checks.positive_int(owner, "heads", heads)
@@ -259,9 +265,9 @@ class LocalMHA(_Heads):
         self.qk_rmsnorm = checks.boolean(owner, "qk_rmsnorm", qk_rmsnorm)
         self.qk_scale = checks.scale(owner, "qk_scale", qk_scale)
         self.attn_fn = LocalAttention(
-            dim=dim_head, window_size=window_size, causal=causal, autopad=True, scale=qk_scale if qk_rmsnorm else None,
+            dim=dim_head, window_size=window_size, causal=causal, scale=qk_scale if qk_rmsnorm else None,
             exact_windowsize=True if exact_windowsize is None else exact_windowsize, use_xpos=use_xpos,
-            xpos_scale_base=xpos_scale_base, dropout=dropout, **kwargs)
+            xpos_scale_base=xpos_scale_base, dropout=dropout, **{"autopad": True, **kwargs})
         self.causal, self.window_size = self.attn_fn.causal, self.attn_fn.window_size
         self.exact_windowsize = self.attn_fn.exact_windowsize
 

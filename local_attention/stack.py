@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from . import checks, parallel
+from . import checks, padding, parallel
 from .backends.any_length import unknown
 from .backends.spans import document_bounds
 from .cache import form
@@ -162,6 +162,11 @@ class Stack(nn.Cell):
         self.bias_places = tuple(map(self.bias_distances.index, distances))
         first = self.layers[0][0].attn_fn
         self.causal, self.windows, self.group = first.causal, first.windows, first.group
+        for attn, _ in self.layers:
+            attn.attn_fn.must_agree = False
+        # whether tokens may move by any number of places, all alike, without a change of what they see
+        self.moves_freely = global_attn_layer is None and self.windows.prefix == 0 and all(
+            attn.attn_fn.windows.exact or attn.window_size >= self.max_seq_len for attn, _ in self.layers)
         # for each layer, where its global layer's cache is among all caches, after those of local blocks; 0 without one
         self.global_places = tuple(self.depth + global_numbers.index(number) if number in global_numbers else 0
                                    for number in range(self.depth))
@@ -196,6 +201,11 @@ class Stack(nn.Cell):
                                self.group is not None, self.windows.exact, self.dynamic_pos_bias is not None)
         if cache is not None:
             _check_cached_call(self.cls_name, n, _form(cache), type(cache).__name__, self.cached_cells, return_loss)
+        if self.group is not None:
+            x = parallel.agreed(
+                self.group, self.cls_name, x, n,
+                (checks.described(x), checks.described(mask), checks.described(segment_ids), return_loss),
+                ("mask", "segment_ids", "return_loss"))
         return x, b, n
 
     def _with_labels(self, x, mask, segment_ids, b, n):
@@ -217,8 +227,28 @@ class Stack(nn.Cell):
             mask = parallel.without_last(self.group, mask, b, n)
         return ops.depend(x, labels), mask, segment_ids, labels
 
-    def _embedded(self, x, segment_ids, b, seen, n):
-        """Return the embeddings of tokens, the first of which comes after `seen` others."""
+    def _without_shift(self, x, mask, segment_ids, labels):
+        """Undo what padding on the left shifts: positions, and windows that do not move with their query. Return the
+        inputs; the place of each row's first real token, where only positions have to know; and the order that brings
+        tokens back to their places, where they had to be moved."""
+        if segment_ids is not None:
+            mask, segment_ids = padding.without_leading(self.group, ops.depend(mask, x), segment_ids)
+            return ops.depend(x, segment_ids), mask, segment_ids, labels, None, None
+        if self.group is not None or self.moves_freely:
+            if self.num_tokens is None:
+                return x, mask, None, labels, None, None
+            first = padding.first_real(self.group, ops.depend(mask, x))
+            return ops.depend(x, first), mask, None, labels, first, None
+        order, back = padding.orders(mask)
+        labels = None if labels is None else padding.moved(labels, order)
+        return padding.moved(x, order), padding.moved(mask, order), None, labels, None, back
+
+    def _moved_back(self, x, back):
+        return padding.moved(x, back)
+
+    def _embedded(self, x, segment_ids, first, b, seen, n):
+        """Return the embeddings of tokens, the first of which comes after `seen` others. Positions count from the
+        places `first (b, 1)`."""
         if segment_ids is not None and self.group is not None:
             places = parallel.places(self.group, segment_ids)
             return self.token_emb(ops.depend(x, places)) + self.pos_emb(places)
@@ -229,6 +259,8 @@ class Stack(nn.Cell):
             places = _positions(b, start, start + n - seen, self.max_seq_len)
         if segment_ids is not None:
             places = places - document_bounds(segment_ids)[..., 0]
+        if first is not None:
+            places = ops.maximum(places - first, 0)
         return self.token_emb(x) + self.pos_emb(places)
 
     def _biases(self):

@@ -8,8 +8,15 @@ from . import checks, generation
 from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
 from .layers import GEGLU, FeedForward, LayerNorm  # noqa: F401 - likewise
 from .local_attention import default, exists, l2norm  # noqa: F401 - likewise
-from .mha import DynamicPositionBias, LocalMHA  # noqa: F401 - likewise
+from .mha import ATTENTION_ARGUMENTS, INSTEAD, DynamicPositionBias, LocalMHA  # noqa: F401 - likewise
 from .stack import CrossEntropy, Stack
+
+
+# what LocalTransformer hands on to its blocks; it sets the others itself
+BLOCK_ARGUMENTS = tuple(name for name in (*checks.parameters(LocalMHA), *ATTENTION_ARGUMENTS) if name not in (
+    "dim", "window_size", "dim_head", "heads", "dropout", "causal", "prenorm", "use_xpos", "xpos_scale_base",
+    "use_rotary_pos_emb"))
+BLOCK_INSTEAD = {**INSTEAD, "window_size": "local_attn_window_size", "dropout": "attn_dropout' or 'ff_dropout"}
 
 
 def _global_numbers(owner, layer, numbers, depth, sequence_parallel):
@@ -95,7 +102,8 @@ class LocalTransformer(Stack):
     Inputs:
         - **x** (Tensor) - int :math:`(b, n)`, each in [0, `num_tokens`), or float :math:`(b, n, dim)` when `num_tokens`
           is ``None`` .
-        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Default: ``None`` .
+        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Padding on the left shifts
+          nothing: positions count from the first real token of a row, and of a document. Default: ``None`` .
         - **cache** - The cache that an earlier call of a causal model without a mask returned. `x` is the whole
           sequence so far, and only its new tokens are computed. Default: ``None`` .
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
@@ -114,7 +122,7 @@ class LocalTransformer(Stack):
         averaged over those that are not `ignore_index`. If all are, it is 0 with zero gradient, not NaN.
 
     Raises:
-        TypeError: If an argument or input is of another type or dtype.
+        TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
         ValueError: If an argument is out of its range, shapes do not agree, the sequence is longer than `max_seq_len`,
             or a loss is requested from a model without tokens or for fewer than 2 tokens.
 
@@ -136,6 +144,7 @@ class LocalTransformer(Stack):
                  layers_insert_global_attn=None, num_residual_streams=1, **kwargs):
         super().__init__()
         owner = self.cls_name
+        checks.arguments(owner, kwargs, [*checks.parameters(LocalTransformer), *BLOCK_ARGUMENTS], BLOCK_INSTEAD)
         self.num_tokens = None if num_tokens is None else checks.positive_int(owner, "num_tokens", num_tokens)
         self.max_seq_len = checks.positive_int(owner, "max_seq_len", max_seq_len)
         self.dim = checks.positive_int(owner, "dim", dim)
@@ -180,13 +189,18 @@ class LocalTransformer(Stack):
         if cache is not None:
             layers, biases, seen = cache  # of each block, of each window, and how many tokens they were fed
             x = x[:, seen:]
+        masked, first, back = mask is not None, None, None
         if return_loss:
             x, mask, segment_ids, labels = self._with_labels(x, mask, segment_ids, b, n)
+        if masked:
+            x, mask, segment_ids, labels, first, back = self._without_shift(x, mask, segment_ids, labels)
         if self.num_tokens is not None:
-            x = self._embedded(x, segment_ids, b, seen, n)
+            x = self._embedded(x, segment_ids, first, b, seen, n)
         if self.bias_distances and not biases:
             biases = self._biases()
         x, layers = self._through_layers(x, mask, biases, layers, return_cache, segment_ids)
+        if back is not None and not return_loss:
+            x = self._moved_back(x, back)
         if self.num_tokens is not None:
             x = self.to_logits(x)
         if return_loss:
@@ -194,13 +208,15 @@ class LocalTransformer(Stack):
         return (x, (layers, biases, n)) if return_cache else x
 
     def generate(self, prime, seq_len, temperature=1., filter_thres=0.9, use_kv_cache=True, *, mask=None,
-                 callback=None):
+                 stop_token=None, callback=None):
         r"""
         Continue sequences a token at a time, each as if it were alone. Past `max_seq_len`, the model sees the last
         `max_seq_len` tokens; if it has a prefix, the first of these are the prefix then.
 
         Every change since the last call takes effect: of weights, however they were set, of Cells and of their
-        settings. A change by an optimizer or by `ops.assign` costs nothing, any other costs a compilation.
+        settings. A change by an optimizer or by `ops.assign` costs nothing, any other costs a compilation, and
+        MindSpore keeps what it compiled until the process ends. A callback may call `generate`. Calls from several
+        threads are right: one waits until the other has ended.
 
         Args:
             prime (Tensor): The sequences to continue, int :math:`(b, n)`, `n` at least 1.
@@ -214,16 +230,20 @@ class LocalTransformer(Stack):
                 none, nor with rows of unequal length if it is not a :class:`LocalMHA`. Default: ``True`` .
             mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
                 with padding before, after or both. Default: ``None`` .
-            callback (function): Called after each token with the number of tokens generated so far.
-                Default: ``None`` .
+            stop_token (int): A row ends with its first one. The rest of the row is filled with it, and the call ends
+                once all rows have ended. Default: ``None`` .
+            callback (function): Called after each token with the number of tokens generated so far and the new ones, a
+                Tensor :math:`(b)` of the dtype of `prime`; if it returns ``True`` , the call ends. A callback of one
+                argument gets the number alone, and whatever it returns is ignored. Default: ``None`` .
 
         Returns:
-            Tensor of shape :math:`(b, seq\_len)` and the dtype of `prime`: the new tokens. `mindspore.set_seed` makes
-            them reproducible.
+            Tensor of shape :math:`(b, seq\_len)` and the dtype of `prime`: the new tokens; fewer columns if the call
+            ended before. `mindspore.set_seed` makes them reproducible.
 
         Raises:
             TypeError: If an argument is of another type or dtype.
-            ValueError: If an argument is out of its range, the model has no tokens, or a row of the mask has a hole or
-                nothing real.
+            ValueError: If an argument is out of its range, the model has no tokens, a row of the mask has a hole or
+                nothing real, or two Parameters have one name and a function would be compiled.
         """
-        return generation.generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, callback)
+        return generation.generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, stop_token,
+                                   callback)

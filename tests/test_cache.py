@@ -81,25 +81,46 @@ def test_a_cache_has_one_shape_however_much_it_is_fed():
     x = ops.randn((2, N, 20))
     _, few = fed(mha, x[:, :1], [1])
     _, many = fed(mha, x, [30, 13])
-    assert [a.shape for a in few] == [a.shape for a in many] == [(2 * HEADS, 3 * W, 10)] * 2 + [(1,)]
+    assert [a.shape for a in few] == [a.shape for a in many] == [(2 * HEADS, 3 * W, 10)] * 2 + [(1 + 2,)]
     _, cache = fed(block(look_backward=2, prefix=4), x, [30, 13])
     assert cache[0].shape == (2 * HEADS, 4 + 2 * W + 1, 10)
 
 
 @pytest.mark.parametrize("make", [lambda: LocalTransformer(**MODEL, global_attn_layer=full()),
                                   lambda: LocalTransformer(**MODEL, use_dynamic_pos_bias=True)])
-def test_rows_of_a_cache_in_another_order(make):
-    model, rows = make(), np.array([2, 0, 2])
+@pytest.mark.parametrize("rows", [[2, 0, 2], [0, 2], [1, 1, 0, 2, 1]])  # as many rows, fewer, more
+def test_rows_of_a_cache_in_another_order(make, rows):
+    model, rows = make(), np.array(rows)
     x = ops.randint(0, 31, (3, 12))
     _, cache = model(x[:, :11], return_cache=True)
-    moved = np.concatenate([x.asnumpy()[rows, :11], x.asnumpy()[:, 11:]], 1)
+    moved = np.concatenate([x.asnumpy()[rows, :11], x.asnumpy()[rows, 11:]], 1)
     found = model(ms.Tensor(moved), cache=reorder_cache(cache, ms.Tensor(rows, ms.int32)))
     np.testing.assert_allclose(found.asnumpy(), model(ms.Tensor(moved)).asnumpy()[:, 11:], atol=2e-5)
+
+
+@pytest.mark.parametrize("before, rows", [(4, [1, 3]), (1, [0, 0, 0, 0])])
+def test_rows_of_a_block_s_cache_become_fewer_or_more(before, rows):
+    mha, x = block(prefix=3, kv_heads=1), ops.randn((before, 12, 20))
+    _, cache = mha(x[:, :11], return_cache=True)
+    moved = ms.Tensor(x.asnumpy()[rows])
+    for start in (11, 9):  # a token, and then two more
+        out, cache = mha(moved[:, 11:] if start == 11 else moved[:, 9:11],
+                         cache=reorder_cache(cache, ms.Tensor(rows)) if start == 11 else cache, return_cache=True)
+    whole = ms.Tensor(np.concatenate([x.asnumpy()[rows], x.asnumpy()[rows, 9:11]], 1))
+    np.testing.assert_allclose(out.asnumpy(), mha(whole).asnumpy()[:, 12:], atol=2e-5)
+
+
+def test_rows_that_a_cache_does_not_have():
     out, cache = block()(ops.randn((2, 3, 20)), return_cache=True)
-    for wrong, message in ((ops.ones((4,), ms.int32), "'rows' must be as many as the cache has, but got 4"),
-                           (ops.ones((2, 2), ms.int32), r"'rows' must be of shape \(batch,\)")):
+    for wrong, message in (([0, 2], r"'rows' must be of rows in \[0, 2\), but got 0 to 2"),
+                           ([-1, 0], r"'rows' must be of rows in \[0, 2\), but got -1 to 0"),
+                           ([[1, 1], [1, 1]], r"'rows' must be of shape \(rows,\)")):
         with pytest.raises(ValueError, match="For 'reorder_cache', " + message):
-            reorder_cache(cache, wrong)
+            reorder_cache(cache, ms.Tensor(wrong))
+    clock_alone = *cache[:2], cache[2][:1]
+    for wrong in (clock_alone, cache[:2], (7, *cache[1:])):
+        with pytest.raises(ValueError, match="For 'reorder_cache', 'cache' must be a tuple from a call with"):
+            reorder_cache(wrong, ops.ones((2,), ms.int32))
     with pytest.raises(TypeError, match="For 'reorder_cache', 'cache' must be a tuple"):
         reorder_cache(list(cache), ops.ones((2,), ms.int32))
 

@@ -300,6 +300,7 @@ def add_transformer(arrays, name, weights, rng, args, n, mask, primes):
     if mask:
         masks["mask"] = random_mask(rng, BATCH, visible(n, **spec)[0])
         masks["mask"][:, :-1] |= ~(masks["mask"][:, :-1] @ visible(n - 1, **spec)[0].T)     # for the loss
+        masks["mask"][:, 0] = True              # ours counts positions from the first real token
     elif hidden:
         masks["mask"] = np.ones((BATCH, n), bool)
     shown = {key: tensor(value) for key, value in masks.items()}
