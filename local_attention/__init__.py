@@ -17,6 +17,7 @@ Functions:
 What a query sees, and what computes it:
     WindowSpec                which keys a query sees, as five numbers; draws masks, reads other libraries' conventions
     use_backend               sets which backend runs where none is named
+    explain_attention         which backend would compute a call of `windowed_attention`, and what it costs
 
 Weights of the PyTorch package `local-attention`:
     load_torch_weights        into a Cell from a mapping or a .safetensors, .npz or .pt file
@@ -37,6 +38,7 @@ if int(numpy.__version__.split(".")[0]) >= 2:
                       "install an earlier one with  pip install 'numpy>=1.25,<2'")
 
 from .attend import use_backend  # noqa: E402
+from .explanation import explain_attention  # noqa: E402
 from .functional import merge_attentions, sliding_window_attention, windowed_attention  # noqa: E402
 from .local_attention import LocalAttention  # noqa: E402
 from .sliding_window import LocalSelfAttention, MultiHeadLocalAttention  # noqa: E402
@@ -45,8 +47,8 @@ from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer  # noqa
 
 __version__ = "0.2.0"
 __all__ = ["DynamicPositionBias", "LocalAttention", "LocalMHA", "LocalSelfAttention", "LocalTransformer",
-           "MultiHeadLocalAttention", "WindowSpec", "export_torch_weights", "load_torch_weights", "merge_attentions",
-           "sliding_window_attention", "use_backend", "windowed_attention"]
+           "MultiHeadLocalAttention", "WindowSpec", "explain_attention", "export_torch_weights", "load_torch_weights",
+           "merge_attentions", "sliding_window_attention", "use_backend", "windowed_attention"]
 
 
 def __getattr__(name):

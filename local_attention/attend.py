@@ -129,9 +129,9 @@ class use_backend:
     """
     Set what `backend=None` means from here on, for all Cells and functions, including the fused layers of models.
 
-    A plain call holds until the next one; in a `with` statement, it holds for the block. Under ``"dense"`` everything
-    runs by plain operators, which a compiled function can differentiate twice. A function that was compiled earlier
-    keeps the backend that it was compiled with.
+    A plain call holds until the next one; in a `with` statement, it holds for the block. What a call returns may be
+    entered again, also within itself. Under ``"dense"`` everything runs by plain operators, which a compiled function
+    can differentiate twice. A function that was compiled earlier keeps the backend that it was compiled with.
 
     Args:
         backend (str): ``"ascend"`` , ``"native"`` , ``"blocked"`` , ``"any_length"`` or ``"dense"`` ; ``None`` is the
@@ -151,14 +151,22 @@ class use_backend:
     """
 
     def __init__(self, backend):
-        self.before = settings.backend
-        settings.backend = check_backend("use_backend", backend)
+        self.backend, self.before = check_backend("use_backend", backend), []
+        self._set()
+        self.is_set = True  # for the first `with`
+
+    def _set(self):
+        self.before.append(settings.backend)
+        settings.backend = self.backend
 
     def __enter__(self):
+        if not self.is_set or settings.backend != self.backend:  # another call may have come between
+            self._set()
+        self.is_set = False
         return self
 
     def __exit__(self, *error):
-        settings.backend = self.before
+        settings.backend = self.before.pop()
 
 
 def refusals(problem):
@@ -183,7 +191,7 @@ def choose(problem, backend=None):
 
 def check_backend(owner, backend):
     if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
-        raise checks.value_error(owner, "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
+        raise checks.value_error(owner, "backend", f"None or one of {', '.join(BACKENDS)}", checks.shown(backend))
     return backend
 
 
@@ -226,8 +234,9 @@ def _empty(shape):
     return 0 in shape
 
 
-def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes):
-    """Return the problem of a call on tensors of these shapes; `shapes` are (name, shape) of those beside q, k, v."""
+def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes, device=None):
+    """Return the problem of a call on tensors of these shapes; `shapes` are (name, shape) of those beside q, k, v.
+    `device` is MindSpore's if it is None."""
     *leading, n_q, d = q_shape
     *key_leading, n_k, _ = k_shape
     if not {"bias", "rel_pos_emb"} & {name for name, _ in shapes}:  # their columns are those of the whole span
@@ -236,7 +245,7 @@ def problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype, shapes):
     return Problem(
         spec, scoring, None if None in leading else math.prod(leading), n_q, n_k, d, v_shape[-1],
         checks.dtype_name(frame.dtype or dtype), 1 if leading == key_leading else q_shape[-3] // k_shape[-3],
-        q_shape[-3] if frame.tokens_first else 1, frame, shapes, settings.device())
+        q_shape[-3] if frame.tokens_first else 1, frame, shapes, device or settings.device())
 
 
 @constexpr
@@ -357,12 +366,25 @@ def draw_seed(salt=0):
 
     In one step, all draws of a graph give the same number. So each place that drops needs its own `new_salt`.
     """
-    return ops.bitwise_xor(_four_bytes(), salt)
+    return ops.bitwise_xor(_four_bytes(), _as_tensor(salt))
+
+
+@constexpr
+def _as_tensor(salt):
+    """Return a salt as int32 `(1,)`. MindSpore's tracer would make an int64 of an int."""
+    return Tensor(np.array([salt], np.int32))
+
+
+class _Salt(int):
+    """An int that differs in each copy of the Cell that has it."""
+
+    def __deepcopy__(self, memo):
+        return new_salt(True)
 
 
 def new_salt(dropout):
     """Return a random int for a Cell with dropout, else 0. `mindspore.set_seed` also seeds its generator."""
-    return int(np.random.randint(2**31)) if dropout else 0
+    return _Salt(np.random.randint(2**31)) if dropout else 0
 
 
 def explain(problem, backend=None):

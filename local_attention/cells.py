@@ -3,16 +3,23 @@
 At O1, `amp` rewrites the class of a Cell from its source, together with the functions that its `construct` calls, and
 these lose the names of their own modules. It does not rewrite base classes. So the class of a public Cell has only its
 constructor and, if there are projections, a `construct`: this calls the projections, which O1 casts, and methods of a
-base class.
+base class. O1 also leaves a function as it is if it defines another one, as the package's public functions do.
 """
 import sys
 from functools import cache
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore._c_expression import MixedPrecisionType, PyNativeExecutor_
 from mindspore.ops import constexpr
+
+# O1 imports the classes that it rewrites by their place below an entry of `sys.path`. An editable install may find the
+# package by an import hook instead. Everything else comes first.
+HOME = str(Path(__file__).resolve().parents[1])
+if HOME not in sys.path:
+    sys.path.append(HOME)
 
 
 class Float32(nn.Cell):

@@ -3,8 +3,10 @@
 Every rule raises before anything is computed. All messages have one form: whose argument it is, its name, the rule, and
 what was given.
 """
+import difflib
 import inspect
 import numbers
+import reprlib
 
 import mindspore as ms
 from mindspore import Tensor
@@ -12,14 +14,48 @@ from mindspore import Tensor
 FLOATS = ("Float32", "Float16", "BFloat16")
 INTEGERS = ("Int32", "Int64")
 LARGEST_FLOAT32 = (2 - 2.**-23) * 2.**127
+LONGEST = 100  # characters of a value in a message
+_DTYPES = {ms.float32: "Float32", ms.float16: "Float16", ms.bfloat16: "BFloat16", ms.float64: "Float64",
+           ms.int32: "Int32", ms.int64: "Int64", ms.bool_: "Bool"}
 
 
 def value_error(owner, name, rule, got):
-    return ValueError(f"For '{owner}', '{name}' must be {rule}, but got {got}.")
+    """Return the error. A str is a text that says what was given; of a str that was given itself, pass what is `shown`.
+    """
+    return ValueError(f"For '{owner}', '{name}' must be {rule}, but got {got if isinstance(got, str) else shown(got)}.")
 
 
 def type_error(owner, name, rule, got):
-    return TypeError(f"For '{owner}', '{name}' must be {rule}, but got {got!r} of type {type(got).__name__}.")
+    return TypeError(f"For '{owner}', '{name}' must be {rule}, but got {shown(got)} of type {type(got).__name__}.")
+
+
+def shown(got):
+    """Return what a message shows of a value: all of it if it is short; an array's shape and dtype."""
+    shape = getattr(got, "shape", None)
+    if isinstance(shape, tuple) and shape and hasattr(got, "dtype"):
+        return f"one of shape {tuple(shape)} and {dtype_name(got.dtype).lower()}"
+    text = repr(got)
+    return text if len(text) <= LONGEST else " ".join(reprlib.repr(got).split())[:LONGEST]
+
+
+def parameters(cell):
+    """Return the names of the arguments of a Cell's constructor."""
+    given = inspect.signature(cell.__init__).parameters.items()
+    return [name for name, one in given if name != "self" and one.kind != one.VAR_KEYWORD]
+
+
+def arguments(owner, given, known, instead):
+    """Check the names of keyword arguments that are not a constructor's own. `instead` has the right names for some
+    wrong ones; for others the message has the nearest one."""
+    def words(name):
+        return "_".join(sorted(name.split("_")))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(words(name), map(words, known), 1)
+            right = instead.get(name) or next((one for one in known if [words(one)] == near), None)
+            nearest = "" if right is None else f"; the nearest is '{right}'"
+            raise TypeError(f"For '{owner}', '{name}' must be the name of one of its arguments{nearest}, but got it "
+                            f"with {shown(given[name])}.")
 
 
 def integer(owner, name, value, minimum):
@@ -76,6 +112,18 @@ def rate(owner, name, value):
     return float(value)
 
 
+def float_dtype(owner, name, value):
+    """Check for None or a dtype of q, k and v."""
+    if value is not None and not (isinstance(value, ms.Type) and dtype_name(value) in FLOATS):
+        raise type_error(owner, name, "None or MindSpore's float32, float16 or bfloat16", value)
+
+
+def device(owner, value):
+    """Check for None or the name of a device, which need not be there."""
+    if value is not None and (not isinstance(value, str) or value not in ("CPU", "GPU", "Ascend")):
+        raise value_error(owner, "device", "None, 'CPU', 'GPU' or 'Ascend'", shown(value))
+
+
 def settings(cell):
     """Return the text of a Cell's `extend_repr`: the arguments of its constructor that are also its attributes, without
     those that have their default value."""
@@ -85,10 +133,8 @@ def settings(cell):
 
 
 def dtype_name(dtype):
-    """Return MindSpore's name of a dtype. After mindtorch is imported, `str` returns `mindspore.float32` instead."""
-    name = str(dtype)
-    return {"mindspore.float32": "Float32", "mindspore.float16": "Float16", "mindspore.bfloat16": "BFloat16",
-            "mindspore.int32": "Int32", "mindspore.int64": "Int64", "mindspore.bool": "Bool"}.get(name, name)
+    """Return MindSpore's name of a dtype. After mindtorch is imported, `str` returns another."""
+    return _DTYPES.get(dtype) or str(dtype)
 
 
 def described(x):

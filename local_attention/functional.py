@@ -126,12 +126,13 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
             id is padding: it sees nothing, and no query sees it. Default: ``None`` .
         attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores. The row is the place
             of the query in its bucket, the column the place of the key in what the bucket sees. With a bucket of 1,
-            there is a number for each offset. Default: ``None`` .
+            there is a number for each offset. -inf, anything below -1e29 and the lowest number of its dtype hide the
+            key: no weight, no gradient. Default: ``None`` .
         sinks (Tensor): :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no value
             (gpt-oss). Default: ``None`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
-            (Gemma 2). Default: ``None`` .
+            (Gemma 2). From 1e-30 to 1e30. Default: ``None`` .
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
         seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
             one. Default: ``None`` .
@@ -159,10 +160,10 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
         >>> print(windowed_attention(q, k, v, WindowSpec.from_sliding_window(256), softcap=50.).shape)
         (1, 8, 1000, 64)
     """
-    _checked_windowed(
-        spec, checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
-        checks.described(segment_ids), checks.described(attn_bias), checks.described(sinks), scale, softcap,
-        dropout_rate, checks.described(seed), return_lse, backend)
+    def got(x):  # a function within, so that MindSpore's O1 leaves this one as it is (see `cells`)
+        return checks.described(x)
+    _checked_windowed(spec, got(q), got(k), got(v), got(mask), got(segment_ids), got(attn_bias), got(sinks), scale,
+                      softcap, dropout_rate, got(seed), return_lse, backend)
     spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)
     tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=_seed(seed))
@@ -217,7 +218,9 @@ def merge_attentions(outs, lses):
         >>> print(out.shape, lse.shape)
         (1, 2, 5, 8) (1, 2, 5)
     """
-    _check_pieces(_all_described(outs), _all_described(lses))
+    def got(pieces):  # see `windowed_attention`
+        return _all_described(pieces)
+    _check_pieces(got(outs), got(lses))
     pieces = []
     for lse in lses:
         pieces.append(ops.cast(lse, ms.float32))
@@ -366,10 +369,11 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         >>> print(sliding_window_attention(q, k, v, window_size_left=127, window_size_right=1).shape)
         (2, 8, 1000, 64)
     """
+    def got(x):  # see `windowed_attention`
+        return checks.described(x)
     groups, left, right, mask_shape = _checked_sliding(
-        checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
-        checks.described(rel_pos_emb), window_size_left, window_size_right, dropout_rate, checks.described(seed), scale,
-        softcap, checks.described(sinks), checks.described(segment_ids), return_lse, backend)
+        got(q), got(k), got(v), got(mask), got(rel_pos_emb), window_size_left, window_size_right, dropout_rate,
+        got(seed), scale, softcap, got(sinks), got(segment_ids), return_lse, backend)
     if groups == 0:
         return (q, ops.zeros(q.shape[:-1], ms.float32)) if return_lse else q
     if mask is not None:

@@ -22,12 +22,14 @@ def default(value, instead):
 @constexpr
 def _lowest(got):
     checks.tensor("max_neg_value", "tensor", got, tuple(LARGEST))
-    return -LARGEST[str(got[1])]
+    return -LARGEST[checks.dtype_name(got[1])]
 
 
 def max_neg_value(tensor):
     """Return the most negative finite number of a tensor's dtype."""
-    return _lowest(checks.described(tensor))
+    def got():  # a function within, so that MindSpore's O1 leaves this one as it is (see `cells`)
+        return checks.described(tensor)
+    return _lowest(got())
 
 
 def pad_to_multiple(tensor, multiple, dim=-1, value=0):
@@ -106,7 +108,7 @@ class LocalAttention(Windowed):
         - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores.
           The row is the place of the query in its window, the column the place of the key in the window's span. With
           `exact_windowsize` also :math:`(h, 1, W \cdot (look\_backward + look\_forward) + 1)`, a number for each
-          offset. Default: ``None`` .
+          offset. -inf, anything below -1e29 and the lowest number of its dtype hide the key. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
         - **segment_ids** (Tensor) - int :math:`(batch, n)`. Consecutive tokens with the same id are a document. The
           result is that of a separate call on each document. A negative id is padding: it sees nothing, and no query
@@ -118,9 +120,10 @@ class LocalAttention(Windowed):
         Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
 
     Raises:
-        TypeError: If an argument or input is of another type or dtype.
+        TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
         ValueError: If an argument is out of its range; if shapes do not agree; if the sequence is not a multiple of the
-            window, without `autopad`; or if, with `sequence_parallel`, there is no such group or a slice is too short.
+            window, without `autopad`; or if, with `sequence_parallel`, there is no such group, a slice is too short, or
+            the ranks' calls differ in a shape or in which tensors they have.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -137,9 +140,10 @@ class LocalAttention(Windowed):
     def __init__(self, window_size, causal=False, look_backward=1, look_forward=None, dropout=0., shared_qk=False,
                  rel_pos_emb_config=None, dim=None, autopad=False, exact_windowsize=False, scale=None,
                  use_rotary_pos_emb=True, use_xpos=False, xpos_scale_base=None, *, prefix=0, softcap=None,
-                 backend=None, sequence_parallel=False):
+                 backend=None, sequence_parallel=False, **unknown):
         super().__init__()
         owner = type(self).__name__
+        checks.arguments(owner, unknown, checks.parameters(LocalAttention), {"head_dim": "dim", "dim_head": "dim"})
         self.window_size = checks.positive_int(owner, "window_size", window_size)
         self.causal = checks.boolean(owner, "causal", causal)
         self.look_backward = checks.non_negative_int(owner, "look_backward", look_backward)
@@ -163,6 +167,7 @@ class LocalAttention(Windowed):
         self.backend = check_backend(owner, backend)
         self.sequence_parallel = sequence_parallel
         self.group = parallel.sequence_group(owner, sequence_parallel)
+        self.must_agree = self.group is not None  # unless the ranks have agreed on a whole model's call
 
         for other in (("use_xpos", use_xpos), ("sequence_parallel", self.group)):
             checks.together(owner, ("prefix", prefix), other)
@@ -189,8 +194,10 @@ class LocalAttention(Windowed):
     def extend_repr(self):
         return checks.settings(self)
 
-    def explain(self, n, dtype=None, mask=False, attn_bias=False, *, segment_ids=False, sinks=False, share=1):
-        """Describe which backend would run a sequence of n, why the others would not, and what one key head costs.
+    def explain(self, n, dtype=None, mask=False, attn_bias=False, *, segment_ids=False, sinks=False, share=1,
+                device=None):
+        """Describe which backend would run a sequence of n, why the others would not, and what one key head of one row
+        costs.
 
         Args:
             n (int): Sequence length.
@@ -200,6 +207,8 @@ class LocalAttention(Windowed):
             segment_ids (bool): Whether the call has documents; costs are those of one document. Default: ``False`` .
             sinks (bool): Whether the call has sinks. Default: ``False`` .
             share (int): How many query heads share a key head. Default: ``1`` .
+            device (str): ``"CPU"`` , ``"GPU"`` or ``"Ascend"`` , whether or not it is there; ``None`` is MindSpore's.
+                Default: ``None`` .
 
         Returns:
             str, a line for each backend, the options, the multiply-adds, the bytes of the scores and of the inputs and
@@ -210,8 +219,8 @@ class LocalAttention(Windowed):
         checks.positive_int(owner, "share", share)
         for name, value in dict(mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=sinks).items():
             checks.boolean(owner, name, value)
-        if dtype is not None and (isinstance(dtype, str) or str(dtype) not in checks.FLOATS):
-            raise checks.type_error(owner, "dtype", "None or MindSpore's float32, float16 or bfloat16", dtype)
+        checks.float_dtype(owner, "dtype", dtype)
+        checks.device(owner, device)
         windows, head_dim = self.windows, self.rotary_dim or 64
         groups, n_q, n_k, offset, halo = share, n, n, 0, ""
         if self.group is not None:
@@ -225,7 +234,9 @@ class LocalAttention(Windowed):
         shapes = (("mask", (batch, n_k), mask or self.use_xpos), ("documents", (1, n_k, 2), segment_ids),
                   ("bias", (share, windows.size, windows.span), attn_bias), ("sinks", (share,), sinks))
         leading = groups // share
-        return explain(problem_of(
+        text = explain(problem_of(
             spec, scoring, Frame(offset), (leading, share, n_q, head_dim), (leading, 1, n_k, head_dim),
             (leading, 1, n_k, head_dim), dtype or ms.float32,
-            tuple((name, shape) for name, shape, there in shapes if there)), self.backend) + halo
+            tuple((name, shape) for name, shape, there in shapes if there), device), self.backend)
+        text, _, compiles = text.rpartition("\n")
+        return f"{text}\nthese numbers are for {share} head{'s' if share > 1 else ''} of one row\n{compiles}{halo}"

@@ -2,6 +2,7 @@
 import functools
 import inspect
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -11,14 +12,16 @@ from .sliding_window import MultiHeadLocalAttention
 from .spec import WindowSpec
 
 
-def attention_weights(model, *inputs):
+def attention_weights(model, *inputs, **keywords):
     """
     Return the attention weights of every :class:`LocalAttention` , :class:`MultiHeadLocalAttention` and
-    :class:`LocalSelfAttention` in a model, in one call of the model without dropout.
+    :class:`LocalSelfAttention` in a model, in one call of the model without dropout. In Graph mode, too, the
+    call is made outside of graphs.
 
     Args:
         model (Cell): One of these Cells, or a Cell that contains one.
-        inputs (Tensor): The inputs of the call.
+        inputs (tuple): The arguments of the call.
+        keywords (dict): Its arguments by name, such as `mask` or `segment_ids`.
 
     Returns:
         list of arrays :math:`(..., n, n)`, one for each call of such a Cell, in order. A row is one query and sums to
@@ -26,7 +29,7 @@ def attention_weights(model, *inputs):
 
     Raises:
         TypeError: If `model` is not a Cell.
-        ValueError: If `model` contains none of these Cells.
+        ValueError: If `model` contains none of these Cells, or calls none, as with a cache or where it is compiled.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -49,16 +52,22 @@ def attention_weights(model, *inputs):
 
     def note(cell, args, kwargs):
         calls.append((cell, inspect.signature(cell.construct).bind(*args, **kwargs).arguments))
+    mode = ms.get_context("mode")
     hooks = [cell.register_forward_pre_hook(note, with_kwargs=True) for cell in cells]
     model.set_train(False)
     try:
-        model(*inputs)
+        ms.set_context(mode=ms.PYNATIVE_MODE)  # a graph would compile the hooks
+        model(*inputs, **keywords)
         for hook in hooks:
             hook.remove()
+        if not calls:
+            raise checks.value_error("attention_weights", "model", "one that calls attention of this package, neither "
+                                     "with a cache nor in a compiled method", type(model).__name__)
         return [_weights(*_of_values(cell, given)) for cell, given in calls]
     finally:
         for hook in hooks:
             hook.remove()
+        ms.set_context(mode=mode)
         for cell, training in modes:
             cell.training = training
 
@@ -70,8 +79,8 @@ def _of_values(cell, given):
             return cell(**{**given, "v": v})
         return attend, given["v"]
     q, k = (given["x"],) * 2 if "x" in given else (given["inputs_q"], given["inputs_kv"])
-    return functools.partial(cell.attend, cell.heads(cell.query(q)), cell.heads(cell.key(k)),
-                             mask=given.get("mask")), cell.heads(cell.value(k))
+    return functools.partial(cell.attend, cell.heads(cell.query(q)), cell.heads(cell.key(k)), mask=given.get("mask"),
+                             segment_ids=given.get("segment_ids")), cell.heads(cell.value(k))
 
 
 def _weights(attend, v):
@@ -130,10 +139,12 @@ def plot_weights(weights, names=None):
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If `weights` is no list of arrays of two axes or more, or `names` no list.
-        ValueError: If there are not as many names as weights.
+        ValueError: If `weights` is empty, or there are not as many names as weights.
     """
     if not isinstance(weights, (list, tuple)) or not all(getattr(each, "ndim", 0) > 1 for each in weights):
         raise checks.type_error("plot_weights", "weights", "a list of arrays (..., n, n)", weights)
+    if len(weights) == 0:
+        raise checks.value_error("plot_weights", "weights", "a list of at least one array", weights)
     if names is None:
         names = [f"layer {number}" for number in range(1, len(weights) + 1)]
     if not isinstance(names, (list, tuple)):

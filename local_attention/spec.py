@@ -1,4 +1,5 @@
 """Which keys a query sees, and how a score is made, as numbers. Every mask, plan and picture is derived from them."""
+import numbers
 from dataclasses import dataclass
 from typing import Optional
 
@@ -66,7 +67,8 @@ class WindowSpec:
 
     def within(self, end):
         """Return the spec that shows the same of a sequence of `end` positions, with no number larger than it needs."""
-        return WindowSpec(min(self.bucket, end), min(self.backward, end), min(self.forward, end), self.causal,
+        bucket = min(self.bucket, end + 1)  # one more, as `forward` may be -1
+        return WindowSpec(bucket, min(self.backward, end), min(self.forward, end), self.causal,
                           min(self.prefix, end))
 
     def visible(self, queries, keys):
@@ -83,24 +85,113 @@ class WindowSpec:
 
     @classmethod
     def from_sliding_window(cls, sliding_window):
-        """Return Hugging Face's `sliding_window`: causal, with so many keys in all, including the query's own."""
+        """Return Hugging Face's `sliding_window`: causal, with so many keys in all, including the query's own.
+
+        Examples:
+            >>> print(WindowSpec.from_sliding_window(3).show(5))
+            ■ · · · ·
+            ■ ■ · · ·
+            ■ ■ ■ · ·
+            · ■ ■ ■ ·
+            · · ■ ■ ■
+        """
         window = checks.positive_int("WindowSpec.from_sliding_window", "sliding_window", sliding_window)
         return cls(bucket=1, backward=window - 1, forward=0, causal=True)
 
     @classmethod
     def from_flash(cls, window_size, causal=False):
-        """flash-attention's `window_size=(left, right)`: keys `i - left … i + right`, inclusive; -1 is no limit."""
+        """Return flash-attention's `window_size=(left, right)`: the keys `i - left … i + right`, both included.
+
+        -1 is no limit. An int is `(int, int)`, as in JAX and Paddle. When `causal`, the right one has no effect.
+
+        Examples:
+            >>> print(WindowSpec.from_flash((2, 1)).show(5))
+            ■ ■ · · ·
+            ■ ■ ■ · ·
+            ■ ■ ■ ■ ·
+            · ■ ■ ■ ■
+            · · ■ ■ ■
+        """
         owner = "WindowSpec.from_flash"
+        if isinstance(window_size, numbers.Integral) and not isinstance(window_size, bool):
+            window_size = (window_size, window_size)
         if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-            raise checks.type_error(owner, "window_size", "a pair (left, right)", window_size)
+            raise checks.type_error(owner, "window_size", "an int or a pair (left, right)", window_size)
         checks.boolean(owner, "causal", causal)
         left, right = (NO_LIMIT if checks.integer(owner, "window_size", size, -1) == -1 else int(size)
                        for size in window_size)
         return cls(bucket=1, backward=left, forward=0 if causal else right, causal=causal)
 
     @classmethod
+    def from_centered(cls, width, extra="left"):
+        """Return a window of `width` keys in all around the query, to both sides. If `width` is even, the side `extra`,
+        ``"left"`` or ``"right"`` , has one key more.
+
+        Examples:
+            >>> print(WindowSpec.from_centered(4).show(5))
+            ■ ■ · · ·
+            ■ ■ ■ · ·
+            ■ ■ ■ ■ ·
+            · ■ ■ ■ ■
+            · · ■ ■ ■
+        """
+        owner = "WindowSpec.from_centered"
+        beside = checks.positive_int(owner, "width", width) - 1
+        if not isinstance(extra, str):
+            raise checks.type_error(owner, "extra", "'left' or 'right'", extra)
+        if extra not in ("left", "right"):
+            raise checks.value_error(owner, "extra", "'left' or 'right'", repr(extra))
+        less, more = beside // 2, beside - beside // 2
+        return cls(1, *((more, less) if extra == "left" else (less, more)), causal=False)
+
+    @classmethod
+    def from_streaming(cls, chunk, left, right):
+        """Return the chunks of a streaming model (Emformer, NeMo): every query sees all of its own chunk, `left` keys
+        before the chunk's start and `right` keys after its end.
+
+        Examples:
+            >>> print(WindowSpec.from_streaming(chunk=2, left=1, right=1).show(6))
+            ■ ■ ■ · · ·
+            ■ ■ ■ · · ·
+            · ■ ■ ■ ■ ·
+            · ■ ■ ■ ■ ·
+            · · · ■ ■ ■
+            · · · ■ ■ ■
+        """
+        owner = "WindowSpec.from_streaming"
+        return cls(checks.positive_int(owner, "chunk", chunk), checks.non_negative_int(owner, "left", left),
+                   checks.non_negative_int(owner, "right", right), causal=False)
+
+    @classmethod
+    def from_sinks(cls, window, keep):
+        """Return the window of a cache that keeps the first tokens (mlx-lm, StreamingLLM): causal, with `window` keys
+        in all. The first `keep` keys of the sequence are among them.
+
+        Examples:
+            >>> print(WindowSpec.from_sinks(window=3, keep=1).show(5))
+            ■ · · · ·
+            ■ ■ · · ·
+            ■ ■ ■ · ·
+            ■ · ■ ■ ·
+            ■ · · ■ ■
+        """
+        owner = "WindowSpec.from_sinks"
+        window, keep = checks.positive_int(owner, "window", window), checks.non_negative_int(owner, "keep", keep)
+        if keep >= window:
+            raise checks.value_error(owner, "keep", f"less than 'window', which is {window}", keep)
+        return cls(bucket=1, backward=window - keep - 1, forward=0, causal=True, prefix=keep)
+
+    @classmethod
     def from_chunks(cls, chunk_size):
-        """Return Llama 4's `attention_chunk_size`: causal, and a query sees nothing before its own chunk."""
+        """Return Llama 4's `attention_chunk_size`: causal, and a query sees nothing before its own chunk.
+
+        Examples:
+            >>> print(WindowSpec.from_chunks(2).show(4))
+            ■ · · ·
+            ■ ■ · ·
+            · · ■ ·
+            · · ■ ■
+        """
         return cls(checks.positive_int("WindowSpec.from_chunks", "chunk_size", chunk_size), 0, 0, causal=True)
 
 

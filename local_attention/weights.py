@@ -11,19 +11,18 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
-import safetensors.numpy
 from mindspore import Parameter, Tensor
 
 from . import checks
 from .layers import LayerNorm
 from .rotary import SinusoidalEmbeddings
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer
+from .weight_files import MINDSPORE, TORCH
 
 INV_FREQ = "attn_fn.rel_pos.inv_freq"
 NUMBERS = "fiub"  # NumPy's kinds of numeric dtypes
@@ -91,7 +90,8 @@ def load_torch_weights(cell, source, strict=True):
         source (Union[Mapping, str, Path]): A mapping of names to arrays or tensors, of NumPy, MindSpore or PyTorch, or
             a path to a .safetensors, .npz, .pt or .pth file of one. It may be under a key ``state_dict`` or ``model`` .
             A prefix of all names, such as ``module.`` , ``_orig_mod.`` or the path to `cell` in a larger model, is
-            removed.
+            removed. A Parameter of the model in two places, as in tied embeddings, loads from either name, or from
+            both if their values are equal.
         strict (bool): Whether everything must fit. Default: ``True`` .
 
     Returns:
@@ -100,8 +100,8 @@ def load_torch_weights(cell, source, strict=True):
 
     Raises:
         TypeError: If `cell`, `source` or `strict` is of another type.
-        ValueError: If the source cannot be read, or if strict and an entry is missing, left over or misshapen. The
-            model is then unchanged.
+        ValueError: If the source cannot be read, or if strict and an entry is missing, left over or misshapen, or two
+            entries of one Parameter differ. The model is then unchanged.
         ImportError: If a .pt or .pth file is given and PyTorch is not installed.
 
     Supported Platforms:
@@ -118,9 +118,9 @@ def load_torch_weights(cell, source, strict=True):
     theirs = _torch_names(cell, places)
     by_theirs = {name: ours for ours, name in theirs.items()}
     checks.boolean(owner, "strict", strict)
-    entries = _read(owner, source, _TORCH)
+    entries = _read(owner, source, TORCH)
     renamed = _without_prefix(entries, lambda name: by_theirs.get(name) or mindspore_name(name), places)
-    values, misfits = {}, {}
+    values, misfits, names = {}, {}, {}
     for name, value in entries.items():
         ours = renamed[name]
         if ours not in places:
@@ -128,10 +128,20 @@ def load_torch_weights(cell, source, strict=True):
         elif ours in values:
             misfits[name] = "is given twice"
         else:
+            names[ours] = name
             values[ours], misfit = _fitted(value, places[ours], _torch_shape(ours, places[ours]))
             misfits.update({name: misfit} if misfit else {})
+    given = {}  # of each Parameter, the first name whose value fits: it may have several names, as in tied embeddings
+    for ours, value in values.items():
+        place = id(places[ours])
+        if values.get(given.get(place)) is None:
+            given[place] = ours
+        first = given[place]
+        if first != ours and value is not None and not _equal(value, values[first]):
+            misfits[names[ours]] = f"differs from '{names[first]}', which is the same Parameter here"
+            values[ours] = None
     misfits.update((theirs[ours], "is missing") for ours, place in places.items()
-                   if ours not in values and isinstance(place, Parameter))
+                   if id(place) not in given and isinstance(place, Parameter))
     if strict and misfits:
         raise checks.value_error(owner, "source", f"the weights of this {type(cell).__name__}, each and no other",
                                  _listed(misfits))
@@ -146,7 +156,8 @@ def export_torch_weights(cell):
     Return the weights of a model as the PyTorch package's `state_dict` holds them, including `inv_freq`.
 
     The names are those of release 1.11.2, which loads them into a model of the same `num_residual_streams`. A global
-    layer keeps its names, except that parameters of MindSpore's own Cells, and of LayerNorm, get PyTorch's names.
+    layer keeps its names, except that parameters of MindSpore's own Cells, and of LayerNorm, get PyTorch's names. A
+    Parameter in two places, as in tied embeddings, has both names.
 
     Args:
         cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
@@ -156,6 +167,8 @@ def export_torch_weights(cell):
 
     Raises:
         TypeError: If `cell` is of another type.
+        ValueError: If it has weights that the PyTorch package's model has not, as of adapters put in place of its
+            projections.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -167,6 +180,11 @@ def export_torch_weights(cell):
     """
     places = _places("export_torch_weights", cell)
     theirs = _torch_names(cell, places)
+    unknown = [ours for ours in places if torch_name(ours) is None and not ours.startswith("global_layers.")]
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise checks.value_error("export_torch_weights", "cell", "a model of weights that the PyTorch package's has, "
+                                 "without Cells put in place of its own", f"one with {', '.join(unknown[:8])}{more}")
     return {theirs[ours]: _array(place).reshape(_torch_shape(ours, place)) if isinstance(place, Parameter)
             else place.inv_freq.astype(np.float32) for ours, place in places.items()}
 
@@ -175,18 +193,33 @@ def _places(owner, cell):
     """Return the places of a model's weights by MindSpore's names: parameters, and Cells with rotary frequencies."""
     if not isinstance(cell, (LocalMHA, LocalTransformer, DynamicPositionBias)):
         raise checks.type_error(owner, "cell", "a LocalMHA, LocalTransformer or DynamicPositionBias", cell)
-    return {**dict(cell.parameters_and_names()),
-            **{f"{name}.inv_freq": part for name, part in cell.cells_and_names()
-               if isinstance(part, SinusoidalEmbeddings)}}
+    parts = dict(_parts(cell))
+    return {**{f"{path}.{name}" if path else name: parameter for path, part in parts.items()
+               for name, parameter in part.parameters_and_names(expand=False)},
+            **{f"{path}.inv_freq": part for path, part in parts.items() if isinstance(part, SinusoidalEmbeddings)}}
+
+
+def _parts(cell, path=""):
+    """Return (path, Cell) of a Cell and of all its parts. One that is in two places has two paths, which MindSpore's
+    own iterators leave out."""
+    yield path, cell
+    for name, part in cell._cells.items():
+        if part is not None:
+            yield from _parts(part, f"{path}.{name}" if path else name)
+
+
+def _equal(value, other):
+    return np.array_equal(_array(value), _array(other), equal_nan=True)
 
 
 def _torch_names(cell, places):
-    """Return PyTorch's name of every place by MindSpore's: from the table, except in global layers."""
-    cells = dict(cell.cells_and_names())
+    """Return PyTorch's name of every place by MindSpore's: from the table, except in global layers. What the table does
+    not have, as in Cells put in place of others, keeps its name."""
+    cells = dict(_parts(cell))
 
     def theirs(ours):
         if not ours.startswith("global_layers."):
-            return torch_name(ours)
+            return torch_name(ours) or ours
         path, _, last = ours.rpartition(".")
         of_mindspore = isinstance(cells[path], LayerNorm) or type(cells[path]).__module__.startswith("mindspore.")
         return _reconnected(f"{path}.{_OF_CELLS.get(last, last) if of_mindspore else last}")
@@ -275,72 +308,6 @@ def _format(owner, name, path, formats):
     return formats[suffix]
 
 
-def _read_npz(path):
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _write_npz(path, arrays):
-    np.savez(path, **arrays)
-
-
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
-           "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"}
-
-
-def _read_safetensors(path):
-    arrays = {}
-    for name, entry in safetensors.deserialize(path.read_bytes()):  # NumPy's own reader of this format has no bfloat16
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"'{name}' is of dtype {entry['dtype']}, which is none of {', '.join(_DTYPES)}")
-        array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            array = (array.astype("<u4") << 16).view("<f4")
-        arrays[name] = array.reshape(entry["shape"])
-    return arrays
-
-
-def _write_safetensors(path, arrays):
-    safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
-
-
-def _read_torch(path):
-    return _torch(path).load(path, map_location="cpu", weights_only=True)
-
-
-def _write_torch(path, arrays):
-    torch = _torch(path)
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-
-
-def _torch(path):
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(f"'{path}' needs PyTorch, which is not installed here; a .safetensors or .npz file does not."
-                          ) from error
-    return torch
-
-
-def _read_ckpt(path):
-    return ms.load_checkpoint(str(path))
-
-
-def _write_ckpt(path, arrays):
-    ms.save_checkpoint([{"name": name, "data": Tensor(array)} for name, array in arrays.items()], str(path))
-
-
-class _Format(NamedTuple):
-    """A kind of file: how to read names and arrays from a path, and how to write them."""
-    read: Callable
-    write: Callable
-
-
-_TORCH = {".safetensors": _Format(_read_safetensors, _write_safetensors), ".npz": _Format(_read_npz, _write_npz),
-          ".pt": _Format(_read_torch, _write_torch), ".pth": _Format(_read_torch, _write_torch)}
-_MINDSPORE = {".ckpt": _Format(_read_ckpt, _write_ckpt)}
-
-
 # The command
 
 
@@ -353,7 +320,7 @@ def convert(source, target, reverse=False, dim_head=64, partial=False):
     bias or if `dim_head` is 0. Anything that is not a weight of these models is an error, or with `partial` left out.
     A global layer can be any Cell; its weights are known by name if it is a LocalMHA. Return a report.
     """
-    owner, here, there = "convert", _MINDSPORE, _TORCH
+    owner, here, there = "convert", MINDSPORE, TORCH
     for name, path in (("source", source), ("target", target)):
         if not isinstance(path, (str, os.PathLike)):
             raise checks.type_error(owner, name, "a path", path)
@@ -420,8 +387,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m local_attention.weights",
         description="Convert weights of the PyTorch package local-attention to MindSpore, or back.")
-    parser.add_argument("source", metavar="IN", help=f"{', '.join(_TORCH)}; .ckpt with --reverse")
-    parser.add_argument("target", metavar="OUT", help=f".ckpt; {', '.join(_TORCH)} with --reverse")
+    parser.add_argument("source", metavar="IN", help=f"{', '.join(TORCH)}; .ckpt with --reverse")
+    parser.add_argument("target", metavar="OUT", help=f".ckpt; {', '.join(TORCH)} with --reverse")
     parser.add_argument("--reverse", action="store_true", help="from MindSpore to PyTorch")
     parser.add_argument("--dim-head", type=int, default=64,
                         help="with --reverse: the model's dim_head, of which PyTorch keeps buffers; 0 for a model "

@@ -30,9 +30,11 @@ _unit_scale = _UnitScale()
 
 def l2norm(x, scale=None):
     """Divide x by its Euclidean norm along the last axis, computed in float32, and multiply it by `scale (d,)`."""
+    def rows():  # a function within, so that MindSpore's O1 leaves this one as it is (see `cells`)
+        return x.reshape(-1, x.shape[-1])
     if scale is None:
         scale = ops.ones((x.shape[-1],), ms.float32)
-    return ops.cast(_unit_scale(x.reshape(-1, x.shape[-1]), scale).reshape(x.shape), x.dtype)
+    return ops.cast(_unit_scale(rows(), scale).reshape(x.shape), x.dtype)
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,12 @@ class Windowed(nn.Cell):
         if mask is None:
             mask = input_mask
         groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, window_size)
+        if self.must_agree and windows.backward + windows.forward > 0:
+            k = parallel.agreed(
+                self.group, "LocalAttention", k, k.shape[-2], (
+                    checks.described(q), checks.described(k), checks.described(v), checks.described(mask),
+                    checks.described(segment_ids), checks.described(attn_bias), checks.described(sinks)),
+                ("mask", "segment_ids", "attn_bias", "sinks"))
         if groups == 0:
             return q
         if unknown(q.shape[-1:]):

@@ -1,12 +1,15 @@
 """Compare blocks at O1 with the same blocks in float32. tests/test_amp.py runs this in its own process and folder,
-because MindSpore rewrites classes by their place. It prints a line for each case."""
+because MindSpore rewrites classes by their place. It prints a line for each case, or for those that are named."""
 import sys
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from local_attention import (LocalAttention, LocalMHA, LocalSelfAttention, LocalTransformer, MultiHeadLocalAttention)
+import local_attention
+from local_attention import (LocalAttention, LocalMHA, LocalSelfAttention, LocalTransformer, MultiHeadLocalAttention,
+                             WindowSpec, sliding_window_attention, windowed_attention)
+from local_attention.local_attention import l2norm, max_neg_value
 from local_attention.transformer import FeedForward
 
 DIM, HEADS, N = 20, 3, 23
@@ -38,6 +41,23 @@ class OfGiven(nn.Cell):
 
     def construct(self, x):
         return self.attn(self.to_q(x), x, x)
+
+
+class OfFunctions(nn.Cell):
+    """A user's Cell that calls functions, by their names and as a module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Dense(DIM, DIM)
+        self.spec = WindowSpec(1, 5, 0, True)
+
+    def construct(self, x):
+        q = self.to_q(x)
+        q = l2norm(q.expand_dims(1))
+        out, lse = local_attention.windowed_attention(q, q, q, self.spec, return_lse=True)
+        both, _ = local_attention.merge_attentions((out, out), (lse, lse))
+        return both + sliding_window_attention(q, q, q) + windowed_attention(q, q, q, self.spec) + (
+            1 / max_neg_value(q))
 
 
 def block(**settings):
@@ -78,6 +98,8 @@ def fed(cell, x):
 
 
 def check(name, cell, *inputs, casts=True):
+    if named and name not in named:
+        return
     wanted, wanted_gradients = value_and_gradients(cell, inputs)
     mixed = ms.amp.auto_mixed_precision(cell, "O1")
     found, gradients = value_and_gradients(mixed, inputs)
@@ -91,7 +113,7 @@ def check(name, cell, *inputs, casts=True):
     print(name, "is right", flush=True)
 
 
-compiled = sys.argv[1] == "jit"
+compiled, named = sys.argv[1] == "jit", sys.argv[2:]
 ms.set_context(pynative_synchronize=True)
 ms.set_seed(0)
 np.random.seed(0)
@@ -104,6 +126,7 @@ check("MultiHeadLocalAttention", sliding(MultiHeadLocalAttention), x, x + 1)
 check("FeedForward", FeedForward(DIM), x, casts=False)
 check("a Cell with blocks", Holder(block(prenorm=True), sliding(LocalSelfAttention)), x)
 check("a Cell with LocalAttention", OfGiven(), x)
+check("a Cell with functions", OfFunctions(), x)
 model = LocalTransformer(num_tokens=None, dim=DIM, depth=2, max_seq_len=N, local_attn_window_size=5, heads=HEADS,
                          dim_head=10, num_residual_streams=2, use_dynamic_pos_bias=True)
 check("LocalTransformer", model, x, casts=False)

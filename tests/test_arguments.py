@@ -16,6 +16,7 @@ from local_attention import (
     LocalTransformer,
     MultiHeadLocalAttention,
     WindowSpec,
+    explain_attention,
     export_torch_weights,
     load_torch_weights,
     merge_attentions,
@@ -75,18 +76,24 @@ CALLS = {
     "WindowSpec": (WindowSpec, dict(bucket=1, backward=2, forward=0, causal=True), {}),
     "from_sliding_window": (WindowSpec.from_sliding_window, dict(sliding_window=3), {}),
     "from_flash": (WindowSpec.from_flash, dict(window_size=(1, 1)), dict(window_size={"list", "tuple"})),
+    "from_centered": (WindowSpec.from_centered, dict(width=3), {}),
+    "from_streaming": (WindowSpec.from_streaming, dict(chunk=3, left=2, right=1), {}),
+    "from_sinks": (WindowSpec.from_sinks, dict(window=3, keep=1), {}),
     "from_chunks": (WindowSpec.from_chunks, dict(chunk_size=3), {}),
     "show": (WindowSpec(1, 2, 0, True).show, dict(n=3), {}),
 
     "attention": (cell(LocalAttention, window_size=3), dict(q=FLOATS, k=FLOATS, v=FLOATS), dict(
         mask={"None"}, input_mask={"None"}, attn_bias={"None"}, window_size={"None"}, segment_ids={"None"},
         sinks={"None"})),
-    "explain": (cell(LocalAttention, window_size=3).explain, dict(n=6), dict(dtype={"None"})),
+    "explain": (cell(LocalAttention, window_size=3).explain, dict(n=6), dict(
+        dtype={"None"}, device={"None"})),
+    "explain_attention": (explain_attention, dict(q_shape=(1, 2, 6, 4), spec=WindowSpec(1, 2, 0, True)), dict(
+        k_shape={"None"}, v_width={"None"}, dtype={"None"}, device={"None"})),
     "block": (block(), dict(x=FLOATS), dict(
         mask={"None"}, attn_bias={"None"}, cache={"None"}, segment_ids={"None"})),
     "model": (model(), dict(x=TOKENS), dict(mask={"None"}, cache={"None"}, segment_ids={"None"})),
     "generate": (model().generate, dict(prime=TOKENS, seq_len=1), dict(
-        temperature={"float"}, mask={"None"}, callback={"None"})),
+        temperature={"float"}, mask={"None"}, stop_token={"None"}, callback={"None"})),
     "bias": (cell(DynamicPositionBias, dim=2, heads=1), dict(i=2, j=3), {}),
     "self": (cell(LocalSelfAttention, **SLIDING), dict(x=FLOATS), dict(
         mask={"None"}, seed={"None"}, segment_ids={"None"})),

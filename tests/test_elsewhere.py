@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from local_attention import LocalTransformer, WindowSpec, attend, checks, parallel, windowed_attention
+from local_attention import LocalTransformer, WindowSpec, attend, checks, windowed_attention
 from local_attention.backends import blocks, dropout
+from local_attention.parallel import groups
 from test_attend import SPECS, Case, assert_close
 
 MODES = ["pynative", "graph"]
@@ -91,8 +92,8 @@ def test_gpu_refuses_bfloat16_in_words(device):
 @pytest.mark.parametrize("name, pairs", [("CPU", [0, 1]), ("GPU", [0, 1]), ("Ascend", [])])
 def test_neighbours_have_groups_where_sums_are_all_there_is(name, pairs, device, monkeypatch):
     made = []
-    monkeypatch.setattr(parallel, "group_of", lambda *args: parallel.Group("all", 1, 3))
-    monkeypatch.setattr(parallel, "_pair", lambda group, first: made.append(first))
+    monkeypatch.setattr(groups, "group_of", lambda *args: groups.Group("all", 1, 3))
+    monkeypatch.setattr(groups, "pair", lambda group, first: made.append(first))
     device(name)
-    parallel.sequence_group("LocalAttention", True)
+    groups.sequence_group("LocalAttention", True)
     assert made == pairs

@@ -16,6 +16,7 @@ WIDE = {
     "2**62 to both sides": (WindowSpec(1, 2**62, 2**62, False), WindowSpec(1, N, N, False)),
     "2**63 - 1 forward": (WindowSpec(1, 0, 2**63 - 1, False), WindowSpec(1, 0, N, False)),
     "2**63 - 1 everywhere": (WindowSpec(*3 * [2**63 - 1], False, 2**63 - 1), WindowSpec(1, N, N, False)),
+    "chunk 2**32 without its last": (WindowSpec(2**32, 0, -1, False), WindowSpec(1, N, N, False)),
     "prefix 2**63 - 1": (WindowSpec(1, 2, 0, True, 2**63 - 1), WindowSpec(1, N, 0, True)),
 }
 
@@ -107,6 +108,23 @@ def test_caps_in_every_backend(softcap, backend, mode):
         wanted = both(lambda *x: windowed_attention(*x, spec, softcap=softcap, backend="dense"), q, k, v)
     for a, b in zip(got, wanted):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.parametrize("backend", COMPLETE)
+def test_a_scale_of_0_leaves_the_embeddings_of_offsets(backend, mode):
+    q, k, v, emb = (values(1, 1, 20, 4, seed=seed) if seed < 3 else values(5, 4) for seed in range(4))
+    mask = Tensor(np.arange(20)[None] % 7 > 0)
+
+    def call(q, k, v, emb, backend=backend):
+        return sliding_window_attention(q, k, v, mask, emb, 3, 2, scale=0., backend=backend)
+
+    def dense(q, k, v, emb):
+        return call(q, k, v, emb, "dense")
+    got = both(call if mode == "pynative" else ms.jit(call), q, k, v, emb)
+    for a, b in zip(got, both(dense, q, k, v, emb)):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

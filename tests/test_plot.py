@@ -9,6 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from local_attention import (
     LocalAttention,
+    LocalMHA,
     LocalSelfAttention,
     LocalTransformer,
     MultiHeadLocalAttention,
@@ -46,6 +47,46 @@ def test_weights_of_sliding_windows(cls):
     wanted = attn.out(Tensor((weights @ values).swapaxes(1, 2).reshape(2, 17, 6)))
     found = attn.set_train(False)(*inputs, Tensor(mask))
     np.testing.assert_allclose(found.asnumpy(), wanted.asnumpy(), atol=1e-5)
+
+
+@pytest.fixture(params=[ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["pynative", "graph"])
+def mode(request):
+    ms.set_context(mode=request.param)
+    yield request.param
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.mark.parametrize("keywords", [False, True], ids=["by place", "by name"])
+@pytest.mark.parametrize("cls", [LocalSelfAttention, MultiHeadLocalAttention])
+def test_weights_are_those_of_documents(cls, keywords, mode):
+    attn = cls(12, 3, window_size_left=5, window_size_right=2)
+    x, ids = ops.randn((1, 10, 12)), Tensor([[0] * 4 + [1] * 6], ms.int32)
+    inputs = (x,) if cls is LocalSelfAttention else (x, x)
+    weights, = (attention_weights(attn, *inputs, segment_ids=ids) if keywords else
+                attention_weights(attn, *inputs, None, None, ids))
+    assert (weights[..., 4:, :4] == 0).all() and (weights[..., :4, 4:] == 0).all()
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    assert ms.get_context("mode") == mode
+
+
+def test_weights_of_a_call_with_names_are_the_same_in_either_mode(mode):
+    model = LocalTransformer(num_tokens=23, max_seq_len=41, dim=12, depth=2, heads=3, dim_head=10,
+                             local_attn_window_size=5, causal=True)
+    x, ids = Tensor(np.arange(10, dtype=np.int32)[None]), Tensor([[0] * 4 + [1] * 6], ms.int32)
+    weights = attention_weights(model, x, segment_ids=ids, mask=Tensor(np.arange(10)[None] != 7))
+    assert len(weights) == 2
+    for each in weights:
+        assert (each[..., 4:, :4] == 0).all() and (each[..., 7] == 0).all() and (each[..., 9, 4:7] > 0).all()
+
+
+def test_a_call_without_attention_is_named():
+    block = LocalMHA(dim=12, window_size=4, heads=2, dim_head=6, causal=True)
+    x = ops.randn((1, 1, 12))
+    _, cache = block(x, return_cache=True)
+    assert attention_weights(block, x, return_cache=True)[0].shape == (1, 2, 1, 1)
+    with pytest.raises(ValueError, match="'model' must be one that calls attention of this package, neither with a "
+                                         "cache nor in a compiled method, but got LocalMHA."):
+        attention_weights(block, x, cache=cache)
 
 
 def test_a_model_s_weights_and_their_picture(tmp_path):
@@ -106,6 +147,8 @@ def test_a_mask_s_picture():
      "For 'plot_weights', 'names' must be None or a list, but got 'layer'"),
     (lambda: plot_weights([np.ones((2, 2))], names=[]), ValueError,
      "For 'plot_weights', 'names' must be as many as weights, 1, but got 0."),
+    (lambda: plot_weights([]), ValueError,
+     "For 'plot_weights', 'weights' must be a list of at least one array, but got []."),
     (lambda: plot_mask(WindowSpec(3, 3, 0, True), 0), ValueError, "'n' must be a positive int, but got 0."),
     (lambda: attention_weights(nn.Dense(2, 3), ops.ones((2, 2))), ValueError,
      "For 'attention_weights', 'model' must be one with attention of this package, but got Dense."),

@@ -1,8 +1,11 @@
 """Which keys a query sees: the formula, its picture, and other libraries' terms for it."""
+import doctest
+
 import numpy as np
 import pytest
 
 from local_attention import WindowSpec
+from local_attention import spec as spec_module
 from local_attention.spec import NO_LIMIT
 
 
@@ -64,9 +67,40 @@ def test_hugging_face_counts_the_query_among_its_keys():
     ((-1, 0), False, (100 - NO_LIMIT, 100)),
     ((0, -1), False, (100, 100 + NO_LIMIT)),
     ((-1, -1), True, (100 - NO_LIMIT, 100)),
+    (4, False, (96, 104)),
+    (4, True, (96, 100)),
+    (0, False, (100, 100)),
+    (-1, False, (100 - NO_LIMIT, 100 + NO_LIMIT)),
+    (np.int64(4), True, (96, 100)),
 ])
 def test_flash_attention_counts_keys_beside_the_query(window_size, causal, span):
     assert tuple(WindowSpec.from_flash(window_size, causal=causal).span(100)) == span
+
+
+@pytest.mark.parametrize("width, extra, span", [
+    (1, "left", (100, 100)), (1, "right", (100, 100)), (2, "left", (99, 100)), (2, "right", (100, 101)),
+    (7, "left", (97, 103)), (7, "right", (97, 103)), (8, "left", (96, 103)), (8, "right", (97, 104))])
+def test_a_centered_window_has_its_width(width, extra, span):
+    assert WindowSpec.from_centered(width, extra).span(100) == span
+    assert not WindowSpec.from_centered(width, extra=extra).causal
+
+
+def test_a_streaming_chunk_sees_all_of_itself():
+    assert WindowSpec.from_streaming(5, 3, 2) == WindowSpec(5, 3, 2, False)
+    assert WindowSpec.from_streaming(chunk=1, left=3, right=0).span(9) == (6, 9)
+
+
+def test_kept_keys_are_counted_in_the_window():
+    assert WindowSpec.from_sinks(7, 2) == WindowSpec(1, 4, 0, True, prefix=2)
+    assert WindowSpec.from_sinks(window=7, keep=0) == WindowSpec.from_sliding_window(7)
+    positions = np.arange(23)
+    for window, keep in ((7, 2), (7, 6), (1, 0)):
+        seen = WindowSpec.from_sinks(window, keep).visible(positions, positions)
+        assert seen.sum(1).tolist() == [min(i + 1, window) for i in positions]
+
+
+def test_pictures_of_docstrings():
+    assert doctest.testmod(spec_module).failed == 0
 
 
 def test_equal_specs_are_one_key():

@@ -18,6 +18,7 @@ from local_attention import (
     export_torch_weights,
     load_torch_weights,
 )
+from local_attention import weight_files
 from local_attention import weights as module
 
 TOKENS, LONGEST, DIM, HEADS, DIM_HEAD, WINDOW = 23, 37, 11, 3, 10, 5
@@ -303,8 +304,8 @@ def test_files(suffix, tmp_path):
     there, here = transformer(), transformer()
     arrays = export_torch_weights(there)
     path = tmp_path / f"weights{suffix}"
-    module._TORCH[suffix].write(path, arrays)
-    assert_same(module._TORCH[suffix].read(path), arrays)
+    weight_files.TORCH[suffix].write(path, arrays)
+    assert_same(weight_files.TORCH[suffix].read(path), arrays)
     assert load_torch_weights(here, path) == load_torch_weights(here, str(path)) == []
     assert_same(parameters(here), parameters(there))
 
@@ -320,7 +321,7 @@ def test_safetensors_byte_by_byte(tmp_path):
                          "s": {"dtype": "F32", "shape": [], "data_offsets": [16, 20]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + upper_halves.tobytes()
                      + numbers.astype(np.float16).tobytes() + np.float32(7).tobytes())
-    found = module._read_safetensors(path)
+    found = weight_files._read_safetensors(path)
     assert_same(found, {"b": numbers, "h": numbers.ravel().astype(np.float16), "s": np.float32(7)})
     assert (found["b"].dtype, found["h"].dtype) == (np.float32, np.float16)
 
@@ -329,9 +330,9 @@ def test_safetensors_is_that_of_the_library(tmp_path):
     from safetensors import numpy as library
     arrays = {**export_torch_weights(transformer()), "columns": np.asfortranarray(np.arange(6.).reshape(2, 3)),
               "scalar": np.array(7, np.int32), "flags": np.array([True, False])}
-    module._write_safetensors(tmp_path / "ours.safetensors", arrays)
+    weight_files._write_safetensors(tmp_path / "ours.safetensors", arrays)
     assert_same(library.load_file(tmp_path / "ours.safetensors"), arrays)
-    assert_same(module._read_safetensors(tmp_path / "ours.safetensors"), arrays)
+    assert_same(weight_files._read_safetensors(tmp_path / "ours.safetensors"), arrays)
 
 
 def test_pytorch_s_files_are_read_without_running_their_code(tmp_path, monkeypatch):
@@ -358,12 +359,12 @@ def test_command(cell, suffix, tmp_path, capsys):
     there, here = CELLS[cell](), CELLS[cell]()
     source, middle, back = tmp_path / f"in{suffix}", tmp_path / "model.ckpt", tmp_path / f"out{suffix}"
     arrays = export_torch_weights(there)
-    module._TORCH[suffix].write(source, arrays)
+    weight_files.TORCH[suffix].write(source, arrays)
     module.main([str(source), str(middle)])
     assert ms.load_param_into_net(here, ms.load_checkpoint(str(middle))) == ([], [])
     assert_same(parameters(here), parameters(there))
     module.main([str(middle), str(back), "--reverse"])
-    assert_same(module._TORCH[suffix].read(back), arrays)
+    assert_same(weight_files.TORCH[suffix].read(back), arrays)
     first, second = capsys.readouterr().out.splitlines()
     buffers = sum("inv_freq" in name for name in arrays)
     assert first.startswith(f"{source} -> {middle}: {len(arrays) - buffers} arrays")
@@ -373,13 +374,14 @@ def test_command(cell, suffix, tmp_path, capsys):
 def test_command_takes_off_what_all_names_start_with(tmp_path):
     """The prefixes are those of `torch.compile`, and of MindSpore's `amp` at O2."""
     arrays, cell = export_torch_weights(transformer()), transformer()
-    module._write_npz(tmp_path / "in.npz", {f"_orig_mod.{name}": array for name, array in arrays.items()})
+    weight_files._write_npz(tmp_path / "in.npz", {f"_orig_mod.{name}": array for name, array in arrays.items()})
     module.convert(tmp_path / "in.npz", tmp_path / "model.ckpt")
     values = ms.load_checkpoint(str(tmp_path / "model.ckpt"))
     assert ms.load_param_into_net(cell, values) == ([], [])
-    module._write_ckpt(tmp_path / "wrapped.ckpt", {f"_backbone.{name}": p.asnumpy() for name, p in values.items()})
+    wrapped = {f"_backbone.{name}": parameter.asnumpy() for name, parameter in values.items()}
+    weight_files._write_ckpt(tmp_path / "wrapped.ckpt", wrapped)
     module.convert(tmp_path / "wrapped.ckpt", tmp_path / "out.npz", reverse=True, dim_head=DIM_HEAD)
-    assert_same(module._read_npz(tmp_path / "out.npz"), arrays)
+    assert_same(weight_files._read_npz(tmp_path / "out.npz"), arrays)
 
 
 def test_command_writes_the_buffers_of_a_dim_head(tmp_path, capsys):
@@ -388,14 +390,14 @@ def test_command_writes_the_buffers_of_a_dim_head(tmp_path, capsys):
     for dim_head, expected in ((DIM_HEAD, set(export_torch_weights(cell))), (0, {
             name for name in export_torch_weights(cell) if "inv_freq" not in name})):
         module.main([str(tmp_path / "model.ckpt"), str(tmp_path / "out.npz"), "--reverse", "--dim-head", str(dim_head)])
-        assert set(module._read_npz(tmp_path / "out.npz")) == expected
+        assert set(weight_files._read_npz(tmp_path / "out.npz")) == expected
     with pytest.raises(SystemExit, match="error: .*'dim_head' must be a divisor of 30, .* but got 64"):
         module.main([str(tmp_path / "model.ckpt"), str(tmp_path / "out.npz"), "--reverse"])
 
 
 def test_command_stops_at_what_is_no_weight_unless_told_otherwise(tmp_path, capsys):
     source, target = str(tmp_path / "in.npz"), tmp_path / "out.ckpt"
-    module._write_npz(source, {**export_torch_weights(transformer()), "optimizer.step": np.array(7)})
+    weight_files._write_npz(source, {**export_torch_weights(transformer()), "optimizer.step": np.array(7)})
     with pytest.raises(SystemExit, match="error: .*'optimizer.step' is no weight of these models"):
         module.main([source, str(target)])
     assert not target.exists()
@@ -404,13 +406,13 @@ def test_command_stops_at_what_is_no_weight_unless_told_otherwise(tmp_path, caps
 
 
 def test_command_says_that_a_ckpt_cannot_hold_other_frequencies(tmp_path):
-    module._write_npz(tmp_path / "in.npz", {"attn_fn.rel_pos.inv_freq": UNUSUAL})
+    weight_files._write_npz(tmp_path / "in.npz", {"attn_fn.rel_pos.inv_freq": UNUSUAL})
     with pytest.raises(SystemExit, match="'attn_fn.rel_pos.inv_freq' is not what a model computes"):
         module.main([str(tmp_path / "in.npz"), str(tmp_path / "out.ckpt")])
 
 
 def test_command_as_a_process(tmp_path):
-    module._write_npz(tmp_path / "in.npz", export_torch_weights(DynamicPositionBias(DIM, HEADS)))
+    weight_files._write_npz(tmp_path / "in.npz", export_torch_weights(DynamicPositionBias(DIM, HEADS)))
     command = [sys.executable, "-m", "local_attention.weights", "in.npz", "out.ckpt"]
     run = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True,
                          env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(module.__file__))})

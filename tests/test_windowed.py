@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 import oracle
 from calls import BACKENDS, COMPLETE, skip_what_it_refuses
-from local_attention import WindowSpec, merge_attentions, use_backend, windowed_attention
+from local_attention import WindowSpec, merge_attentions, settings, use_backend, windowed_attention
 from local_attention.attend import Frame, Problem, explain
 from local_attention.spec import NO_LIMIT, Scoring
 
@@ -248,6 +248,26 @@ def test_explain_names_the_options_and_counts_what_is_done():
                            shapes=(("documents", (1, 2048, 2)), ("sinks", (8,)))))
     assert ("options: 4 query heads to a key head, documents, a prefix of 4, sinks, softcap 50.0, the log-sum-exp"
             in text)
+
+
+def test_use_backend_may_be_entered_again_and_within_itself():
+    before, dense = settings.backend, use_backend("dense")
+    with dense:
+        assert settings.backend == "dense"
+    assert settings.backend == before
+    for _ in range(2):
+        with dense:
+            assert settings.backend == "dense"
+            with use_backend("blocked"), dense:
+                assert settings.backend == "dense"
+            assert settings.backend == "dense"
+        assert settings.backend == before
+    late = use_backend("dense")
+    use_backend("blocked")  # for good
+    with late:
+        assert settings.backend == "dense"
+    assert settings.backend == "blocked"
+    use_backend(before)
 
 
 def test_use_backend_holds_for_its_block_and_for_good():

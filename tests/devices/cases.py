@@ -12,8 +12,8 @@ from mindspore import Tensor, nn, ops
 
 from local_attention import (
     DynamicPositionBias, LocalAttention, LocalMHA, LocalSelfAttention, LocalTransformer, MultiHeadLocalAttention,
-    WindowSpec, export_torch_weights, load_torch_weights, merge_attentions, parallel, sliding_window_attention,
-    use_backend, windowed_attention)
+    WindowSpec, explain_attention, export_torch_weights, load_torch_weights, merge_attentions, parallel,
+    sliding_window_attention, use_backend, windowed_attention)
 from local_attention.cache import reorder_cache
 from local_attention.local_attention import l2norm, look_around, max_neg_value, pad_to_multiple
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary_pos_emb, rotate_half
@@ -151,6 +151,11 @@ def constant_bias(dtype, mode):
 def by_default(dtype, mode):
     """With the backend that is chosen by default."""
     return windowed("mask", None)(dtype, mode)
+
+
+@case("explain_attention", ("float32",))
+def explained(dtype, mode):
+    explain_attention((B, H, N, D), TWO_SIDED, options=("mask", "sinks"))
 
 
 @case("merge_attentions")

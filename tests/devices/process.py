@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Tensor, communication, nn, ops
 
 from devices.cases import CASES, RANKS
-from local_attention import parallel
+from local_attention.parallel import agreement, exchange, gradients, groups
 
 DTYPES = {"GPU": ("float32", "float16"), "Ascend": ("float32", "float16", "bfloat16")}
 MODES = ("pynative", "graph")
@@ -51,12 +51,13 @@ def begin(platform):
     ms.set_device(platform)
     ms.set_context(pynative_synchronize=True)
     ms.set_seed(0)
+    agreement._Agreement._compared = lambda self, every: every  # the other rank does not exist
     if platform == "Ascend":  # its dry run accepts ranks that do not exist
         communication.GlobalComm.CHECK_ENVS = False
         communication.init()
     else:
-        parallel.group_of = lambda *names: parallel.Group("ranks", 0, RANKS)
-        parallel._pair = lambda *names: "pair"
+        groups.group_of = gradients.group_of = lambda *names: groups.Group("ranks", 0, RANKS)
+        groups.pair = exchange.pair = lambda *names: "pair"
         ops.AllReduce = Alone
 
 

@@ -1,0 +1,84 @@
+"""What a call would be computed by, and what it costs, without a tensor."""
+import mindspore as ms
+
+from . import checks
+from .attend import Frame, explain, problem_of
+from .spec import NO_LIMIT, Scoring, WindowSpec
+
+OPTIONS = ("mask", "segment_ids", "attn_bias", "sinks", "scale", "softcap", "dropout_rate", "seed", "return_lse",
+           "backend")
+
+
+def _checked(q_shape, spec, k_shape, v_width, dtype, device, options):
+    """Check the arguments; return the shapes of q and k."""
+    owner = "explain_attention"
+    if not isinstance(spec, WindowSpec):
+        raise checks.type_error(owner, "spec", "a WindowSpec", spec)
+    k_shape = q_shape if k_shape is None else k_shape
+    for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
+        if not isinstance(shape, (tuple, list)):
+            raise checks.type_error(owner, name, "a tuple of four ints", shape)
+        if len(shape) != 4:
+            raise checks.value_error(owner, name, "of four axes, (batch, heads, n, d)", shape)
+        for size in shape:
+            checks.positive_int(owner, name, size)
+    q_shape, k_shape = tuple(q_shape), tuple(k_shape)
+    (b, h, n_q, d), n_k = q_shape, k_shape[2]
+    if checks.shared((b, h, n_k, d), k_shape) is None or n_k < n_q:
+        raise checks.value_error(owner, "k_shape", f"({b}, h_kv, n_k, {d}), h_kv a divisor of {h} and n_k at least "
+                                 f"{n_q}", k_shape)
+    if v_width is not None and checks.positive_int(owner, "v_width", v_width) != d:
+        raise checks.value_error(owner, "v_width", f"None or the width of q, {d}", v_width)
+    checks.float_dtype(owner, "dtype", dtype)
+    checks.device(owner, device)
+    if isinstance(options, str) or not isinstance(options, (tuple, list, set, frozenset)):
+        raise checks.type_error(owner, "options", "a tuple of names", options)
+    checks.together(owner, ("attn_bias", "attn_bias" in options), ("a prefix of 'spec'", spec.prefix))
+    if "attn_bias" in options and NO_LIMIT in (spec.backward, spec.forward):
+        raise checks.value_error(owner, "options", "without 'attn_bias' where 'spec' has no limit", options)
+    for name in options:
+        if not isinstance(name, str) or name not in OPTIONS:
+            raise checks.value_error(owner, "options", f"names of {', '.join(OPTIONS)}", checks.shown(name))
+    return q_shape, k_shape
+
+
+def explain_attention(q_shape, spec, *, k_shape=None, v_width=None, dtype=None, device=None, options=()):
+    r"""
+    Describe how :func:`windowed_attention` would compute a call, and what it costs. No tensor is made.
+
+    Args:
+        q_shape (tuple): The shape of q, :math:`(b, h, n_q, d)`.
+        spec (WindowSpec): Which keys a query sees.
+        k_shape (tuple): The shape of k, :math:`(b, h_{kv}, n_k, d)`; ``None`` is q's. Default: ``None`` .
+        v_width (int): The width of v; ``None`` is :math:`d`, the only one that is computed so far. Default: ``None`` .
+        dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
+        device (str): ``"CPU"`` , ``"GPU"`` or ``"Ascend"`` , whether or not it is there; ``None`` is MindSpore's.
+            Default: ``None`` .
+        options (Sequence[str]): The names of the other arguments that the call has, as ``"mask"`` or ``"softcap"`` .
+            Default: ``()`` .
+
+    Returns:
+        str: a line for each backend, the options, the multiply-adds and the bytes of all heads of all rows.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If shapes do not agree, or an option is not the name of an argument.
+
+    Supported Platforms:
+        Plain Python, the same everywhere.
+
+    Examples:
+        >>> from local_attention import WindowSpec, explain_attention
+        >>> text = explain_attention((1, 8, 4096, 64), WindowSpec.from_sliding_window(256), device="Ascend")
+        >>> print(text.splitlines()[0])
+        blocked: runs this
+    """
+    q_shape, k_shape = _checked(q_shape, spec, k_shape, v_width, dtype, device, options)
+    (b, h, _, d), n_k = q_shape, k_shape[2]
+    there = {"mask": ("mask", (b, n_k)), "segment_ids": ("documents", (b, n_k, 2)), "sinks": ("sinks", (h,)),
+             "attn_bias": ("bias", (h, spec.bucket, spec.backward + spec.bucket + spec.forward)),
+             "seed": ("seed", (1,))}
+    scoring = Scoring(d ** -0.5, 1. if "softcap" in options else None, False, .5 if "dropout_rate" in options else 0.)
+    problem = problem_of(spec, scoring, Frame(None, lse="return_lse" in options), q_shape, k_shape, k_shape,
+                         dtype or ms.float32, tuple(there[name] for name in there if name in options), device)
+    return explain(problem)
