@@ -7,7 +7,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet "mindspore==2.10.0" "numpy==1.26.4"
+"$folder/venv/bin/pip" install -q mindspore==2.10.0 numpy==1.26.4
 cat > "$folder/seen.py" <<'PY'
 import mindspore as ms
 import numpy as np

@@ -139,6 +139,27 @@ def test_window_of_a_layer(layer, options, spec):
     same(module(**layer), tensors(), None, wanted(tensors(), spec), **options)
 
 
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+KINDS = [  # what the configs of transformers 5.24 have, with the fields whose pattern says something else
+    ("CWM", [GLOBAL, LOCAL, LOCAL, LOCAL], dict(sliding_window_pattern=4, max_window_layers=9), {}),
+    ("ModernBERT", [GLOBAL, LOCAL, LOCAL, GLOBAL], dict(global_attn_every_n_layers=2), dict(is_causal=False)),
+    ("SmolLM3", [GLOBAL, GLOBAL, GLOBAL, LOCAL], dict(no_rope_layers=[1, 1, 1, 0], max_window_layers=28), {}),
+    ("Gemma 4", [LOCAL, LOCAL, LOCAL, LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL], dict(sliding_window_pattern=6), {}),
+]
+
+
+@pytest.mark.parametrize("name, kinds, settings, attributes", KINDS, ids=[name for name, *_ in KINDS])
+@pytest.mark.parametrize("handed", [False, True], ids=["by the config", "by the call"])
+def test_layer_types_win_over_any_pattern(name, kinds, settings, attributes, handed):
+    both = not attributes.get("is_causal", True)
+    full, local = (WindowSpec.from_flash(size) for size in (-1, W - 1)) if both else (FULL, SLIDING)
+    config = dict(sliding_window=W, layer_types=kinds, **settings)
+    right = {kind: wanted(tensors(), spec) for kind, spec in ((GLOBAL, full), (LOCAL, local))}
+    for layer, kind in enumerate(kinds):  # the models hand the window of a layer to the call, None for a full one
+        options = dict(sliding_window=W if kind == LOCAL else None) if handed else {}
+        same(module(layer, config=config, **attributes), tensors(), None, right[kind], **options)
+
+
 def test_numbers_and_gradients():
     sinks = np.linspace(-1, 1, H).astype(np.float32)
     inputs = tensors()
