@@ -58,15 +58,15 @@ def arguments(owner, given, known, instead):
                             f"with {shown(given[name])}.")
 
 
-def integer(owner, name, value, minimum):
-    """Check for an int of at least `minimum` that 64 bits hold. Messages say "non-negative" for 0 and "positive" for
-    1."""
+def integer(owner, name, value, minimum, end=2**63):
+    """Check for an int of at least `minimum` and, unless it is None, below `end`. Messages say "non-negative" for 0 and
+    "positive" for 1."""
     rule = {0: "a non-negative int", 1: "a positive int"}.get(minimum, f"an int of at least {minimum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise type_error(owner, name, rule, value)
     if value < minimum:
         raise value_error(owner, name, rule, value)
-    if value >= 2**63:
+    if end is not None and value >= end:
         raise value_error(owner, name, f"{rule} below 2**63", value)
     return int(value)
 

@@ -33,7 +33,7 @@ def _check_seed(owner, seed):
         if shape not in ((), (1,)):
             raise checks.value_error(owner, "seed", "of one number", shape)
     elif seed is not None:
-        checks.integer(owner, "seed", seed, -2**63)
+        checks.integer(owner, "seed", seed, -2**63, None)
 
 
 check_seed = constexpr(_check_seed)

@@ -73,6 +73,13 @@ def test_numbers_that_64_bits_do_not_hold_are_refused(make):
         make()
 
 
+def test_a_seed_may_be_of_any_size():
+    x = values(1, 1, 9, 4)
+    out = [windowed_attention(x, x, x, WindowSpec(1, 4, 0, True), dropout_rate=.5, seed=seed).asnumpy()
+           for seed in (3, 2**63 + 3 - 2**63 % 2**32)]
+    np.testing.assert_array_equal(*out)
+
+
 @pytest.mark.parametrize("softcap", [1e-46, 1e-44, 1e-39, 2.4e38])
 def test_caps_that_float32_does_not_hold_are_refused(softcap):
     x = values(1, 1, 4, 2)
