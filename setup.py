@@ -28,10 +28,9 @@ TEST = ["pytest>=7", "pytest-xdist>=3", *TRAIN]
 # It is built for every machine of one architecture. When the kernel runs, it checks for wider vectors. If it cannot be
 # built, the package works without it.
 NATIVE = Extension(
-    "local_attention.backends._native",
-    sources=["local_attention/backends/native.cpp"],
-    depends=[f"local_attention/backends/native_{part}.h"
-             for part in ("call", "threads", "vectors", "block", "kernel", "layers")],
+    "local_attention.backends.native._native",
+    sources=["local_attention/backends/native/src/native.cpp"],
+    depends=[str(header.relative_to(ROOT)) for header in sorted(ROOT.glob("local_attention/backends/native/src/*.h"))],
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread",
                         "-fno-wrapv"],  # Python's own flags have -fwrapv, which loops over int pay for
     extra_link_args=["-pthread"],

@@ -22,7 +22,8 @@ from mindspore.ops import constexpr
 from . import checks
 from .attend import Frame, attend, beside
 from .cells import Float32
-from .backends import native
+from .backends.native.library import FLOATS, INT32, INT64, custom
+from .backends.native.rows import made, row_numbers
 from .backends.spans import HIDDEN
 from .local_attention import l2norm
 from .spec import Scoring, WindowSpec
@@ -187,9 +188,9 @@ class _Entry(Float32):
 
     def __init__(self, prefix, frequencies):
         super().__init__()
-        self.numbers = native.row_numbers(prefix, *frequencies)
-        self.enter = native.custom("enter_rings", [*3 * [native.FLOATS], *2 * [native.INT32], native.INT64],
-                                   [native.FLOATS])
+        self.numbers = row_numbers(prefix, *frequencies)
+        self.enter = custom("enter_rings", [*3 * [FLOATS], *2 * [INT32], INT64],
+                                   [FLOATS])
 
     def construct(self, qkv, keys, values, clock, rows):
         return self.enter(qkv, keys, values, clock, rows, self.numbers)
@@ -198,7 +199,7 @@ class _Entry(Float32):
 @constexpr
 def _fused_entry(prefix, frequencies, dtype):
     """Return the kernel as a Cell, None if it cannot run."""
-    return native.made(_Entry, prefix, frequencies) if checks.dtype_name(dtype) == "Float32" else None
+    return made(_Entry, prefix, frequencies) if checks.dtype_name(dtype) == "Float32" else None
 
 
 def fused_entry(attn, dtype):

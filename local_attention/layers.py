@@ -1,4 +1,4 @@
-"""The layers of a model beside attention, by the kernel of backends/native.py where it can run."""
+"""The layers of a model beside attention, by the kernel of backends/native where it can run."""
 import math
 from functools import lru_cache
 
@@ -9,7 +9,8 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .attend import draw_seed, new_salt
-from .backends import native
+from .backends.native.library import FLOATS, INT32, INT64, custom
+from .backends.native.rows import made, row_numbers
 from .backends.any_length import unknown
 from .backends.dropout import column_hash, keep_factors, row_hash, seeded_rows
 from .cells import InFloat32, last
@@ -73,9 +74,9 @@ class _FusedHeads(InFloat32):
     def __init__(self, heads, kv_heads, first_query, frequencies):
         super().__init__()
         self.sizes = Tensor(np.zeros((heads, kv_heads), np.int32))
-        self.numbers = native.row_numbers(first_query, *frequencies)
-        self.split = native.custom("split_heads", [native.FLOATS, native.INT32, native.INT64], 3 * [native.FLOATS])
-        self.join = native.custom("join_heads", [*3 * [native.FLOATS], native.INT64], [native.FLOATS])
+        self.numbers = row_numbers(first_query, *frequencies)
+        self.split = custom("split_heads", [FLOATS, INT32, INT64], 3 * [FLOATS])
+        self.join = custom("join_heads", [*3 * [FLOATS], INT64], [FLOATS])
 
     def construct(self, qkv):
         return self.split(qkv, self.sizes, self.numbers)
@@ -86,7 +87,7 @@ class _FusedHeads(InFloat32):
 
 @constexpr
 def _fused_heads(*args):
-    return native.made(_FusedHeads, *args)
+    return made(_FusedHeads, *args)
 
 
 def fused_heads(attn, heads, kv_heads):
@@ -106,10 +107,10 @@ class _FusedLayerNorm(InFloat32):
 
     def __init__(self, epsilon):
         super().__init__()
-        self.numbers = native.row_numbers(epsilon)
-        self.forward = native.custom("layer_norm_forward", [*3 * [native.FLOATS], native.INT64], [native.FLOATS])
-        self.backward = native.custom("layer_norm_backward", [*2 * [native.FLOATS], native.INT64, native.FLOATS],
-                                      3 * [native.FLOATS])
+        self.numbers = row_numbers(epsilon)
+        self.forward = custom("layer_norm_forward", [*3 * [FLOATS], INT64], [FLOATS])
+        self.backward = custom("layer_norm_backward", [*2 * [FLOATS], INT64, FLOATS],
+                                      3 * [FLOATS])
 
     def construct(self, x, gamma, beta):
         return self.forward(x, gamma, beta, self.numbers)
@@ -123,10 +124,10 @@ class _FusedGEGLU(InFloat32):
 
     def __init__(self):
         super().__init__()
-        self.numbers = native.row_numbers(0.)
-        self.forward = native.custom("geglu_forward", [native.FLOATS, native.INT64], [native.FLOATS])
-        self.backward = native.custom("geglu_backward", [native.FLOATS, native.INT64, native.FLOATS],
-                                      [native.FLOATS])
+        self.numbers = row_numbers(0.)
+        self.forward = custom("geglu_forward", [FLOATS, INT64], [FLOATS])
+        self.backward = custom("geglu_backward", [FLOATS, INT64, FLOATS],
+                                      [FLOATS])
 
     def construct(self, x):
         return self.forward(x, self.numbers)
@@ -139,7 +140,7 @@ class _FusedGEGLU(InFloat32):
 def _fused(name, shape, *args):
     """Return the kernel of a layer for inputs of a shape, None if plain operators have to run it."""
     cell = {"layer_norm": _FusedLayerNorm, "geglu": _FusedGEGLU}[name]
-    return None if None in shape or 0 in shape else native.made(cell, *args)
+    return None if None in shape or 0 in shape else made(cell, *args)
 
 
 class LayerNorm(nn.Cell):

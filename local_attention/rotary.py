@@ -13,7 +13,8 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .cells import Float32, InFloat32, last
-from .backends import native
+from .backends.native.library import FLOATS, INT32, INT64, custom
+from .backends.native.rows import made, row_numbers
 from .backends.any_length import unknown
 
 ELEMENTS_AT_ONCE = 2**22  # in a table: products of equal shapes are fast, but a table as large as q wastes memory
@@ -258,8 +259,8 @@ class _FusedRotation(InFloat32):
 
     def __init__(self, frequencies):
         super().__init__()
-        self.numbers, self.back = (native.row_numbers(back, *frequencies) for back in (0, 1))
-        self.turn = native.custom("rotary", [native.FLOATS, native.INT32, native.INT64], [native.FLOATS])
+        self.numbers, self.back = (row_numbers(back, *frequencies) for back in (0, 1))
+        self.turn = custom("rotary", [FLOATS, INT32, INT64], [FLOATS])
 
     def construct(self, x, position):
         return self.turn(x, position, self.numbers)
@@ -271,7 +272,7 @@ class _FusedRotation(InFloat32):
 @constexpr
 def _fused_rotation(frequencies):
     """Return the kernel as a Cell, None if it cannot run."""
-    return native.made(_FusedRotation, frequencies)
+    return made(_FusedRotation, frequencies)
 
 
 @constexpr

@@ -17,7 +17,7 @@ from mindspore import Tensor, nn, ops
 import local_attention
 from local_attention import LocalAttention, LocalTransformer, WindowSpec, settings, use_backend, windowed_attention
 from local_attention.attend import BACKENDS
-from local_attention.backends import native
+from local_attention.backends.native import library
 from local_attention.selfcheck_cases import BATCH, CASES, D, DROPOUT, HEADS, N, reference
 
 PRECISIONS = {"CPU": ("float32", "float16", "bfloat16"), "GPU": ("float32", "float16"),
@@ -232,8 +232,8 @@ def machine(device):
     """Return the versions and the machine, the head of a report."""
     there = dict(local_attention=local_attention.__version__, mindspore=ms.__version__, numpy=np.__version__,
                  python=platform.python_version(), system=platform.platform(), device=device)
-    if device == "CPU" and native.library()[0]:
-        there["native"] = f"{settings.LEVELS[native.machine_level()]}, {settings.threads()} threads"
+    if device == "CPU" and library.load()[0]:
+        there["native"] = f"{settings.LEVELS[library.machine_level()]}, {settings.threads()} threads"
     elif device != "CPU":
         try:
             there["device"] = f"{device}, {ms.hal.get_device_name(0)}"

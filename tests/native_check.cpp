@@ -2,7 +2,7 @@
 // of exactly its size, so that a sanitizer finds every access outside it. tests/native_check.sh builds this file: with
 // sanitizers, for other processors, and with other compilers.
 
-#include "../local_attention/backends/native.cpp"
+#include "../local_attention/backends/native/src/native.cpp"
 
 #include <cstdio>
 #include <limits>

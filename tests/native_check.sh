@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 cases=${2:-400}
-flags=(-std=c++17 -ffp-contract=fast -pthread -Wall -Wextra native_check.cpp)
+flags=(-std=c++17 -ffp-contract=fast -pthread -Wall -Wextra -Wshadow native_check.cpp)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 case "${1:-plain}" in

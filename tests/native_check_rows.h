@@ -81,8 +81,8 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
   std::vector<int64_t> turns{3, level, 0};
   for (int64_t c = 0; c < d; ++c) turns.push_back(bits[1]);
   const int32_t position = 5;
-  const std::vector<int32_t> at{position};
-  if (Operands().add(wide, wide_rows).add(at).add(turns).add(dwide).call(rotary)) return INFINITY;
+  const std::vector<int32_t> first{position};
+  if (Operands().add(wide, wide_rows).add(first).add(turns).add(dwide).call(rotary)) return INFINITY;
   for (int64_t row = 0; row < count; ++row)
     for (int64_t c = 0; c < d; ++c) {
       const double a = wide[row * 2 * d + c], b = wide[row * 2 * d + d + c], angle = (position + row) * frequency;
@@ -99,7 +99,7 @@ double run_rows(int64_t count, int64_t d, int64_t level, std::mt19937 &random) {
   const std::vector<int64_t> ring{batch * count, places, 2 * d};
   Operands enter;
   enter.add(qkv, {batch, 1, (more + 2 * count) * 2 * d}).add(keys, ring).add(values, ring);
-  if (enter.add(at).add(in_rows).add(turns).add(q).call(enter_rings)) return INFINITY;
+  if (enter.add(first).add(in_rows).add(turns).add(q).call(enter_rings)) return INFINITY;
   const double cosine = std::cos(position * frequency), sine = std::sin(position * frequency);
   for (int64_t group = 0; group < batch * more; ++group)
     for (int64_t c = 0; c < d; ++c) {

@@ -10,7 +10,7 @@ from mindspore.ops import constexpr
 
 from local_attention import DynamicPositionBias, LocalMHA, LocalTransformer
 from local_attention import cache as cache_module
-from local_attention.backends import native
+from local_attention.backends.native import library
 from local_attention.cache import reorder_cache
 
 W, HEADS, N = 5, 3, 43
@@ -232,7 +232,7 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
 
 
 def test_decoding_by_plain_operators(monkeypatch):
-    monkeypatch.setattr(native, "unavailable", lambda device: "is not to be used")
+    monkeypatch.setattr(library, "unavailable", lambda device: "is not to be used")
     for settings in (dict(), dict(exact_windowsize=False, use_dynamic_pos_bias=True), dict(prefix=9)):
         model = LocalTransformer(**{**MODEL, **settings})
         for attn, _ in model.layers:  # so that attention changes the tokens

@@ -7,12 +7,12 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from local_attention import LocalAttention, LocalMHA, layers, mha, rotary, settings, windows
-from local_attention.backends import native
+from local_attention.backends.native import library
 from local_attention.layers import GEGLU, LayerNorm
 from local_attention.rotary import SinusoidalEmbeddings
 
 SHAPES = [(1, 1, 2), (3, 7, 38), (5, 512), (2, 33, 1366)]
-LEVELS = range(native.machine_level() + 1) if native.library()[0] else []
+LEVELS = range(library.machine_level() + 1) if library.load()[0] else []
 by_each = pytest.mark.parametrize("by", ["operators", *LEVELS])
 in_both_modes = pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])
 
@@ -26,7 +26,7 @@ def choose(monkeypatch):
     """Force the plain operators, or the kernel at one width of vectors."""
     def to(by):
         if by == "operators":
-            monkeypatch.setattr(native, "unavailable", lambda device: "is not to be used")
+            monkeypatch.setattr(library, "unavailable", lambda device: "is not to be used")
         else:
             monkeypatch.setattr(settings, "level", by)
     return to
@@ -98,7 +98,7 @@ def test_geglu_far_from_zero():
     gate = np.array([-30., -12, -8, -5, -2, -1e-3, 0, 1e-3, 2, 5, 30], np.float32)
     found = GEGLU()(Tensor(np.stack([np.ones_like(gate), gate], 1))).asnumpy()[:, 0]
     wanted = np.array([x * math.erfc(-x / math.sqrt(2)) / 2 for x in gate.astype(np.float64)])
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-30 if native.library()[0] else 1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-30 if library.load()[0] else 1e-5)
 
 
 @by_each

@@ -15,7 +15,7 @@ from mindspore.ops import constexpr
 from mindspore.train import Callback, CheckpointConfig, LossMonitor, Model, ModelCheckpoint, TimeMonitor
 
 from local_attention import LocalAttention, LocalMHA, LocalSelfAttention, LocalTransformer, MultiHeadLocalAttention
-from local_attention.backends import native
+from local_attention.backends.native import library
 from local_attention.transformer import FeedForward
 
 SETTINGS = dict(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10, local_attn_window_size=5)
@@ -286,7 +286,7 @@ def test_an_exported_graph_is_of_mindspore_s_own_operators(tmp_path):
 
     @constexpr
     def note():
-        seen.append(native.exporting())
+        seen.append(library.exporting())
         return 1
 
     class Noted(nn.Cell):

@@ -12,16 +12,17 @@ from local_attention import attend as pipe
 from calls import attend_to
 from local_attention.attend import Problem
 from local_attention.backends import native, spans
+from local_attention.backends.native import library, rows
 from local_attention.layers import _FusedLayerNorm
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 from test_attend import SPECS, Case, assert_close
 from test_native_calls import call as call_operator
 
-BUILT = native.library()[0] is not None
+BUILT = library.load()[0] is not None
 
 
 def test_it_is_built_where_there_is_a_compiler():
-    assert BUILT or shutil.which("g++") is None, native.library()[1]
+    assert BUILT or shutil.which("g++") is None, library.load()[1]
 
 
 if BUILT:  # these tests need the kernel; without a compiler, the package works and is tested without it
@@ -33,7 +34,7 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
         pipe._prepared.cache_clear()
 
     @pytest.mark.parametrize("seed", range(200, 212))
-    @pytest.mark.parametrize("level", range(native.machine_level() + 1))
+    @pytest.mark.parametrize("level", range(library.machine_level() + 1))
     def test_every_width_of_vectors(monkeypatch, level, seed):
         monkeypatch.setattr(settings, "level", level)
         case = Case(seed, n=150 if seed % 3 == 0 else 23)
@@ -115,7 +116,7 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
         for count in ("1", "3"):
             monkeypatch.setenv("OMP_NUM_THREADS", count)
             attention, _ = pipe.prepared(problem, "native")[3]
-            found.append([cell.numbers.asnumpy() for cell in (attention, native.made(_FusedLayerNorm, 1e-5))])
+            found.append([cell.numbers.asnumpy() for cell in (attention, rows.made(_FusedLayerNorm, 1e-5))])
         for one, three in zip(*found):
             assert [(a, b) for a, b in zip(one.tolist(), three.tolist()) if a != b] == [(1, 3)]
 
@@ -242,14 +243,17 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
 
 
 def test_a_machine_without_the_kernel_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native.library.cache_clear()
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    library.load.cache_clear()
     try:
         text = LocalAttention(8, causal=True).explain(64)
         assert text.startswith("blocked: runs this")
         assert "native: was not built: that takes a C++ compiler" in text
+        (tmp_path.parent / "_native.cpython-39.so").touch()
+        library.load.cache_clear()
+        assert f"{tmp_path.parent / '_native.cpython-39.so'} is of an earlier version" in library.load()[1]
         (tmp_path / "_native.so").write_bytes(b"not a library")
-        native.library.cache_clear()
+        library.load.cache_clear()
         assert "native: could not be loaded" in LocalAttention(8, causal=True).explain(64)
     finally:
-        native.library.cache_clear()
+        library.load.cache_clear()

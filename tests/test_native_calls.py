@@ -16,9 +16,10 @@ from local_attention import attend as pipe
 from local_attention import settings, windowed_attention
 from local_attention.attend import Frame, Problem
 from local_attention.backends import native
+from local_attention.backends.native import library
 from local_attention.spec import NO_LIMIT, Scoring, WindowSpec
 
-pytestmark = pytest.mark.skipif(native.library()[0] is None, reason="the kernel was not built")
+pytestmark = pytest.mark.skipif(library.load()[0] is None, reason="the kernel was not built")
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"float32": b"float32", "int32": b"int32", "int64": b"int64", "bool": b"bool"}
 
@@ -30,12 +31,7 @@ def call(name, arrays):
     axes = (ctypes.c_int * len(arrays))(*(x.ndim for x in arrays))
     lengths = (ctypes.c_void_p * len(arrays))(*(x.ctypes.data for x in shapes))
     types = (ctypes.c_char_p * len(arrays))(*(TYPES[x.dtype.name] for x in arrays))
-    return ctypes.CDLL(native.library()[0])[name](len(arrays), pointers, axes, lengths, types, None, None)
-
-
-NAMES = ["groups", "kv_groups", "n_q", "n_k", "head_dim", "bucket", "backward", "forward", "causal", "prefix", "offset",
-         "batch", "documents", "heads", "period", "columns", "bias_backward", "offsets", "sinks", "hide_self",
-         "threads", "level", "first_group", "first_position", "beside"]
+    return ctypes.CDLL(library.load()[0])[name](len(arrays), pointers, axes, lengths, types, None, None)
 
 
 def attention(to_keys=False, **changes):
@@ -43,8 +39,9 @@ def attention(to_keys=False, **changes):
     of the backward pass."""
     numbers = native.Fused(Problem(WindowSpec(1, 5, 0, True), Scoring(.5), 4, 7, 9, 8, 8, per_key_head=2,
                                    frame=Frame(2), shapes=(("mask", (2, 9)),))).numbers.asnumpy()
+    names = library.names(library.load()[0])["numbers"]
     for name, value in changes.items():
-        numbers[NAMES.index(name)] = value
+        numbers[names.index(name)] = value
 
     def floats(*shape):
         return np.zeros(shape, np.float32)
@@ -62,14 +59,15 @@ def test_numbers_that_do_not_fit_are_an_error(backward):
     name = "attention_backward" if backward else "attention_forward"
     assert call(name, attention(backward)) == 0
     for number, values in {"groups": (-4, 0, 3, 8, 2**62), "kv_groups": (-1, 0, 3, 4), "n_q": (0, 8, 2**32 + 7),
-                           "n_k": (-9, 0, 8, 10, 2**31), "head_dim": (0, 16), "bucket": (-1, 0), "backward": (-1,),
-                           "forward": (-2,), "prefix": (-1,), "offset": (-1, 2**31, 2**62), "batch": (-2, 3, 4),
-                           "documents": (1, 3), "heads": (0, 3), "period": (0,), "columns": (-1, 5), "offsets": (-1, 6),
-                           "sinks": (-1, 2, 3), "threads": (-1, 0), "beside": (0, 3)}.items():
+                           "n_k": (-9, 0, 8, 10, 2**31), "head_dim": (0, 16), "bucket": (-1, 0),
+                           "spec_backward": (-1,), "spec_forward": (-2,), "prefix": (-1,),
+                           "offset": (-1, 2**31, 2**62), "batch": (-2, 3, 4), "doc_batch": (1, 3),
+                           "heads": (0, 3), "period": (0,), "columns": (-1, 5), "offsets": (-1, 6),
+                           "sink_heads": (-1, 2, 3), "threads": (-1, 0), "beside": (0, 3)}.items():
         for value in values:
             assert call(name, attention(backward, **{number: value})) == 2, (number, value)
-    for number, values in {"threads": (2**61,), "bucket": (2**32, 2**62), "backward": (2**62,), "forward": (2**62,),
-                           "level": (2**40,)}.items():
+    for number, values in {"threads": (2**61,), "bucket": (2**32, 2**62), "spec_backward": (2**62,),
+                           "spec_forward": (2**62,), "level": (2**40,)}.items():
         for value in values:
             assert call(name, attention(backward, **{number: value})) == 0, (number, value)
     right = attention(backward)
@@ -189,7 +187,7 @@ def test_the_number_of_threads_has_an_end(monkeypatch):
     for asked in (2**61, 2**64, 10**30):
         monkeypatch.setenv("OMP_NUM_THREADS", str(asked))
         assert settings.threads() == settings.MOST_THREADS
-        native.integers(settings.threads())
+        library.integers(settings.threads())
 
 
 FROM_THREADS = """

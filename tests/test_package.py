@@ -132,14 +132,14 @@ def test_version(setup_arguments):
 
 
 def test_the_kernel_is_an_extension(setup_arguments):
-    assert setup_arguments["ext_modules"] == ["local_attention.backends._native"]
+    assert setup_arguments["ext_modules"] == ["local_attention.backends.native._native"]
 
 
 def test_the_kernel_is_of_no_python_version(setup_arguments):
     """One wheel for a kind of machine serves every Python, and `native` looks for the name that is built."""
     commands = setup_arguments["cmdclass"]
-    built = commands["build_ext"]().get_ext_filename("local_attention.backends._native")
-    assert Path(built) == Path("local_attention", "backends", "_native.so")
+    built = commands["build_ext"]().get_ext_filename("local_attention.backends.native._native")
+    assert Path(built) == Path("local_attention", "backends", "native", "_native.so")
     assert commands["bdist_wheel"]().get_tag() == ("py3", "none", "manylinux_2_27_x86_64")
 
 

@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor
 
 from local_attention import LocalTransformer, WindowSpec, use_backend, windowed_attention
-from local_attention.backends import native
+from local_attention.backends.native import library
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = WindowSpec(1, 3, 0, True)
@@ -98,7 +98,7 @@ except NotImplementedError as error:
 
 
 ONCE = [("blocked", "pynative"), ("blocked", "graph"), ("dense", "pynative")]
-if native.library()[0]:
+if library.load()[0]:
     ONCE += [("native", "pynative"), ("native", "graph")]
 
 

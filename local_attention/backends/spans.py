@@ -8,7 +8,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from . import native
+from .native.library import INT32, INT64, custom
+from .native.rows import made
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
 
 HIDDEN = -1e30  # the score of a hidden key, which weighs nothing beside a visible one
@@ -32,7 +33,7 @@ class _FusedBounds(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.find = native.custom("document_bounds", [native.INT32], [native.INT32], [native.INT64, native.INT64])
+        self.find = custom("document_bounds", [INT32], [INT32], [INT64, INT64])
 
     def construct(self, segment_ids):
         bounds = self.find(segment_ids)
@@ -45,7 +46,7 @@ class _FusedBounds(nn.Cell):
 @constexpr
 def _fused_bounds(shape):
     """Return the kernel as a Cell, None if it cannot run."""
-    return None if None in shape or 0 in shape else native.made(_FusedBounds)
+    return None if None in shape or 0 in shape else made(_FusedBounds)
 
 
 def _found_bounds(segment_ids):

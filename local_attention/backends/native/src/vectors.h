@@ -1,4 +1,4 @@
-// Vectors of one width, functions of their numbers, and matrix products with them: a part of native_kernel.h.
+// Vectors of one width, functions of their numbers, and matrix products with them: a part of kernel.h.
 
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int QUERIES = BLOCK_QUERIES;
@@ -119,7 +119,7 @@ struct Ahead {
   int64_t width = 0, all = 0, each = 0;  // floats in a row; rows in all, and at each part
 
   void add(const float *first, int64_t count, int64_t stride) {
-    if (count > 0) rows[left++] = {first, count, stride}, all += count;
+    if (count > 0 && left < (int)std::size(rows)) rows[left++] = {first, count, stride}, all += count;
   }
 
   void begin(int64_t parts) { each = divide_up(all, std::max<int64_t>(parts, 1)), all = 0; }

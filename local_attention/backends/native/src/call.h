@@ -1,5 +1,31 @@
 // The inputs and outputs of a call, and the functions that each width of vectors has: a part of native.cpp.
 
+// The tensors and the numbers of a call, in their order. `attention_names` exports these lists, and ../library.py compares
+// them with its own. A real number is passed as the bits of a double.
+#define INPUTS(_) _(q) _(k) _(v) _(mask) _(documents) _(bias) _(sinks) _(rel_pos_emb) _(seed) _(numbers)
+#define RESULTS(_) _(out) _(statistics) _(lse)
+#define RECEIVED(_) _(out) _(statistics) _(dout) _(dlse)
+#define GRADIENTS(_) _(dq) _(dk) _(dv) _(dbias) _(dsinks) _(drel_pos_emb)
+#define INTEGERS(_)                                                                                                  \
+  _(groups) _(kv_groups) _(n_q) _(n_k) _(head_dim) _(bucket) _(spec_backward) _(spec_forward) _(causal) _(prefix)    \
+  _(offset) _(batch) _(doc_batch) _(heads) _(period) _(columns) _(bias_backward) _(offsets) _(sink_heads)            \
+  _(hide_self) _(threads) _(level) _(first_group) _(first_position) _(beside)
+#define REALS(_) _(scale) _(softcap) _(dropout)
+
+#define NAMED(name) name,
+#define TEXT(name) #name " "
+#define ONE(name) +1
+struct In {  // the places of tensors in a call; the inputs of the forward pass come first in both
+  enum : int { INPUTS(NAMED) count };
+};
+struct ForwardTo {
+  enum : int { before = In::count - 1, RESULTS(NAMED) };
+};
+struct BackwardTo {
+  enum : int { before = In::count - 1, RECEIVED(NAMED) GRADIENTS(NAMED) };
+};
+constexpr int INTEGER_COUNT = 0 INTEGERS(ONE), REAL_COUNT = 0 REALS(ONE);
+
 // Dropout's hashes, as in backends/dropout.py.
 inline uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x21F0AAADu;
@@ -58,7 +84,7 @@ struct Queries {
   Queries none() const { return {group, start, start}; }  // what follows the last block
 };
 
-// One call: its tensors, and its numbers in the order in which native.py lists them.
+// One call: its tensors and its numbers.
 struct Call {
   const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
   const bool *mask;          // (batch, n_k), true for a real key
@@ -68,10 +94,16 @@ struct Call {
   const float *emb;          // (offsets, head_dim)
   uint32_t seed;
 
-  int64_t groups, kv_groups, n_q, n_k, head_dim, bucket, spec_backward, spec_forward, causal, prefix, offset, batch,
-      doc_batch, heads, period, columns, bias_backward, offsets, sink_heads, hide_self, threads, level;
-  int64_t first_group, first_position;  // where this call begins in the whole problem, for dropout
-  int64_t beside;             // heads beside each other in a row of the output: all heads of a token, or 1
+  // Among them: `first_group` and `first_position`, where this call begins in the whole problem, for dropout; `beside`,
+  // how many heads are beside each other in a row of the output: all heads of a token, or 1.
+#define MEMBER(name) int64_t name;
+  INTEGERS(MEMBER)
+#undef MEMBER
+#define MEMBER(name) double name;
+  struct Reals {
+    REALS(MEMBER)
+  };
+#undef MEMBER
   int64_t share;              // groups that read the same keys
   int64_t padded, bias_size;  // head_dim rounded up to the widest vector, and the size of one head's bias
   float scale, softcap, kept_factor;
@@ -79,25 +111,25 @@ struct Call {
   bool dropping;
 
   explicit Call(const Tensors &x) {
-    const int64_t *number = x.numbers(9, 28);
-    for (int64_t *to : {&groups, &kv_groups, &n_q, &n_k, &head_dim, &bucket, &spec_backward, &spec_forward, &causal,
-                        &prefix, &offset, &batch, &doc_batch, &heads, &period, &columns, &bias_backward, &offsets,
-                        &sink_heads, &hide_self, &threads, &level, &first_group, &first_position, &beside})
-      *to = *number++;
-    double real[3];  // passed as their bits
-    std::memcpy(real, number, sizeof(real));
-    const double rate = real[2];
-    check(rate);
-    scale = (float)real[0], softcap = (float)real[1], dropping = rate > 0, kept_factor = (float)(1 / (1 - rate));
-    drop_below = (int32_t)((int64_t)(rate * 4294967296.) - 2147483648LL);
+    const int64_t *number = x.numbers(In::numbers, INTEGER_COUNT + REAL_COUNT);
+#define READ(name) name = *number++;
+    INTEGERS(READ)
+#undef READ
+    Reals real;
+    static_assert(sizeof(real) == REAL_COUNT * sizeof(*number));
+    std::memcpy(&real, number, sizeof(real));
+    check(real.dropout);
+    scale = (float)real.scale, softcap = (float)real.softcap, dropping = real.dropout > 0;
+    kept_factor = (float)(1 / (1 - real.dropout));
+    drop_below = (int32_t)((int64_t)(real.dropout * 4294967296.) - 2147483648LL);
     const double queries = (double)groups * n_q, keys = (double)kv_groups * n_k * head_dim;
-    q = x.floats(0, queries * head_dim), k = x.floats(1, keys), v = x.floats(2, keys);
-    mask = batch ? x.get<const bool>(3, "bool", (double)batch * n_k) : nullptr;
-    documents = doc_batch ? x.get<const int32_t>(4, "int32", 2. * doc_batch * n_k) : nullptr;
-    bias = columns ? x.floats(5, (double)heads * period * columns) : nullptr;
-    sinks = sink_heads ? x.floats(6, sink_heads) : nullptr;
-    emb = offsets ? x.floats(7, (double)offsets * head_dim) : nullptr;
-    seed = *x.get<const uint32_t>(8, "int32", 1);
+    q = x.floats(In::q, queries * head_dim), k = x.floats(In::k, keys), v = x.floats(In::v, keys);
+    mask = batch ? x.get<const bool>(In::mask, "bool", (double)batch * n_k) : nullptr;
+    documents = doc_batch ? x.get<const int32_t>(In::documents, "int32", 2. * doc_batch * n_k) : nullptr;
+    bias = columns ? x.floats(In::bias, (double)heads * period * columns) : nullptr;
+    sinks = sink_heads ? x.floats(In::sinks, sink_heads) : nullptr;
+    emb = offsets ? x.floats(In::rel_pos_emb, (double)offsets * head_dim) : nullptr;
+    seed = *x.get<const uint32_t>(In::seed, "int32", 1);
     // No query sees farther, and no sum of these overflows.
     const int64_t farthest = std::max(n_k, offset + n_q) + 1;
     for (int64_t *size : {&bucket, &spec_backward, &spec_forward}) *size = std::min(*size, farthest);
@@ -224,7 +256,7 @@ void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t
   cleared = to;
 }
 
-// The functions of native_kernel.h, for one width of vectors.
+// The functions of kernel.h, for one width of vectors.
 struct Kernel {
   bool (*forward)(const Call &, const Outputs &);
   bool (*backward)(const Call &, Gradients, float *dbias, float *dsinks, float *demb);

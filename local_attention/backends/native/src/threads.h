@@ -113,13 +113,13 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
           std::fill_n(prefix_part, 2 * prefix_size, 0.f);
         Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
                     parity ? call.n_k : first_key(from)};
-        const auto block = [&](int64_t number) {
-          const int64_t start = from + number / call.share * BLOCK_QUERIES;
-          return Queries{group + number % call.share, start, std::min(start + BLOCK_QUERIES, to)};
+        const auto block = [&](int64_t index) {
+          const int64_t start = from + index / call.share * BLOCK_QUERIES;
+          return Queries{group + index % call.share, start, std::min(start + BLOCK_QUERIES, to)};
         };
         const int64_t all = divide_up(to - from, BLOCK_QUERIES) * call.share;
-        for (int64_t number = 0; number < all; ++number) {
-          const Queries now = block(number), next = number + 1 < all ? block(number + 1) : now.none();
+        for (int64_t index = 0; index < all; ++index) {
+          const Queries now = block(index), next = index + 1 < all ? block(index + 1) : now.none();
           worker.backward(now, next, grads, state);
         }
         clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));

@@ -1,126 +1,7 @@
-// Attention of one block of queries, forward and backward, for one width of vectors. This file is included once for
-// each width. Before it, KERNEL (its namespace), VECTOR_BYTES and REGISTERS (how many vectors the processor holds) are
-// defined.
-//
-// In a tile, each row is a key, and the lanes of its vectors are queries. So a softmax runs down the columns, with no
-// sum across lanes, and a mask compares lanes with the number of a key.
+// The backward pass of a block of queries, from the statistics of the forward pass: a part of kernel.h.
 
-namespace KERNEL {
-
-#include "native_vectors.h"
-#include "native_block.h"
-
-constexpr float SLACK = 8;  // see soften()
-
-// Attention of a block: forward, and backward from the statistics of the forward pass.
-struct Worker : Block {
-  using Block::Block;
-
-  void forward(const Queries &block, const Queries &next, const Outputs &outputs) {
-    read_block(block, false);
-    look_ahead(next, {call.k, call.v});
-    ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride());
-    ahead.begin(2 * parts());
-    careful = false;
-    attend();
-    if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
-    if (overflown()) read_block(block, true), attend();
-    const int64_t at = group * call.n_q + start;
-    for (int64_t lane = 0; lane < count; lane += WIDTH) {
-      const Vec near = load<Vec>(highest + lane) * (LOG_2 * (LOG2_E / unit));
-      put(outputs.lse + at + lane, count - lane, near + log(load<Vec>(sum + lane)));
-    }
-    for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
-    transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum, d);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
-      outputs.statistics[2 * (at + lane) + 1] = halved() ? -sum[lane] : sum[lane];
-    }
-  }
-
-  // Whether scores left the range of float32 upwards, or all that a query sees did so downwards. Where they are
-  // infinite in any unit, nothing is lost.
-  bool overflown() const {
-    const bool has_sink = call.sinks && call.sinks[group % call.sink_heads] > -INFINITY;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      if (highest[lane] == INFINITY || std::isnan(sum[lane])) return true;
-      if (sum[lane] == 0 && (has_sink || sees(lane))) return true;
-    }
-    return false;
-  }
-
-  float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * unit : -INFINITY; }
-
-  // Computes the weighted sums of values, and the sums of weights.
-  void attend() {
-    std::fill(out_t, out_t + d * QUERIES, 0.f);
-    std::fill(highest, highest + QUERIES, sink());
-    std::fill(sum, sum + QUERIES, sink() == -INFINITY ? 0.f : 1.f);
-    over_keys([&] {
-      score();
-      call.dropping ? soften<true>() : soften<false>();
-      add_to_queries(scores, v_rows(), out_t);
-    });
-  }
-
-  // Turns scores into weights, relative to a score near the highest so far of each query. Where a new score is higher
-  // by more than SLACK, a factor of 2^SLACK in the weight, it takes that place, and the earlier sums are rescaled.
-  template <bool DROPPING>
-  void soften() {
-    std::copy_n(highest, QUERIES, top);
-    over_tile([&](auto count, int v, int from, int to) {
-      Vec now[count];
-      for (int i = 0; i < count; ++i) now[i] = load<Vec>(top + (v + i) * WIDTH);
-      for (int j = from; j < to; ++j)
-        for (int i = 0; i < count; ++i) now[i] = max(now[i], load<Vec>(scores + j * QUERIES + (v + i) * WIDTH));
-      for (int i = 0; i < count; ++i) store(top + (v + i) * WIDTH, now[i]);
-    });
-    for (int v = 0; v < vectors; ++v) move(v);
-    if (halved()) widen(top);
-    over_tile([&](auto count, int v, int from, int to) {
-      Vec near[count], total[count]{};  // summing each tile by itself loses less than one long sum
-      for (int i = 0; i < count; ++i) near[i] = load<Vec>(top + (v + i) * WIDTH);
-      for (int j = from; j < to; ++j)
-        for (int i = 0; i < count; ++i) {
-          float *at = scores + j * QUERIES + (v + i) * WIDTH;
-          Vec weight = power_of_2(load<Vec>(at) - near[i]);
-          total[i] += weight;
-          if (DROPPING) weight *= keep(v + i, key + j);
-          store(at, weight);
-        }
-      for (int i = 0; i < count; ++i) {
-        float *summed = sum + (v + i) * WIDTH;
-        store(summed, load<Vec>(summed) + total[i]);
-      }
-    });
-  }
-
-  // Subtracts from halved scores what they are relative to, and doubles what is left: not halved, and relative to 0.
-  void widen(float *relative_to) {
-    for (int i = 0; i < pieces; ++i)
-      for (int j = piece[i].key; j < piece[i].end_key; ++j)
-        for (int lane = piece[i].vector * WIDTH; lane < piece[i].end_vector * WIDTH; ++lane)
-          scores[j * QUERIES + lane] = 2 * (scores[j * QUERIES + lane] - relative_to[lane]);
-    std::fill(relative_to, relative_to + QUERIES, 0.f);
-  }
-
-  // Replaces the highest scores of a vector of queries, in `top`, by those that the weights are relative to.
-  void move(int v) {
-    const Vec before = load<Vec>(highest + v * WIDTH), now = load<Vec>(top + v * WIDTH);
-    const bool moves = any(now > before + SLACK);
-    const Vec near = moves ? now : before, relative_to = near == -INFINITY ? Vec{} : near;
-    store(top + v * WIDTH, relative_to);
-    if (!moves) return;
-    const Vec rescale = power_of_2((before - relative_to) * (LOG2_E / unit));
-    store(highest + v * WIDTH, near);
-    store(sum + v * WIDTH, load<Vec>(sum + v * WIDTH) * rescale);
-    scale_out(v, rescale);
-  }
-
-  void scale_out(int v, Vec factor) {
-    float *at = out_t + v * WIDTH;
-    for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
-  }
+struct Worker : Forward {
+  using Forward::Forward;
 
   void backward(const Queries &block, const Queries &next, const Gradients &grads, Chunk &chunk) {
     const int64_t at = block.group * call.n_q + block.start;
@@ -207,14 +88,14 @@ struct Worker : Block {
   // dropped, and no query hides itself. Otherwise an unseen key stays 0, whatever the other numbers are.
   template <bool PLAIN>
   void differentiate(const float *relative_to) {
-    over_tile([&](auto count, int v, int from, int to) {
-      Vec near[count], inverse[count], mean[count];
-      for (int i = 0; i < count; ++i) {
+    over_tile([&](auto many, int v, int from, int to) {
+      Vec near[many], inverse[many], mean[many];
+      for (int i = 0; i < many; ++i) {
         const int lane = (v + i) * WIDTH;
         near[i] = load<Vec>(relative_to + lane), inverse[i] = load<Vec>(sum + lane), mean[i] = load<Vec>(dot + lane);
       }
       for (int j = from; j < to; ++j)
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < many; ++i) {
           const int64_t at = j * QUERIES + (v + i) * WIDTH;
           const Vec score = load<Vec>(scores + at), dweight = load<Vec>(dscores + at);
           Vec weight = power_of_2(score - near[i]) * inverse[i];
@@ -235,9 +116,9 @@ struct Worker : Block {
 
   // Turns gradients of capped scores into gradients of products.
   void uncap() {
-    over_tile([&](auto count, int v, int from, int to) {
+    over_tile([&](auto many, int v, int from, int to) {
       for (int j = from; j < to; ++j)
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < many; ++i) {
           const int64_t at = j * QUERIES + (v + i) * WIDTH;
           const Vec dscore = load<Vec>(dscores + at);
           store(dscores + at, dscore == 0.f ? Vec{} : dscore * load<Vec>(slopes + at));
@@ -252,13 +133,13 @@ struct Worker : Block {
         x[i] = load<Vec>(dscores + (j + i) * QUERIES + v * WIDTH);
       turn(x);
       for (int i = 0; i < std::min<int64_t>(WIDTH, count - v * WIDTH); ++i) {
-        float *row = dbias + group % call.heads * call.bias_size + bias_rows[v * WIDTH + i];
+        float *to = dbias + group % call.heads * call.bias_size + bias_rows[v * WIDTH + i];
         const int64_t column = column_of(v * WIDTH + i, j);
-        __builtin_prefetch(row + real_column(column + KEYS), 1);
+        __builtin_prefetch(to + real_column(column + KEYS), 1);
         if (all_real(column))
-          store(row + column, load<Vec>(row + column) + x[i]);
+          store(to + column, load<Vec>(to + column) + x[i]);
         else
-          for (int c = 0; c < WIDTH; ++c) row[real_column(column + c)] += x[i][c];
+          for (int c = 0; c < WIDTH; ++c) to[real_column(column + c)] += x[i][c];
       }
     }
   }
@@ -274,23 +155,16 @@ struct Worker : Block {
         for (int64_t lane = piece[i].vector * WIDTH; lane < end; ++lane)
           by_offset[(j + QUERIES - 1 - lane) * QUERIES + lane] = dscores[j * QUERIES + lane];
     }
-    const int64_t rows = to - from;
+    const int64_t used = to - from;
     const float *by = by_offset + from * QUERIES, *emb = call.emb + offset_of(from) * d;
     float *to_emb = demb + offset_of(from) * padded;
-    if (finite(emb, rows * d))
-      matmul(d, vectors, rows, emb, 1, d, by, QUERIES, dq_emb_t, QUERIES, true, ahead);
+    if (finite(emb, used * d))
+      matmul(d, vectors, used, emb, 1, d, by, QUERIES, dq_emb_t, QUERIES, true, ahead);
     else
-      matmul_of_seen(rows, vectors * WIDTH, d, by, emb, d, dq_emb_t, QUERIES, true);
+      matmul_of_seen(used, vectors * WIDTH, d, by, emb, d, dq_emb_t, QUERIES, true);
     if (q_finite)
-      matmul(rows, padded / WIDTH, count, by, QUERIES, 1, q_rows, padded, to_emb, padded, true, ahead);
+      matmul(used, padded / WIDTH, count, by, QUERIES, 1, q_rows, padded, to_emb, padded, true, ahead);
     else
-      matmul_of_seen(rows, count, padded, by, q_rows, padded, to_emb, padded, false);
+      matmul_of_seen(used, count, padded, by, q_rows, padded, to_emb, padded, false);
   }
 };
-
-#include "native_layers.h"
-
-const Kernel kernel{run_forward<Worker>, run_backward<Worker>, layer_norm, layer_norm_backward, geglu, geglu_backward,
-                    rotate, move_heads<false>, move_heads<true>};
-
-}  // namespace KERNEL

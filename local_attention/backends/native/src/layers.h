@@ -1,5 +1,5 @@
 // LayerNorm, GEGLU, rotary embedding, and the split of heads, row by row, forward and backward, for one width of
-// vectors: a part of native_kernel.h.
+// vectors: a part of kernel.h.
 
 // The mean of a row and the inverse of its standard deviation.
 INLINE void moments(const float *x, int64_t d, float epsilon, float &mean, float &inverse) {

@@ -1,0 +1,95 @@
+"""The fused kernel of src/, for CPU: tiles of queries by keys with an online softmax, threads, and every option.
+
+The kernel is a library without MindSpore's headers, called through MindSpore's Custom operator. It is built when the
+package is installed, if there is a C++ compiler; otherwise `library.unavailable` says so.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+from ... import settings
+from ...cells import compiling, given, last
+from .. import Backend
+from . import library
+from .library import FLOATS, GRADIENTS, INPUTS, RECEIVED, RESULTS, custom
+
+TILE = 64  # queries, and keys
+
+
+def why_not(problem):
+    """Return why it cannot run a problem, None if it can: everything that `attend` offers is implemented."""
+    if problem.any_length:
+        return "takes its numbers from lengths, which a graph does not know here"
+    return library.unavailable(problem.device)
+
+
+def scores(problem):
+    """Return how many scores are computed in all, and how many at once; with documents, as for one document."""
+    starts = np.arange(0, problem.n_q, TILE) + problem.offset
+    first, _ = problem.spec.span(starts)
+    _, last = problem.spec.span(np.minimum(starts + TILE, problem.n_q + problem.offset) - 1)
+    keys = np.minimum(last, problem.n_k - 1) - np.maximum(first, 0) + 1
+    tiles = int(np.ceil(np.maximum(keys, 0) / TILE).sum()) * problem.groups
+    return (tiles * TILE**2 + problem.groups * problem.n_q * problem.spec.prefix,
+            min(settings.threads(), tiles) * TILE**2)
+
+
+def prepare(problem):
+    """Return the Cell that calls the kernel with the problem's numbers, and the one that gives its result gradients in
+    a graph."""
+    fused = Fused(problem)
+    return fused, Linked(fused)
+
+
+def run(constants, q, k, v, tensors):
+    """Run one operator forward, and one backward."""
+    fused, linked = constants
+    mask, documents = given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32)
+    bias, sinks = given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32)
+    emb, seed = given(tensors["rel_pos_emb"], ms.float32), given(tensors["seed"], ms.int32)
+    out, statistics, lse = fused(q, k, v, mask, documents, bias, sinks, emb, seed)
+    if compiling():
+        return linked(q, k, v, mask, documents, bias, sinks, emb, seed, ops.stop_gradient(out),
+                      ops.stop_gradient(statistics), ops.stop_gradient(lse))
+    return out, lse
+
+
+class Fused(nn.Cell):
+    """Runs the kernel, forward and backward, for one problem."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.numbers = library.numbers(problem)
+        self.forward = custom("attention_forward", [*INPUTS.values()], len(RESULTS) * [FLOATS])
+        self.backward = custom("attention_backward", [*INPUTS.values(), *len(RECEIVED) * [FLOATS]],
+                               len(GRADIENTS) * [FLOATS])
+
+    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed):
+        return self.forward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers)
+
+    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, dout):
+        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
+                                                        out[0], out[1], last(dout[0]), last(dout[2]))
+        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed
+
+
+class Linked(nn.Cell):
+    """Gives the output and the log-sum-exp of a `Fused` their gradients (see `cells.compiling`)."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.backward, self.numbers = fused.backward, fused.numbers
+
+    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse):
+        return out, lse
+
+    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse, outs, dout):
+        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
+                                                        out, statistics, last(dout[0]), last(dout[1]))
+        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed, out, statistics, lse
+
+
+NATIVE = Backend(
+    "native", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
+                         "softcap", "hide_self", "dropout")), why_not, scores, prepare, run,
+    any_axes=True, tokens_first=True, twice=None)
