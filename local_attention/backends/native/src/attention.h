@@ -9,23 +9,30 @@ OPERATOR(attention_forward) {
   const Call call(x);
   const double rows = (double)call.groups * call.n_q;
   return kernel_of(call.level).forward(
-      call, {x.floats(ForwardTo::out, rows * call.head_dim), x.floats(ForwardTo::statistics, rows * 2),
+      call, {x.floats(ForwardTo::out, rows * call.value_dim), x.floats(ForwardTo::statistics, rows * 2),
              x.floats(ForwardTo::lse, rows)});
 }
 
 // INPUTS, RECEIVED -> GRADIENTS
 OPERATOR(attention_backward) {
   const Call call(x);
-  const double rows = (double)call.groups * call.n_q, queries = rows * call.head_dim;
-  const double keys = (double)call.kv_groups * call.n_k * call.head_dim;
+  const double rows = (double)call.groups * call.n_q, queries = rows * call.head_dim, outs = rows * call.value_dim;
+  const double keys = (double)call.kv_groups * call.n_k;
   typedef BackwardTo To;
-  const Gradients grads{x.floats(To::out, queries), x.floats(To::statistics, rows * 2), x.floats(To::dout, queries),
-                        x.floats(To::dlse, rows),   x.floats(To::dq, queries),          x.floats(To::dk, keys),
-                        x.floats(To::dv, keys),     nullptr};
-  return kernel_of(call.level).backward(
-      call, grads, call.bias ? x.floats(To::dbias, (double)call.heads * call.bias_size) : nullptr,
-      call.sinks ? x.floats(To::dsinks, call.sink_heads) : nullptr,
-      call.emb ? x.floats(To::drel_pos_emb, (double)call.offsets * call.head_dim) : nullptr);
+  const Gradients grads{
+      x.floats(To::out, outs),
+      x.floats(To::statistics, rows * 2),
+      x.floats(To::dout, outs),
+      x.floats(To::dlse, rows),
+      x.floats(To::dq, queries),
+      x.floats(To::dk, keys * call.head_dim),
+      x.floats(To::dv, keys * call.value_dim),
+      call.bias ? x.floats(To::dbias, call.bias_numbers()) : nullptr,
+      call.sinks ? x.floats(To::dsinks, call.sink_rows ? rows : call.sink_heads) : nullptr,
+      call.emb ? x.floats(To::drel_pos_emb, (double)call.offsets * call.head_dim) : nullptr,
+      call.emb && call.own_query ? x.floats(To::drel_pos_query, queries) : nullptr,
+      nullptr};
+  return kernel_of(call.level).backward(call, grads);
 }
 
 // segment_ids (batch, n) -> the first and the last position of each position's document (batch, n, 2)
@@ -53,24 +60,23 @@ OPERATOR(document_bounds) {
 // compiles a part of a graph again while that graph runs. A type is one of MindSpore's type numbers; every output has
 // the type of the first input.
 EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *) {
-  const std::vector<int64_t> queries = shape_of(0, ndims, shapes);
-  std::vector<int64_t> statistics = queries;
-  statistics.back() = 2;
-  return {queries, statistics, std::vector<int64_t>(queries.begin(), queries.end() - 1)};
+  std::vector<int64_t> lse = shape_of(In::q, ndims, shapes), out = lse, statistics = lse;
+  lse.pop_back(), statistics.back() = 2, out.back() = shape_of(In::v, ndims, shapes).back();
+  return {out, statistics, lse};
 }
 
 EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) {
-  return std::vector<int>(3, types[0]);
+  return std::vector<int>(RESULTS_COUNT, types[0]);
 }
 
 EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void *) {
   Shapes to;
-  for (int input : {In::q, In::k, In::v, In::bias, In::sinks, In::rel_pos_emb}) to.push_back(shape_of(input, ndims, shapes));
+  for (int input : {In::q, In::k, In::v, In::bias, In::sinks, In::rel_pos_emb, In::rel_pos_query}) to.push_back(shape_of(input, ndims, shapes));
   return to;
 }
 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
-  return std::vector<int>(6, types[0]);
+  return std::vector<int>(GRADIENTS_COUNT, types[0]);
 }
 
 EXPORTED std::vector<int64_t> document_boundsInferShape(int *, int64_t **shapes, void *) {

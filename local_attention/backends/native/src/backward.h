@@ -6,20 +6,22 @@ struct Worker : Forward {
   void backward(const Queries &block, const Queries &next, const Gradients &grads, Chunk &chunk) {
     const int64_t at = block.group * call.n_q + block.start;
     read_block(block, was_halved(grads.statistics + 2 * at, block.end - block.start));
-    look_ahead(next, {call.k, call.v, grads.dk, grads.dv});
+    look_ahead(next, {{call.k, d}, {call.v, of_values.d}, {grads.dk, d}, {grads.dv, of_values.d}});
     for (const float *x : {grads.dout, grads.out})
-      ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride());
-    ahead.add(grads.dq + (group * call.n_q + start) * d, count, d);
+      ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride(),
+                of_values.d);
+    ahead.add(grads.dq + (group * call.n_q + start) * d, count, d, d);
     ahead.begin(5 * parts());
     const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
     const float *from_dout = grads.dout + out_at;
     const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
     clear_keys(call, grads, key_group, chunk.cleared, end);
-    transpose(count, d, from_dout, out_stride, dout_t, QUERIES, 1.f);
-    const float *dout_rows = in_vectors(from_dout, out_stride, dout);
-    const float *q_rows = call.emb ? in_vectors(call.q + at * d, d, q) : nullptr;
-    copied(call.q + at * d, d, q_scaled, call.scale);
-    const bool block_finite = finite(call.q + at * d, count * d) && finite(dout_rows, count * padded);
+    transpose(count, of_values.d, from_dout, out_stride, dout_t, QUERIES, 1.f);
+    const float *dout_rows = in_vectors(from_dout, out_stride, of_values, dout);
+    const float *q_rows = call.emb ? in_vectors(call.emb_q + at * d, d, of_keys, q) : nullptr;
+    copied(call.q + at * d, d, of_keys, q_scaled, call.scale);
+    const bool block_finite = finite(call.q + at * d, count * d) && finite(dout_rows, count * of_values.padded);
+    const bool emb_q_finite = call.emb && finite(q_rows, count * padded);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
@@ -31,15 +33,18 @@ struct Worker : Forward {
         const int64_t lane = std::min<int64_t>(v * WIDTH + i, count - 1);
         const float *x = from_dout + lane * out_stride, *y = grads.out + out_at + lane * out_stride;
         int64_t c = 0;
-        for (; c + WIDTH <= d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
-        for (; c < d; ++c) total[i][0] += x[c] * y[c];
+        for (; c + WIDTH <= of_values.d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
+        for (; c < of_values.d; ++c) total[i][0] += x[c] * y[c];
       }
       turn(total);
       for (int i = 1; i < WIDTH; ++i) total[0] += total[i];
       total[0] -= take(grads.dlse + at + v * WIDTH, count - v * WIDTH);
       store(dot + v * WIDTH, load<Vec>(sum + v * WIDTH) == 0.f ? Vec{} : total[0]);
     }
-    if (call.sinks) grads.dsink_parts[group * divide_up(call.n_q, QUERIES) + start / QUERIES] = sink_gradient();
+    if (call.sink_rows)
+      sink_gradient(grads.dsinks + at);
+    else if (call.sinks)
+      grads.dsink_parts[group * divide_up(call.n_q, QUERIES) + start / QUERIES] = sink_gradient(nullptr);
     float *dq_t = out_t;
     std::fill(dq_t, dq_t + d * QUERIES, 0.f);
     if (call.emb) std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
@@ -47,23 +52,28 @@ struct Worker : Forward {
       const bool hides = partial || call.bias;
       careful = hides && !(block_finite && finite(k_rows(), keys * d));
       score();
-      products(v_rows(), dout_t, dscores);
+      products(v_rows(), of_values.d, dout_t, dscores);
       const float *relative_to = highest;
       if (halved()) relative_to = top, std::copy_n(highest, QUERIES, top), widen(top);
       const bool plain = !call.dropping && !call.hide_self && !hides;
       plain ? differentiate<true>(relative_to) : differentiate<false>(relative_to);
       for (int i = 0; call.bias && i < pieces; ++i)
         for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], chunk.dbias);
-      if (call.emb) add_to_offsets(q_rows, chunk.demb, block_finite);
+      if (call.emb) add_to_offsets(q_rows, chunk.demb, emb_q_finite);
       if (call.softcap > 0) uncap();
-      float *dk = grads.dk + first_row() * d, *dv = grads.dv + first_row() * d;
-      if (in_prefix && begun < chunk.position) dk = chunk.dprefix + (key - begun) * d, dv = dk + call.prefix * d;
-      add_to_keys(scores, dout_rows, dv);
-      add_to_keys(dscores, q_scaled, dk);
-      add_to_queries(dscores, k_rows(), dq_t);
+      float *dk = grads.dk + first_row() * d, *dv = grads.dv + first_row() * of_values.d;
+      if (in_prefix && begun < chunk.position) {
+        dk = chunk.dprefix + (key - begun) * d;
+        dv = chunk.dprefix + call.prefix * d + (key - begun) * of_values.d;
+      }
+      add_to_keys(scores, dout_rows, of_values, dv);
+      add_to_keys(dscores, q_scaled, of_keys, dk);
+      add_to_queries(dscores, k_rows(), of_keys, dq_t);
     });
-    for (int64_t x = 0; call.emb && x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
-    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, call.emb ? 1 : call.scale);
+    const bool added = call.emb && !grads.demb_q;  // whether embeddings add to the gradient of q itself
+    for (int64_t x = 0; added && x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
+    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, added ? 1 : call.scale);
+    if (grads.demb_q) transpose(d, count, dq_emb_t, QUERIES, grads.demb_q + at * d, d, 1.f);
   }
 
   // Whether the forward pass halved scores: the inverses of its sums are then negative, or -0.
@@ -73,13 +83,15 @@ struct Worker : Forward {
     return false;
   }
 
-  // Returns the block's part of the gradient of the sink. A sink acts as a key without a value.
-  float sink_gradient() {
+  // Returns the block's part of the gradient of the sink, and writes that of each query to `rows`, if these are given. A
+  // sink acts as a key without a value.
+  float sink_gradient(float *to_rows) {
     Vec total{};
     for (int lane = 0; lane < vectors * WIDTH; lane += WIDTH) {
-      const Vec score = (sink() - load<Vec>(highest + lane)) * (LOG2_E / unit);
-      const Vec weight = power_of_2(score) * load<Vec>(sum + lane);
-      total -= weight * load<Vec>(dot + lane);
+      const Vec score = (load<Vec>(sinks + lane) - load<Vec>(highest + lane)) * (LOG2_E / unit);
+      const Vec grad = power_of_2(score) * load<Vec>(sum + lane) * -load<Vec>(dot + lane);
+      if (to_rows) put(to_rows + lane, count - lane, grad);
+      total += grad;
     }
     return sum_of(total);
   }
@@ -133,7 +145,7 @@ struct Worker : Forward {
         x[i] = load<Vec>(dscores + (j + i) * QUERIES + v * WIDTH);
       turn(x);
       for (int i = 0; i < std::min<int64_t>(WIDTH, count - v * WIDTH); ++i) {
-        float *to = dbias + group % call.heads * call.bias_size + bias_rows[v * WIDTH + i];
+        float *to = dbias + call.bias_place(group) + bias_rows[v * WIDTH + i];
         const int64_t column = column_of(v * WIDTH + i, j);
         __builtin_prefetch(to + real_column(column + KEYS), 1);
         if (all_real(column))

@@ -2,14 +2,16 @@
 
 // The tensors and the numbers of a call, in their order. `attention_names` exports these lists, and ../library.py compares
 // them with its own. A real number is passed as the bits of a double.
-#define INPUTS(_) _(q) _(k) _(v) _(mask) _(documents) _(bias) _(sinks) _(rel_pos_emb) _(seed) _(numbers)
+#define INPUTS(_)                                                                                                 \
+  _(q) _(k) _(v) _(mask) _(documents) _(order) _(bias) _(sinks) _(rel_pos_emb) _(rel_pos_query) _(seed) _(numbers)
 #define RESULTS(_) _(out) _(statistics) _(lse)
 #define RECEIVED(_) _(out) _(statistics) _(dout) _(dlse)
-#define GRADIENTS(_) _(dq) _(dk) _(dv) _(dbias) _(dsinks) _(drel_pos_emb)
+#define GRADIENTS(_) _(dq) _(dk) _(dv) _(dbias) _(dsinks) _(drel_pos_emb) _(drel_pos_query)
 #define INTEGERS(_)                                                                                                  \
-  _(groups) _(kv_groups) _(n_q) _(n_k) _(head_dim) _(bucket) _(spec_backward) _(spec_forward) _(causal) _(prefix)    \
-  _(offset) _(batch) _(doc_batch) _(heads) _(period) _(columns) _(bias_backward) _(offsets) _(sink_heads)            \
-  _(hide_self) _(threads) _(level) _(first_group) _(first_position) _(beside)
+  _(groups) _(kv_groups) _(n_q) _(n_k) _(head_dim) _(value_dim) _(bucket) _(spec_backward) _(spec_forward) _(causal)  \
+  _(prefix) _(offset) _(batch) _(doc_batch) _(order_batch) _(bias_batch) _(heads) _(bias_rows) _(period) _(columns)  \
+  _(bias_backward) _(offsets) _(own_query) _(sink_heads) _(sink_rows) _(hide_self) _(threads) _(level)               \
+  _(first_group) _(first_position) _(beside)
 #define REALS(_) _(scale) _(softcap) _(dropout)
 
 #define NAMED(name) name,
@@ -25,6 +27,7 @@ struct BackwardTo {
   enum : int { before = In::count - 1, RECEIVED(NAMED) GRADIENTS(NAMED) };
 };
 constexpr int INTEGER_COUNT = 0 INTEGERS(ONE), REAL_COUNT = 0 REALS(ONE);
+constexpr int RESULTS_COUNT = 0 RESULTS(ONE), GRADIENTS_COUNT = 0 GRADIENTS(ONE);
 
 // Dropout's hashes, as in backends/dropout.py.
 inline uint32_t mix(uint32_t x) {
@@ -77,6 +80,13 @@ struct Span {
   int64_t first, last;
 };
 
+// How many numbers are in a row, and that rounded up to the widest vector.
+struct Width {
+  int64_t d, padded;
+
+  Width(int64_t numbers = 0) : d(numbers), padded(divide_up(numbers, WIDEST) * WIDEST) {}
+};
+
 // Queries of a group, from `start` to `end` - 1.
 struct Queries {
   int64_t group, start, end;
@@ -86,16 +96,19 @@ struct Queries {
 
 // One call: its tensors and its numbers.
 struct Call {
-  const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim) twice
+  const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim), (kv_groups, n_k, value_dim)
   const bool *mask;          // (batch, n_k), true for a real key
   const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each key's document
-  const float *bias;         // (heads, period, columns)
-  const float *sinks;        // (sink_heads)
+  const int32_t *order;      // (order_batch, n_k): a query sees keys whose number is at most its own
+  const float *bias;         // (heads, period, columns) or, with a row for each query, (bias_batch, heads, n_q, columns)
+  const float *sinks;        // (sink_heads) or, one for each query, (groups, n_q)
   const float *emb;          // (offsets, head_dim)
+  const float *emb_q;        // (groups, n_q, head_dim), what is multiplied by it: q, or the caller's own
   uint32_t seed;
 
-  // Among them: `first_group` and `first_position`, where this call begins in the whole problem, for dropout; `beside`,
-  // how many heads are beside each other in a row of the output: all heads of a token, or 1.
+  // Among them: `bias_rows` and `sink_rows`, whether these have a row for each query; `own_query`, whether embeddings
+  // have a query of their own; `first_group` and `first_position`, where this call begins in the whole problem, for
+  // dropout; `beside`, how many heads are beside each other in a row of the output: all heads of a token, or 1.
 #define MEMBER(name) int64_t name;
   INTEGERS(MEMBER)
 #undef MEMBER
@@ -105,7 +118,8 @@ struct Call {
   };
 #undef MEMBER
   int64_t share;              // groups that read the same keys
-  int64_t padded, bias_size;  // head_dim rounded up to the widest vector, and the size of one head's bias
+  Width of_keys, of_values;
+  int64_t bias_size;  // of one head's bias
   float scale, softcap, kept_factor;
   int32_t drop_below;
   bool dropping;
@@ -122,13 +136,16 @@ struct Call {
     scale = (float)real.scale, softcap = (float)real.softcap, dropping = real.dropout > 0;
     kept_factor = (float)(1 / (1 - real.dropout));
     drop_below = (int32_t)((int64_t)(real.dropout * 4294967296.) - 2147483648LL);
-    const double queries = (double)groups * n_q, keys = (double)kv_groups * n_k * head_dim;
-    q = x.floats(In::q, queries * head_dim), k = x.floats(In::k, keys), v = x.floats(In::v, keys);
+    const double queries = (double)groups * n_q, keys = (double)kv_groups * n_k;
+    q = x.floats(In::q, queries * head_dim), k = x.floats(In::k, keys * head_dim);
+    v = x.floats(In::v, keys * value_dim);
     mask = batch ? x.get<const bool>(In::mask, "bool", (double)batch * n_k) : nullptr;
     documents = doc_batch ? x.get<const int32_t>(In::documents, "int32", 2. * doc_batch * n_k) : nullptr;
-    bias = columns ? x.floats(In::bias, (double)heads * period * columns) : nullptr;
-    sinks = sink_heads ? x.floats(In::sinks, sink_heads) : nullptr;
+    order = order_batch ? x.get<const int32_t>(In::order, "int32", (double)order_batch * n_k) : nullptr;
+    bias = columns ? x.floats(In::bias, bias_numbers()) : nullptr;
+    sinks = sink_rows ? x.floats(In::sinks, queries) : sink_heads ? x.floats(In::sinks, sink_heads) : nullptr;
     emb = offsets ? x.floats(In::rel_pos_emb, (double)offsets * head_dim) : nullptr;
+    emb_q = offsets && own_query ? x.floats(In::rel_pos_query, queries * head_dim) : q;
     seed = *x.get<const uint32_t>(In::seed, "int32", 1);
     // No query sees farther, and no sum of these overflows.
     const int64_t farthest = std::max(n_k, offset + n_q) + 1;
@@ -136,35 +153,48 @@ struct Call {
     threads = std::min(threads, MOST_THREADS);
     first_group = (uint32_t)first_group, first_position = (uint32_t)first_position;  // hashes need no more of them
     prefix = std::min(prefix, n_k), share = groups / kv_groups;
-    padded = divide_up(head_dim, WIDEST) * WIDEST, bias_size = period * columns;
+    of_keys = head_dim, of_values = value_dim, bias_size = (bias_rows ? n_q : period) * columns;
   }
 
   // Checks the numbers by which something is divided, or that are sizes of something.
   void check(double rate) const {
-    for (int64_t number : {groups, kv_groups, n_q, n_k, head_dim, bucket, heads, period, threads, beside})
+    for (int64_t number : {groups, kv_groups, n_q, n_k, head_dim, value_dim, bucket, bias_batch, heads, period, threads,
+                           beside})
       expect(number > 0);
-    for (int64_t number : {spec_backward, prefix, offset, batch, doc_batch, columns, bias_backward, offsets,
+    for (int64_t number : {spec_backward, prefix, offset, batch, doc_batch, order_batch, columns, bias_backward, offsets,
                            sink_heads})
       expect(number >= 0);
-    for (int64_t part : {kv_groups, heads, beside, batch, doc_batch, sink_heads})
+    for (int64_t part : {kv_groups, bias_batch, beside, batch, doc_batch, order_batch, sink_heads})
       expect(part == 0 || groups % part == 0);
     for (int64_t number : {n_q, n_k, offset}) expect(number < FARTHEST);
     expect(offset + n_q < FARTHEST && spec_forward >= -1 && rate >= 0 && rate < 1);
-    expect(doc_batch == 0 || (kv_groups % doc_batch == 0 && offset + n_q <= n_k));
+    expect(doc_batch == 0 || kv_groups % doc_batch == 0);
+    expect((doc_batch == 0 && order_batch == 0) || offset + n_q <= n_k);
     expect((columns == 0 && offsets == 0) || bias_backward < 2 * FARTHEST);
     const int64_t shared = groups / kv_groups;
     expect(heads < shared || heads % shared == 0);
+    expect(kv_groups % bias_batch == 0 && groups / bias_batch % heads == 0 && (bias_rows || bias_batch == 1));
+  }
+
+  double bias_numbers() const { return (double)bias_batch * heads * (bias_rows ? n_q : period) * columns; }
+
+  // Where the bias of a group begins, in the bias and in its gradient.
+  int64_t bias_place(int64_t group) const {
+    return (group / (groups / bias_batch) * heads + group % heads) * bias_size;
   }
 
   // The stride from one row of a group to the next, in the output and in its gradient, and where a query's row begins.
-  int64_t out_stride() const { return beside * head_dim; }
+  int64_t out_stride() const { return beside * value_dim; }
   int64_t out_place(int64_t group, int64_t query) const {
-    return (group / beside * n_q + query) * out_stride() + group % beside * head_dim;
+    return (group / beside * n_q + query) * out_stride() + group % beside * value_dim;
   }
 
   // The bounds of the documents of a group, null if there are none, and the document of a position.
   const int32_t *documents_of(int64_t group) const {
     return documents ? documents + 2 * (group / (groups / doc_batch) * n_k) : nullptr;
+  }
+  const int32_t *order_of(int64_t group) const {
+    return order ? order + group / (groups / order_batch) * n_k : nullptr;
   }
   Span document(const int32_t *bounds, int64_t position) const {
     if (!bounds) return {0, n_k - 1};
@@ -184,7 +214,7 @@ struct Call {
   }
 
   double work() const {
-    return 2. * groups * n_q * head_dim *
+    return 1. * groups * n_q * (head_dim + value_dim) *
            std::min<double>(n_k, (double)spec_backward + bucket + spec_forward + prefix);
   }
 };
@@ -235,15 +265,15 @@ struct Outputs {
 
 struct Gradients {
   const float *out, *statistics, *dout, *dlse;
-  float *dq, *dk, *dv;
-  float *dsink_parts;  // (groups, blocks of queries)
+  float *dq, *dk, *dv, *dbias, *dsinks, *demb, *demb_q;
+  float *dsink_parts;  // (groups, blocks of queries), for sinks of heads
 };
 
 // Queries that one thread works on, block by block, for all groups that share one group of keys.
 struct Chunk {
   float *dbias, *demb;
   int64_t position;  // of the chunk's first query
-  float *dprefix;    // (2, prefix, head_dim): gradients of keys and values, in the prefix of a document begun earlier
+  float *dprefix;    // gradients of keys, then of values, in the prefix of a document begun earlier
   int64_t cleared;
 };
 
@@ -251,15 +281,16 @@ struct Chunk {
 // before they are first added to, and not for all keys at once, so that they are still in the processor's cache then.
 void clear_keys(const Call &call, const Gradients &grads, int64_t group, int64_t &cleared, int64_t to) {
   if (to <= cleared) return;
-  for (float *rows : {grads.dk, grads.dv})
-    std::fill(rows + (group * call.n_k + cleared) * call.head_dim, rows + (group * call.n_k + to) * call.head_dim, 0.f);
+  const int64_t from = group * call.n_k + cleared, rows = to - cleared;
+  std::fill_n(grads.dk + from * call.head_dim, rows * call.head_dim, 0.f);
+  std::fill_n(grads.dv + from * call.value_dim, rows * call.value_dim, 0.f);
   cleared = to;
 }
 
 // The functions of kernel.h, for one width of vectors.
 struct Kernel {
   bool (*forward)(const Call &, const Outputs &);
-  bool (*backward)(const Call &, Gradients, float *dbias, float *dsinks, float *demb);
+  bool (*backward)(const Call &, Gradients);
   // These work on one row.
   void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon, int64_t d, float *y);
   void (*layer_norm_backward)(const float *x, const float *gamma, float epsilon, const float *dy, int64_t d, float *dx,

@@ -7,12 +7,12 @@ struct Forward : Scores {
 
   void forward(const Queries &block, const Queries &next, const Outputs &outputs) {
     read_block(block, false);
-    look_ahead(next, {call.k, call.v});
-    ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride());
+    look_ahead(next, {{call.k, d}, {call.v, of_values.d}});
+    ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride(), of_values.d);
     ahead.begin(2 * parts());
     careful = false;
     attend();
-    if (!finite(out_t, d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
+    if (!finite(out_t, of_values.d * QUERIES)) careful = true, attend();  // 0 times a NaN of an unseen key may be in it
     if (overflown()) read_block(block, true), attend();
     const int64_t at = group * call.n_q + start;
     for (int64_t lane = 0; lane < count; lane += WIDTH) {
@@ -20,7 +20,8 @@ struct Forward : Scores {
       put(outputs.lse + at + lane, count - lane, near + log(load<Vec>(sum + lane)));
     }
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
-    transpose(d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum, d);
+    transpose(of_values.d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum,
+              of_values.d);
     for (int64_t lane = 0; lane < count; ++lane) {
       outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
       outputs.statistics[2 * (at + lane) + 1] = halved() ? -sum[lane] : sum[lane];
@@ -30,25 +31,22 @@ struct Forward : Scores {
   // Whether scores left the range of float32 upwards, or all that a query sees did so downwards. Where they are
   // infinite in any unit, nothing is lost.
   bool overflown() const {
-    const bool has_sink = call.sinks && call.sinks[group % call.sink_heads] > -INFINITY;
     for (int64_t lane = 0; lane < count; ++lane) {
       if (highest[lane] == INFINITY || std::isnan(sum[lane])) return true;
-      if (sum[lane] == 0 && (has_sink || sees(lane))) return true;
+      if (sum[lane] == 0 && (sinks[lane] > -INFINITY || sees(lane))) return true;
     }
     return false;
   }
 
-  float sink() const { return call.sinks ? call.sinks[group % call.sink_heads] * unit : -INFINITY; }
-
   // Computes the weighted sums of values, and the sums of weights.
   void attend() {
-    std::fill(out_t, out_t + d * QUERIES, 0.f);
-    std::fill(highest, highest + QUERIES, sink());
-    std::fill(sum, sum + QUERIES, sink() == -INFINITY ? 0.f : 1.f);
+    std::fill(out_t, out_t + of_values.d * QUERIES, 0.f);
+    std::copy_n(sinks, QUERIES, highest);
+    for (int lane = 0; lane < QUERIES; ++lane) sum[lane] = sinks[lane] == -INFINITY ? 0.f : 1.f;
     over_keys([&] {
       score();
       call.dropping ? soften<true>() : soften<false>();
-      add_to_queries(scores, v_rows(), out_t);
+      add_to_queries(scores, v_rows(), of_values, out_t);
     });
   }
 
@@ -108,6 +106,6 @@ struct Forward : Scores {
 
   void scale_out(int v, Vec factor) {
     float *at = out_t + v * WIDTH;
-    for (float *end = at + d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
+    for (float *end = at + of_values.d * QUERIES; at < end; at += QUERIES) store(at, load<Vec>(at) * factor);
   }
 };

@@ -6,7 +6,7 @@ struct Scores : Products {
   // Computes the scores of the tile: products, scaled and capped, plus embeddings and bias. What is not seen, or hidden
   // by the bias, gets -inf.
   void score() {
-    products(k_rows(), q_t, scores);
+    products(k_rows(), d, q_t, scores);
     if (call.emb) score_offsets();
     for (int i = 0; i < pieces; ++i)
       for (int v = piece[i].vector; v < piece[i].end_vector; ++v) {
@@ -38,7 +38,7 @@ struct Scores : Products {
   }
 
   void add_bias(int v, const Piece &p) {
-    const float *bias = call.bias + group % call.heads * call.bias_size;
+    const float *bias = call.bias + call.bias_place(group);
     for (int j = p.key; j < p.end_key; j += WIDTH) {
       Vec x[WIDTH];
       for (int i = 0; i < WIDTH; ++i) {
@@ -56,27 +56,30 @@ struct Scores : Products {
   }
 
   void hide_self(int v, const Piece &p) {
-    const Ints own = load<Ints>(positions + v * WIDTH) - (int32_t)key;
+    const Ints itself = load<Ints>(positions + v * WIDTH) - (int32_t)key;
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       const Vec score = load<Vec>(at);
-      store(at, (own == j) & (score > -INFINITY) ? all(SELF_SCORE * unit) : score);
+      store(at, (itself == j) & (score > -INFINITY) ? all(SELF_SCORE * unit) : score);
     }
   }
 
   // Whether a vector of queries sees every key of a piece.
   bool whole(int v, const Piece &p) const {
-    return !real && !in_prefix && first[(v + 1) * WIDTH - 1] <= key + p.key && key + p.end_key <= last[v * WIDTH] + 1;
+    return !real && !in_prefix && first[(v + 1) * WIDTH - 1] <= key + p.key &&
+           key + p.end_key <= last[v * WIDTH] + 1 && !(ordered && p.most > lowest_own[v]);
   }
 
   void hide_unseen(int v, const Piece &p) {
     const int32_t tile = key;
     const Ints low = load<Ints>(first + v * WIDTH) - tile, high = load<Ints>(last + v * WIDTH) - tile;
+    const Ints number = ordered ? load<Ints>(own + v * WIDTH) : Ints{};
     const Ints from = load<Ints>(document + v * WIDTH) - tile, to = load<Ints>(prefix_last + v * WIDTH) - tile;
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       Ints seen = (low <= j) & (high >= j);
       if (in_prefix) seen = ~seen & (from <= j) & (to >= j);
+      if (ordered) seen &= number >= order[key + j];
       store(at, real && !real[key + j] ? all(-INFINITY) : seen ? load<Vec>(at) : all(-INFINITY));
     }
   }

@@ -68,30 +68,81 @@ void sum_rows(std::vector<float> &rows, int64_t count) {
     for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
 }
 
-// Gradients of keys are added up in place. No two threads may add to the same key, so the queries are divided into
-// chunks that are longer than a span. The chunks of even number have no key in common and come first; then come those
-// of odd number. A chunk is computed for all groups that share its keys. Only a prefix is seen from far away: a chunk
-// has its own sums for the prefix of a document that began before the chunk, and they are added at the end.
+// How a backward pass is divided. Gradients of keys are added up in place. No two threads may add to the same key, so the
+// queries are divided into chunks that are longer than a span. The chunks of even number have no key in common and come
+// first; then come those of odd number. A chunk is computed for all groups that share its keys. Only a prefix is seen
+// from far away: a chunk has its own sums for the prefix of a document that began before the chunk, and they are added at
+// the end.
 //
 // Gradients of tensors that heads or batch entries share are summed by one owner each, in slices. The slices are summed
-// at the end. So the order of additions does not depend on which thread comes first.
+// at the end. So the order of additions does not depend on which thread comes first. A bias with a row for each query
+// needs no sums of slices if a slice has whole chunks, of all batch entries: no other slice has these rows.
+struct Division {
+  int64_t chunk, chunks, blocks;         // queries in a chunk; chunks of a group; its blocks of queries
+  int64_t heads_owned, owners, batch;    // owners for each entry of the bias's batch, and in all; key groups of an owner
+  int64_t slices;                        // of an owner's chunks of one parity
+  bool by_rows;                          // whether a slice has rows of the bias that no other one has
+  int64_t emb_size, prefix_size, owned;  // owned: an owner's part of the bias
+
+  explicit Division(const Call &call) {
+    const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
+    const int64_t reach = std::min(call.spec_backward + after + 2 * call.bucket, call.n_q);
+    chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
+    chunks = divide_up(call.n_q, chunk), blocks = divide_up(call.n_q, BLOCK_QUERIES);
+    heads_owned = std::max<int64_t>(call.heads / call.share, 1);
+    owners = call.bias ? call.bias_batch * heads_owned : call.emb ? 1 : call.kv_groups;
+    batch = call.kv_groups / owners;
+    const int64_t longest = divide_up(chunks, 2), enough = divide_up(2 * call.threads, owners);
+    by_rows = call.bias_rows && call.bias && (batch == 1 || longest >= enough);
+    slices = by_rows ? longest : batch * longest;
+    if (call.emb || (call.bias && !by_rows)) slices = std::min(slices, enough);
+    emb_size = call.offsets * call.of_keys.padded, prefix_size = call.prefix * (call.head_dim + call.value_dim);
+    owned = call.bias_batch * call.heads * call.bias_size / owners;
+  }
+
+  // The units of a slice: each is a chunk of a key group, of `each` chunks of one parity.
+  int64_t end_of(int64_t slice, int64_t each) const {
+    return by_rows ? slice * each / slices * batch : slice * batch * each / slices;
+  }
+
+  struct Unit {
+    int64_t key_group, number;  // of the chunk
+    bool first;                 // of this chunk, among an owner's
+  };
+  Unit unit(const Call &call, int64_t owner, int64_t index, int64_t each, int64_t parity) const {
+    const int64_t place = by_rows ? index % batch : index / each, at = by_rows ? index / batch : index % each;
+    if (!call.bias) return {place * owners + owner, 2 * at + parity, place == 0};
+    const int64_t entry = owner / heads_owned, head = owner % heads_owned;
+    return {entry * (call.kv_groups / call.bias_batch) + place * heads_owned + head, 2 * at + parity, place == 0};
+  }
+};
+
+// Adds what chunks have summed for the prefixes of documents that began before them.
+void add_prefixes(const Call &call, const Gradients &grads, const Division &division, const float *parts) {
+  for (int64_t number = 0; call.prefix && number < call.kv_groups * division.chunks; ++number) {
+    const int64_t key_group = number / division.chunks;
+    const int64_t position = call.offset + number % division.chunks * division.chunk;
+    const Span within = call.document(call.documents_of(key_group * call.share), position);
+    if (within.first == position) continue;
+    const int64_t rows = std::min(call.prefix, within.last - within.first + 1);
+    const float *dk = parts + number * division.prefix_size, *dv = dk + call.prefix * call.head_dim;
+    const int64_t at = key_group * call.n_k + within.first;
+    for (int64_t x = 0; x < rows * call.head_dim; ++x) grads.dk[at * call.head_dim + x] += dk[x];
+    for (int64_t x = 0; x < rows * call.value_dim; ++x) grads.dv[at * call.value_dim + x] += dv[x];
+  }
+}
+
 template <typename Worker>
-bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks, float *demb) {
-  const int64_t after = call.prefix ? std::max(call.spec_forward, call.prefix) : call.spec_forward;
-  const int64_t reach = std::min(call.spec_backward + after + 2 * call.bucket, call.n_q);
-  const int64_t chunk = divide_up(std::max<int64_t>(reach, 4 * BLOCK_QUERIES), BLOCK_QUERIES) * BLOCK_QUERIES;
-  const int64_t chunks = divide_up(call.n_q, chunk), blocks = divide_up(call.n_q, BLOCK_QUERIES);
-  const int64_t owners = call.bias ? std::max<int64_t>(call.heads / call.share, 1) : call.emb ? 1 : call.kv_groups;
-  const int64_t batch = call.kv_groups / owners;
-  const int64_t emb_size = call.offsets * call.padded;
-  int64_t slices = batch * divide_up(chunks, 2);
-  if (call.bias || call.emb) slices = std::min(slices, divide_up(2 * call.threads, owners));
-  const int64_t bias_size = call.heads * call.bias_size, owned = bias_size / owners;
-  const int64_t prefix_size = call.prefix * call.head_dim;
+bool run_backward(const Call &call, Gradients grads) {
+  const Division division(call);
+  const int64_t chunk = division.chunk, chunks = division.chunks, blocks = division.blocks;
+  const int64_t owners = division.owners, slices = division.slices;
+  const int64_t bias_size = division.owned * owners, copies = division.by_rows ? 0 : slices - 1;
   const auto uncleared = [](int64_t size) { return std::unique_ptr<float[]>(new float[size]); };
-  const auto bias_parts = uncleared((slices - 1) * bias_size);  // the first slice adds to dbias itself
-  const auto prefix_parts = uncleared(call.kv_groups * chunks * 2 * prefix_size);
-  std::vector<float> emb_parts(slices * owners * emb_size), sink_parts(call.sinks ? call.groups * blocks : 0);
+  const auto bias_parts = uncleared(copies * bias_size);  // the first slice adds to dbias itself
+  const auto prefix_parts = uncleared(call.kv_groups * chunks * division.prefix_size);
+  std::vector<float> emb_parts(slices * owners * division.emb_size);
+  std::vector<float> sink_parts(call.sink_heads ? call.groups * blocks : 0);
   grads.dsink_parts = sink_parts.data();
 
   const auto first_key = [&](int64_t query) {  // at or before every key in the spans of this query and later ones
@@ -100,52 +151,49 @@ bool run_backward(const Call &call, Gradients grads, float *dbias, float *dsinks
   };
   bool fine = true;
   for (int64_t parity = 0; parity < std::min<int64_t>(chunks, 2); ++parity) {
-    const int64_t each = (chunks + 1 - parity) / 2, units = batch * each;
+    const int64_t each = (chunks + 1 - parity) / 2;
     fine = fine && in_parallel<Worker>(call, slices * owners, [&](Worker &worker, int64_t item) {
       const int64_t slice = item / owners, owner = item % owners;
-      float *bias_part = slice ? bias_parts.get() + (slice - 1) * bias_size : dbias;
-      if (!parity) std::fill_n(bias_part + owner * owned, owned, 0.f);
-      for (int64_t unit = slice * units / slices; unit < (slice + 1) * units / slices; ++unit) {
-        const int64_t number = unit % each * 2 + parity, from = number * chunk, to = std::min(from + chunk, call.n_q);
-        const int64_t key_group = unit / each * owners + owner, group = key_group * call.share;
-        float *prefix_part = prefix_parts.get() + (key_group * chunks + number) * 2 * prefix_size;
+      float *bias_part = slice && copies ? bias_parts.get() + (slice - 1) * bias_size : grads.dbias;
+      if (!parity && !division.by_rows) std::fill_n(bias_part + owner * division.owned, division.owned, 0.f);
+      for (int64_t index = division.end_of(slice, each); index < division.end_of(slice + 1, each); ++index) {
+        const Division::Unit unit = division.unit(call, owner, index, each, parity);
+        const int64_t from = unit.number * chunk, to = std::min(from + chunk, call.n_q);
+        const int64_t group = unit.key_group * call.share;
+        for (int64_t head = 0; unit.first && division.by_rows && head < division.owned / call.bias_size; ++head)
+          std::fill_n(grads.dbias + owner * division.owned + head * call.bias_size + from * call.columns,
+                      (to - from) * call.columns, 0.f);
+        float *prefix_part = prefix_parts.get() + (unit.key_group * chunks + unit.number) * division.prefix_size;
         if (call.document(call.documents_of(group), call.offset + from).first < call.offset + from)
-          std::fill_n(prefix_part, 2 * prefix_size, 0.f);
-        Chunk state{bias_part, emb_parts.data() + item * emb_size, call.offset + from, prefix_part,
+          std::fill_n(prefix_part, division.prefix_size, 0.f);
+        Chunk state{bias_part, emb_parts.data() + item * division.emb_size, call.offset + from, prefix_part,
                     parity ? call.n_k : first_key(from)};
-        const auto block = [&](int64_t index) {
-          const int64_t start = from + index / call.share * BLOCK_QUERIES;
-          return Queries{group + index % call.share, start, std::min(start + BLOCK_QUERIES, to)};
+        const auto block = [&](int64_t number) {
+          const int64_t start = from + number / call.share * BLOCK_QUERIES;
+          return Queries{group + number % call.share, start, std::min(start + BLOCK_QUERIES, to)};
         };
         const int64_t all = divide_up(to - from, BLOCK_QUERIES) * call.share;
-        for (int64_t index = 0; index < all; ++index) {
-          const Queries now = block(index), next = index + 1 < all ? block(index + 1) : now.none();
+        for (int64_t number = 0; number < all; ++number) {
+          const Queries now = block(number), next = number + 1 < all ? block(number + 1) : now.none();
           worker.backward(now, next, grads, state);
         }
-        clear_keys(call, grads, key_group, state.cleared, first_key(from + 2 * chunk));
+        clear_keys(call, grads, unit.key_group, state.cleared, first_key(from + 2 * chunk));
       }
     });
   }
-  for (int64_t number = 0; call.prefix && number < call.kv_groups * chunks; ++number) {
-    const int64_t key_group = number / chunks, position = call.offset + number % chunks * chunk;
-    const Span within = call.document(call.documents_of(key_group * call.share), position);
-    if (within.first == position) continue;
-    const int64_t size = std::min(call.prefix, within.last - within.first + 1) * call.head_dim;
-    const float *part = prefix_parts.get() + number * 2 * prefix_size;
-    const int64_t at = (key_group * call.n_k + within.first) * call.head_dim;
-    for (int64_t x = 0; x < size; ++x) grads.dk[at + x] += part[x], grads.dv[at + x] += part[prefix_size + x];
-  }
-  for (int64_t x = 0; x < (slices - 1) * bias_size; ++x) dbias[x % bias_size] += bias_parts[x];
+  add_prefixes(call, grads, division, prefix_parts.get());
+  for (int64_t copy = 0; copy < copies; ++copy)
+    for (int64_t x = 0; x < bias_size; ++x) grads.dbias[x] += bias_parts[copy * bias_size + x];
   for (int64_t head = 0; head < call.sink_heads; ++head) {
     double total = 0;
     for (int64_t group = head; group < call.groups; group += call.sink_heads)
       for (int64_t block = 0; block < blocks; ++block) total += sink_parts[group * blocks + block];
-    dsinks[head] = (float)total;
+    grads.dsinks[head] = (float)total;
   }
   if (call.emb) {
     sum_rows(emb_parts, slices * owners);
     for (int64_t row = 0; row < call.offsets; ++row)
-      std::copy_n(&emb_parts[row * call.padded], call.head_dim, demb + row * call.head_dim);
+      std::copy_n(&emb_parts[row * call.of_keys.padded], call.head_dim, grads.demb + row * call.head_dim);
   }
   return fine;
 }

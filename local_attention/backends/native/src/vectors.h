@@ -112,14 +112,14 @@ INLINE void across(int v, int end, Act &&act) {
 struct Ahead {
   struct Rows {
     const float *next;
-    int64_t count, stride;
+    int64_t count, stride, width;
   };
   Rows rows[8];
   int left = 0;
-  int64_t width = 0, all = 0, each = 0;  // floats in a row; rows in all, and at each part
+  int64_t all = 0, each = 0;  // rows in all, and at each part
 
-  void add(const float *first, int64_t count, int64_t stride) {
-    if (count > 0 && left < (int)std::size(rows)) rows[left++] = {first, count, stride}, all += count;
+  void add(const float *first, int64_t count, int64_t stride, int64_t width) {
+    if (count > 0 && left < (int)std::size(rows)) rows[left++] = {first, count, stride, width}, all += count;
   }
 
   void begin(int64_t parts) { each = divide_up(all, std::max<int64_t>(parts, 1)), all = 0; }
@@ -127,7 +127,7 @@ struct Ahead {
   INLINE void fetch() {
     for (int64_t i = 0; left && i < each; ++i) {
       Rows &from = rows[left - 1];
-      for (int64_t c = 0; c < width; c += CACHE_LINE) __builtin_prefetch(from.next + c, 0, 2);
+      for (int64_t c = 0; c < from.width; c += CACHE_LINE) __builtin_prefetch(from.next + c, 0, 2);
       from.next += from.stride;
       if (--from.count == 0) --left;
     }
