@@ -39,8 +39,9 @@ if int(numpy.__version__.split(".")[0]) >= 2:
 
 from .attend import use_backend  # noqa: E402
 from .explanation import explain_attention  # noqa: E402
-from .functional import merge_attentions, sliding_window_attention, windowed_attention  # noqa: E402
+from .functional import sliding_window_attention, windowed_attention  # noqa: E402
 from .local_attention import LocalAttention  # noqa: E402
+from .merging import merge_attentions  # noqa: E402
 from .sliding_window import LocalSelfAttention, MultiHeadLocalAttention  # noqa: E402
 from .spec import WindowSpec  # noqa: E402
 from .transformer import DynamicPositionBias, LocalMHA, LocalTransformer  # noqa: E402

@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from . import checks, settings
-from .backends import any_length, ascend, blocked, dense, native
+from .backends import any_length, ascend, blocked, dense, native, shield
 from .backends.spans import FAINT, FAR, HIDDEN
 from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
@@ -69,8 +69,14 @@ class Problem:
         """The names of what a backend has to take for this: tensors, and options that are not at their default."""
         options = {"kv_heads": self.per_key_head > 1, "prefix": self.spec.prefix > 0, "lse": self.frame.lse,
                    "softcap": self.scoring.softcap is not None, "hide_self": self.scoring.hide_self,
-                   "dropout": self.scoring.dropout > 0}
+                   "dropout": self.scoring.dropout > 0, "v_width": self.d_v != self.d, "bias_rows": self.bias_rows,
+                   "sink_rows": self.has("sinks") and len(self.shape("sinks")) == 3}
         return {name for name, _ in self.shapes} | {name for name, there in options.items() if there}
+
+    @property
+    def bias_rows(self):
+        """Whether the bias has a row for each query, not for each place."""
+        return self.has("bias") and len(self.shape("bias")) == 4
 
     @property
     def offset(self):
@@ -82,44 +88,58 @@ class Problem:
     @property
     def heads(self):
         """The number of heads that have a bias of their own; 1 without a bias."""
-        return self.shape("bias")[0] if self.has("bias") else 1
+        return self.shape("bias")[-3] if self.has("bias") else 1
 
     @property
     def bias_period(self):
-        """The number of positions after which the bias repeats."""
-        return self.shape("bias")[1] if self.has("bias") else 1
+        """The number of positions after which the columns of the bias begin anew."""
+        if not self.has("bias"):
+            return 1
+        return self.spec.bucket if self.bias_rows else self.shape("bias")[1]
 
     @property
     def any_length(self):
         """Whether any size that a plan depends on is unknown."""
-        return None in (self.groups, self.n_q, self.n_k, self.rows("mask"), self.rows("documents"))
+        return None in (self.groups, self.n_q, self.n_k, *(self.rows(name) for name in (
+            "mask", "documents", "order", "bias")))
 
     def bias_index(self, queries, keys):
         """Return the index, in a head's flattened bias, of the entry for a query and a key at these positions."""
-        _, period, columns = self.shape("bias")
+        period, columns = self.bias_period, self.shape("bias")[-1]
         column = keys - (queries // period * period - self.spec.backward)
-        return queries % period * columns + np.clip(column, 0, columns - 1)
+        row = queries - self.offset if self.bias_rows else queries % period
+        return row * columns + np.clip(column, 0, columns - 1)
 
 
-def beside(mask=None, documents=None, bias=None, sinks=None, rel_pos_emb=None, seed=None, **others):
+def beside(mask=None, documents=None, order=None, bias=None, sinks=None, rel_pos_emb=None, rel_pos_query=None,
+           seed=None, **others):
     """Return the tensors that accompany q, k and v by name; those that a call does not have are None. A dict, because
     compiled functions give a NamedTuple or a dataclass of tensors no gradient. A backend that does not take one of
     `others` refuses the call.
 
     mask: bool `(batch, n_k)`, True = a real key; `batch` divides the number of groups. documents: int32 `(batch, n_k,
-    2)`, the first and the last position of each position's document, made by `document_bounds`. bias: `(heads, period,
-    columns)`, added to the scaled products; what is not above -1e29, or the lowest number of its dtype, hides the key:
-    the query at position `i` uses row `i % period`, and the key at `j` column
-    `j - (i - i % period - backward)`; in a document, positions count from its start. sinks: `(heads,)`, a score in each
-    softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)`, for a bucket of 1: the product of row r and
-    the unscaled q is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what
-    dropout drops.
+    2)`, the first and the last position of each position's document, made by `document_bounds`. order: int32 `(batch or
+    1, n_k)`: a query sees keys whose number is at most its own. bias: `(heads, period, columns)`, added to the scaled
+    products; what is not above -1e29, or the lowest number of its dtype, hides the key: the query at position `i` uses
+    row `i % period`, and the key at `j` column `j - (i - i % period - backward)`; in a document, positions count from
+    its start. Or `(batch or 1, heads or 1, n_q, columns)`, with a row for each query; the period is the bucket. sinks:
+    `(heads,)` or, for each query, `(batch, heads, n_q)`, a score in each softmax that has no value. rel_pos_emb:
+    `(backward + 1 + forward, d)`, for a bucket of 1: the product of row r and the unscaled q, or `rel_pos_query` of q's
+    shape, is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what dropout
+    drops.
     """
-    return {"mask": mask, "documents": documents, "bias": bias, "sinks": sinks, "rel_pos_emb": rel_pos_emb,
-            "seed": seed, **others}
+    return {"mask": mask, "documents": documents, "order": order, "bias": bias, "sinks": sinks,
+            "rel_pos_emb": rel_pos_emb, "rel_pos_query": rel_pos_query, "seed": seed, **others}
 
 
 ALONE = beside()
+
+
+def sinks_by_head(sinks, q):
+    """Return sinks as `beside` takes them: `(heads,)`, or of each query `(batch, heads, n_q)`, for any leading axes."""
+    if sinks is None or len(sinks.shape) == len(q.shape) - 1 == 3 or sinks.shape != q.shape[:-1]:
+        return sinks
+    return sinks.reshape(-1, q.shape[-3] if len(q.shape) > 2 else 1, q.shape[-2])
 
 
 # ---- choosing a backend
@@ -226,7 +246,7 @@ def _prepared(problem, name, of_kernel):
     able = BACKENDS[name]
     return (problem.frame, problem.scoring.dropout > 0, able.run, able.prepare(problem),
             problem.dtype != "Float32" and problem.dtype in able.dtypes, able.any_axes, able.tokens_first,
-            {None: None, True: _twice, False: _once}[able.twice])
+            {None: None, True: _twice, False: _once}[able.twice], able.shielded and shield.wanted(problem))
 
 
 @constexpr
@@ -281,32 +301,37 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
         axis.
     """
     if _empty(q.shape):
-        return (q, ops.full(q.shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else q
+        out = q if q.shape[-1] == v.shape[-1] else ops.zeros(q.shape[:-1] + v.shape[-1:], q.dtype)
+        return (out, ops.full(q.shape[:-1], float("-inf"), dtype=ms.float32)) if frame.lse else out
     return run(_prepared_for(spec, scoring, frame, q.shape, k.shape, v.shape, q.dtype, _shapes(tensors), backend),
                q, k, v, tensors)
 
 
 def run(prepared, q, k, v, tensors):
     """Compute what `attend` does, of a problem that is `prepared`."""
-    frame, drops, run_backend, constants, as_given, any_axes, as_asked, once = prepared
-    shape, dtype = q.shape, q.dtype
+    frame, drops, run_backend, constants, as_given, any_axes, as_asked, once, shielded = prepared
+    shape, dtype = q.shape[:-1] + v.shape[-1:], q.dtype
     seed = draw_seed() if drops and tensors["seed"] is None else tensors["seed"]
     bias = tensors["bias"] if frame.bias_is_constant else _hiding(tensors["bias"])
+    query = tensors["rel_pos_query"]
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
-    flatten = not any_axes and len(shape) != 3  # on CPU a reshape copies
-    if flatten:
-        q, k, v = _flat(q), _flat(k), _flat(v)
+    if shielded:
+        k, v = shield.whole(k, v)
+    if not any_axes and len(shape) != 3:  # on CPU a reshape copies
+        q, k, v, query = _flat(q), _flat(k), _flat(v), None if query is None else _flat(query)
     if as_given:
-        out, lse = _run_as_given(run_backend, constants, q, k, v, _renamed(tensors, bias, seed, _as_it_is))
+        out, lse = _run_as_given(run_backend, constants, q, k, v, _renamed(tensors, bias, query, seed, _as_it_is))
     else:
-        out, lse = _run(run_backend, constants, q, k, v, _renamed(tensors, bias, seed, _in_float32))
+        out, lse = _run(run_backend, constants, q, k, v, _renamed(tensors, bias, query, seed, _in_float32))
         if once is not None:
             out, lse = once(out), once(lse) if frame.lse else None
-    out = ops.cast(out.reshape(shape) if flatten else out, dtype)
+    if shielded:
+        out, lse = shield.marked(out, lse)
+    out = ops.cast(out if any_axes else out.reshape(shape), dtype)
     if frame.tokens_first:
-        b, heads, n, head_dim = shape
-        out = (out if as_asked else out.swapaxes(1, 2)).reshape(b, n, heads * head_dim)
+        b, heads, n, width = shape
+        out = (out if as_asked else out.swapaxes(1, 2)).reshape(b, n, heads * width)
     if frame.lse:
         return out, lse.reshape(shape[:-1])
     return out
@@ -316,11 +341,12 @@ def _flat(x):
     return x.reshape(-1, x.shape[-2], x.shape[-1])
 
 
-def _renamed(tensors, bias, seed, cast):
-    """Return the tensors of a call with this bias and seed, and with floats after a `cast`. All are named anew: in a
-    graph that is differentiated, a dict that is changed loses what is known of its other entries."""
-    return beside(mask=tensors["mask"], documents=tensors["documents"], bias=cast(bias),
-                  sinks=cast(tensors["sinks"]), rel_pos_emb=cast(tensors["rel_pos_emb"]), seed=seed)
+def _renamed(tensors, bias, query, seed, cast):
+    """Return the tensors of a call with this bias, query of offsets and seed, and with floats after a `cast`. All are
+    named anew: in a graph that is differentiated, a dict that is changed loses what is known of its other entries."""
+    return beside(mask=tensors["mask"], documents=tensors["documents"], order=tensors["order"], bias=cast(bias),
+                  sinks=cast(tensors["sinks"]), rel_pos_emb=cast(tensors["rel_pos_emb"]), rel_pos_query=cast(query),
+                  seed=seed)
 
 
 @constexpr
@@ -385,35 +411,3 @@ class _Salt(int):
 def new_salt(dropout):
     """Return a random int for a Cell with dropout, else 0. `mindspore.set_seed` also seeds its generator."""
     return _Salt(np.random.randint(2**31)) if dropout else 0
-
-
-def explain(problem, backend=None):
-    """Describe which backend runs a problem and why no other does, what it costs, and what compiles it again."""
-    chosen = choose(problem, backend)
-    computed, at_once = BACKENDS[chosen].scores(problem)
-    elements = problem.groups * (problem.n_q + problem.n_k // problem.per_key_head) * (problem.d + problem.d_v)
-    size = 4 if problem.dtype == "Float32" else 2
-    instead = f"could run it, but {chosen} {'was asked for' if backend or settings.backend else 'comes first'}"
-    lines = [f"{chosen}: runs this"]
-    lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
-    lines += [f"options: {', '.join(_options(problem)) or 'none'}",
-              f"multiply-adds: {computed * (problem.d + problem.d_v):,} forward",
-              f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once",
-              f"q, k, v and the output: {elements:,} numbers ({size * elements:,} bytes)",
-              "compiles anew for: another shape or dtype of an input, a mask or bias where there was none or none where"
-              " there was one, training in place of evaluation or the reverse"]
-    return "\n".join(lines)
-
-
-def _options(problem):
-    """Return the options of a problem beside its span, in words."""
-    scoring = problem.scoring
-    named = {
-        f"{problem.per_key_head} query heads to a key head": problem.per_key_head > 1,
-        "a key mask": problem.has("mask"), "documents": problem.has("documents"),
-        f"a prefix of {problem.spec.prefix}": problem.spec.prefix > 0,
-        "a bias": problem.has("bias"), "sinks": problem.has("sinks"),
-        "embeddings of offsets": problem.has("rel_pos_emb"), f"softcap {scoring.softcap}": scoring.softcap is not None,
-        "shared_qk": scoring.hide_self, f"dropout {scoring.dropout}": scoring.dropout > 0,
-        "the log-sum-exp": problem.frame.lse}
-    return [name for name, there in named.items() if there]

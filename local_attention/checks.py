@@ -175,15 +175,15 @@ def alike(owner, q, k, v):
         of_heads = len(got) == len(shape) > 2 and got[:-3] + got[-2:] == shape[:-3] + shape[-2:]
         fewer = f", or of a divisor of its {shape[-3]} heads" if of_heads else ""
         raise value_error(owner, "k", f"of q's shape {shape}{fewer}", got)
-    tensor(owner, "v", v, (dtype_name(q[1]),), got, f"of k's shape {got}")
+    values(owner, v, q[1], got)
     return shape, share
 
 
-def known_width(owner, shape):
+def known_width(owner, shape, name="q"):
     """Check that a graph knows the head dimension of q: products and scales are made for it."""
     if shape[-1] is None:
-        raise value_error(owner, "q", "of a known head dimension: name it in 'set_inputs' or 'input_signature', and do "
-                          "not compile with 'dynamic=1'", shape)
+        raise value_error(owner, name, "of a known head dimension: name it in 'set_inputs' or 'input_signature', and "
+                          "do not compile with 'dynamic=1'", shape)
 
 
 def shared(q_shape, k_shape):
@@ -206,9 +206,28 @@ def segment_ids(owner, got, batch, n):
     return shape
 
 
-def sinks(owner, got, heads):
-    """Check the sinks, as `described`, one for each head."""
-    return tensor(owner, "sinks", got, FLOATS, (heads,), f"of shape ({heads},), one for each head")
+def sinks(owner, got, heads, queries):
+    """Check the sinks, as `described`: one for each head, or one for each of its `queries`, `(b, heads, n)`."""
+    shape = tensor(owner, "sinks", got, FLOATS)
+    if shape not in ((heads,), tuple(queries)):
+        raise value_error(owner, "sinks", f"of shape ({heads},), one for each head, or {tuple(queries)}, one for each "
+                          "query", shape)
+
+
+def order(owner, got, batch, n, spec):
+    """Check the numbers of an order, as `described`, of shape `(batch, n)`; `batch` None is any."""
+    shape = tensor(owner, "order", got, ("Int32", "Int64"))
+    if len(shape) != 2 or shape[1] != n or (batch is not None and shape[0] != batch):
+        raise value_error(owner, "order", f"of shape ({'batch' if batch is None else batch}, {n})", shape)
+    together(owner, ("order", True), ("causal", spec.causal))
+    return shape
+
+
+def values(owner, got, dtype, k_shape):
+    """Check values, as `described`: of the keys' shape, but of any width."""
+    shape = tensor(owner, "v", got, (dtype_name(dtype),))
+    if len(shape) != len(k_shape) or shape[:-1] != k_shape[:-1] or shape[-1] == 0:
+        raise value_error(owner, "v", f"of k's shape {k_shape}, or of that with another width", shape)
 
 
 def softcap(owner, value):

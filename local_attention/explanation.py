@@ -1,12 +1,47 @@
 """What a call would be computed by, and what it costs, without a tensor."""
 import mindspore as ms
 
-from . import checks
-from .attend import Frame, explain, problem_of
+from . import checks, settings
+from .attend import BACKENDS, Frame, choose, problem_of, refusals
 from .spec import NO_LIMIT, Scoring, WindowSpec
 
-OPTIONS = ("mask", "segment_ids", "attn_bias", "sinks", "scale", "softcap", "dropout_rate", "seed", "return_lse",
-           "backend")
+def explain(problem, backend=None):
+    """Describe which backend runs a problem and why no other does, what it costs, and what compiles it again."""
+    chosen = choose(problem, backend)
+    computed, at_once = BACKENDS[chosen].scores(problem)
+    elements = problem.groups * (problem.n_q + problem.n_k // problem.per_key_head) * (problem.d + problem.d_v)
+    size = 4 if problem.dtype == "Float32" else 2
+    instead = f"could run it, but {chosen} {'was asked for' if backend or settings.backend else 'comes first'}"
+    lines = [f"{chosen}: runs this"]
+    lines += [f"{name}: {reason or instead}" for name, reason in refusals(problem).items() if name != chosen]
+    lines += [f"options: {', '.join(_options(problem)) or 'none'}",
+              f"multiply-adds: {computed * (problem.d + problem.d_v):,} forward",
+              f"scores: {computed:,} ({4 * computed:,} bytes), of which {4 * at_once:,} bytes at once",
+              f"q, k, v and the output: {elements:,} numbers ({size * elements:,} bytes)",
+              "compiles anew for: another shape or dtype of an input, a mask or bias where there was none or none where"
+              " there was one, training in place of evaluation or the reverse"]
+    return "\n".join(lines)
+
+
+def _options(problem):
+    """Return the options of a problem beside its span, in words."""
+    scoring, uses = problem.scoring, problem.uses
+    of_offsets = "embeddings of offsets" + (", with queries of their own" if "rel_pos_query" in uses else "")
+    named = {
+        f"{problem.per_key_head} query heads to a key head": problem.per_key_head > 1,
+        f"values of width {problem.d_v}": "v_width" in uses, "a key mask": "mask" in uses,
+        "documents": "documents" in uses, "an order": "order" in uses,
+        f"a prefix of {problem.spec.prefix}": problem.spec.prefix > 0,
+        "a bias for each query" if problem.bias_rows else "a bias": "bias" in uses,
+        "sinks of each query" if "sink_rows" in uses else "sinks": "sinks" in uses,
+        of_offsets: "rel_pos_emb" in uses, f"softcap {scoring.softcap}": scoring.softcap is not None,
+        "shared_qk": scoring.hide_self, f"dropout {scoring.dropout}": scoring.dropout > 0,
+        "the log-sum-exp": problem.frame.lse}
+    return [name for name, there in named.items() if there]
+
+
+OPTIONS = ("mask", "segment_ids", "cu_seqlens", "order", "attn_bias", "sinks", "scale", "softcap", "dropout_rate",
+           "seed", "return_lse", "backend")
 
 
 def _checked(q_shape, spec, k_shape, v_width, dtype, device, options):
@@ -24,16 +59,18 @@ def _checked(q_shape, spec, k_shape, v_width, dtype, device, options):
             checks.positive_int(owner, name, size)
     q_shape, k_shape = tuple(q_shape), tuple(k_shape)
     (b, h, n_q, d), n_k = q_shape, k_shape[2]
-    if checks.shared((b, h, n_k, d), k_shape) is None or n_k < n_q:
+    if checks.shared((b, h, n_k, d), k_shape) is None or (n_k < n_q and not spec.sees_everything):
         raise checks.value_error(owner, "k_shape", f"({b}, h_kv, n_k, {d}), h_kv a divisor of {h} and n_k at least "
                                  f"{n_q}", k_shape)
-    if v_width is not None and checks.positive_int(owner, "v_width", v_width) != d:
-        raise checks.value_error(owner, "v_width", f"None or the width of q, {d}", v_width)
+    if v_width is not None:
+        checks.positive_int(owner, "v_width", v_width)
     checks.float_dtype(owner, "dtype", dtype)
     checks.device(owner, device)
     if isinstance(options, str) or not isinstance(options, (tuple, list, set, frozenset)):
         raise checks.type_error(owner, "options", "a tuple of names", options)
     checks.together(owner, ("attn_bias", "attn_bias" in options), ("a prefix of 'spec'", spec.prefix))
+    checks.together(owner, ("order", "order" in options), ("causal", spec.causal))
+    checks.together(owner, ("cu_seqlens", "cu_seqlens" in options), ("segment_ids", "segment_ids" in options))
     if "attn_bias" in options and NO_LIMIT in (spec.backward, spec.forward):
         raise checks.value_error(owner, "options", "without 'attn_bias' where 'spec' has no limit", options)
     for name in options:
@@ -50,7 +87,7 @@ def explain_attention(q_shape, spec, *, k_shape=None, v_width=None, dtype=None, 
         q_shape (tuple): The shape of q, :math:`(b, h, n_q, d)`.
         spec (WindowSpec): Which keys a query sees.
         k_shape (tuple): The shape of k, :math:`(b, h_{kv}, n_k, d)`; ``None`` is q's. Default: ``None`` .
-        v_width (int): The width of v; ``None`` is :math:`d`, the only one that is computed so far. Default: ``None`` .
+        v_width (int): The width of v; ``None`` is :math:`d`. Default: ``None`` .
         dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
         device (str): ``"CPU"`` , ``"GPU"`` or ``"Ascend"`` , whether or not it is there; ``None`` is MindSpore's.
             Default: ``None`` .
@@ -76,9 +113,12 @@ def explain_attention(q_shape, spec, *, k_shape=None, v_width=None, dtype=None, 
     q_shape, k_shape = _checked(q_shape, spec, k_shape, v_width, dtype, device, options)
     (b, h, _, d), n_k = q_shape, k_shape[2]
     there = {"mask": ("mask", (b, n_k)), "segment_ids": ("documents", (b, n_k, 2)), "sinks": ("sinks", (h,)),
+             "cu_seqlens": ("documents", (b, n_k, 2)), "order": ("order", (b, n_k)),
              "attn_bias": ("bias", (h, spec.bucket, spec.backward + spec.bucket + spec.forward)),
              "seed": ("seed", (1,))}
     scoring = Scoring(d ** -0.5, 1. if "softcap" in options else None, False, .5 if "dropout_rate" in options else 0.)
-    problem = problem_of(spec, scoring, Frame(None, lse="return_lse" in options), q_shape, k_shape, k_shape,
-                         dtype or ms.float32, tuple(there[name] for name in there if name in options), device)
+    frame = Frame(0 if spec.sees_everything else None, lse="return_lse" in options)
+    v_shape = k_shape if v_width is None else (*k_shape[:3], v_width)
+    problem = problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype or ms.float32,
+                         tuple(there[name] for name in there if name in options), device)
     return explain(problem)

@@ -1,5 +1,4 @@
-"""Attention as functions: over any window, in the terms of today's models; over a span to the left and right; and
-merging of partial attention."""
+"""Attention as functions: over any window, in the terms of today's models, and over a span to the left and right."""
 import math
 
 import mindspore as ms
@@ -8,9 +7,10 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from . import checks
-from .attend import Frame, attend, beside, check_backend
+from .attend import Frame, attend, beside, check_backend, sinks_by_head
 from .backends.any_length import unknown
-from .backends.spans import document_bounds, merged
+from .backends.spans import cu_bounds, document_bounds
+from .cells import compiling
 from .spec import NO_LIMIT, Scoring, WindowSpec
 
 
@@ -61,6 +61,8 @@ def _check_known(owner, dropout_rate, backend, *shapes):
 
 @constexpr
 def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
+    if spec.sees_everything:  # where a query stands means nothing, and there may be more of them than keys
+        offset = 0
     return (spec, Scoring(head_dim ** -0.5 if scale is None else float(scale),
                           None if softcap is None else float(softcap), False, float(dropout_rate)),
             Frame(offset, lse=lse))
@@ -70,8 +72,8 @@ def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
 
 
 @constexpr
-def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale, softcap, dropout_rate, seed,
-                      return_lse, backend):
+def _checked_windowed(spec, q, k, v, mask, segment_ids, cu_seqlens, order, attn_bias, sinks, scale, softcap,
+                      dropout_rate, seed, return_lse, backend):
     """Check the arguments of a call."""
     owner = "windowed_attention"
     if not isinstance(spec, WindowSpec):
@@ -84,29 +86,65 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, attn_bias, sinks, scale,
     batch, heads, n_q, head_dim = shape
     k_shape = checks.tensor(owner, "k", k, (checks.dtype_name(q[1]),))
     n_k = k_shape[2] if len(k_shape) == 4 else 0
-    if len(k_shape) != 4 or checks.shared((*shape[:2], n_k, head_dim), k_shape) is None or (
-            None not in (n_q, n_k) and n_k < n_q):
-        raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads} "
-                                 f"and n_k at least {n_q}", k_shape)
-    checks.tensor(owner, "v", v, (checks.dtype_name(q[1]),), k_shape, f"of k's shape {k_shape}")
+    more = None not in (n_q, n_k) and n_k < n_q
+    if len(k_shape) != 4 or 0 in k_shape[1:] or checks.shared((*shape[:2], n_k, head_dim), k_shape) is None or (
+            more and not spec.sees_everything):
+        least = "" if spec.sees_everything else f" and n_k at least {n_q}"
+        raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads}"
+                                 f"{least}", k_shape)
+    checks.values(owner, v, q[1], k_shape)
+    checks.known_width(owner, v[0], "v")
     if mask is not None:
         checks.tensor(owner, "mask", mask, ("Bool",), (batch, n_k), f"of shape (b, n_k), {(batch, n_k)}")
     if segment_ids is not None:
         checks.segment_ids(owner, segment_ids, batch, n_k)
+    if cu_seqlens is not None:
+        checks.together(owner, ("cu_seqlens", True), ("segment_ids", segment_ids is not None))
+        if len(checks.tensor(owner, "cu_seqlens", cu_seqlens, ("Int32", "Int64"))) != 1 or cu_seqlens[0][0] == 1:
+            raise checks.value_error(owner, "cu_seqlens", "of shape (m,), 0 and the end of each document",
+                                     cu_seqlens[0])
+        if n_q != n_k:
+            raise checks.value_error(owner, "cu_seqlens", "None where q and k have different lengths", (n_q, n_k))
+        if None in (batch, n_k, *cu_seqlens[0]):
+            raise checks.value_error(owner, "cu_seqlens", "None in a graph for every length", cu_seqlens[0])
+    if order is not None:
+        checks.order(owner, order, batch, n_k, spec)
+    if more:
+        checks.together(owner, ("more queries than keys", True), ("order", order is not None))
+        checks.together(owner, ("more queries than keys", True), ("segment_ids", segment_ids is not None))
     if attn_bias is not None:
-        checks.together(owner, ("attn_bias", True), ("a prefix of 'spec'", spec.prefix))
-        if NO_LIMIT in (spec.backward, spec.forward):
-            raise checks.value_error(owner, "attn_bias", "None where 'spec' has no limit", attn_bias[0])
-        wanted = heads, spec.bucket, spec.backward + spec.bucket + spec.forward
-        checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS, wanted,
-                      f"of shape (h, bucket, backward + bucket + forward), {wanted}")
+        _check_bias(owner, attn_bias, spec, batch, heads, n_q)
     if sinks is not None:
-        checks.sinks(owner, sinks, heads)
+        checks.sinks(owner, sinks, heads, (batch, heads, n_q))
     _check_known(owner, dropout_rate, backend, shape, k_shape)
 
 
-def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=None, sinks=None, scale=None,
-                       softcap=None, dropout_rate=0., seed=None, return_lse=False, backend=None):
+def _check_bias(owner, got, spec, batch, heads, n_q):
+    """Check a bias, as `described`, of a call: with a row for each place in a bucket, or for each query."""
+    checks.together(owner, ("attn_bias", True), ("a prefix of 'spec'", spec.prefix))
+    shape = checks.tensor(owner, "attn_bias", got, checks.FLOATS)
+    if NO_LIMIT in (spec.backward, spec.forward):
+        raise checks.value_error(owner, "attn_bias", "None where 'spec' has no limit", shape)
+    columns = spec.backward + spec.bucket + spec.forward
+    of_queries = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (n_q, columns)
+    if shape != (heads, spec.bucket, columns) and not of_queries:
+        raise checks.value_error(
+            owner, "attn_bias", f"of shape (h, bucket, backward + bucket + forward), {(heads, spec.bucket, columns)}, "
+            f"or (b or 1, h or 1, n_q, backward + bucket + forward), {(batch, heads, n_q, columns)}", shape)
+
+
+def _check_ends(cu_seqlens, batch, n):
+    """Check the values of the ends of documents, which a graph does not know."""
+    ends = cu_seqlens.asnumpy()
+    if ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] != batch * n or set(range(0, batch * n, n)) - set(ends):
+        raise checks.value_error("windowed_attention", "cu_seqlens", f"0 and then, in order, the end of each document, "
+                                 f"with that of each of the {batch} rows of {n} tokens among them",
+                                 checks.shown(ends.tolist()))
+
+
+def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens=None, order=None, attn_bias=None,
+                       sinks=None, scale=None, softcap=None, dropout_rate=0., seed=None, return_lse=False,
+                       backend=None):
     r"""
     Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the terms of today's models.
 
@@ -115,21 +153,30 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
 
     Args:
         q (Tensor): :math:`(b, h, n_q, d)`, float32, float16 or bfloat16. The queries stand at the last :math:`n_q`
-            positions of the keys, as with a cache: :math:`n_q \le n_k`.
-        k, v (Tensor): :math:`(b, h_{kv}, n_k, d)` of the same dtype. :math:`h_{kv}` divides :math:`h`: query head
+            positions of the keys, as with a cache: :math:`n_q \le n_k`. Only if `spec` has no limit to either side and
+            is not causal (cross-attention) do positions mean nothing, and :math:`n_q` may be larger.
+        k (Tensor): :math:`(b, h_{kv}, n_k, d)` of the same dtype. :math:`h_{kv}` divides :math:`h`: query head
             :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. Keys and values are not repeated in
             memory.
+        v (Tensor): :math:`(b, h_{kv}, n_k, d_v)` of the same dtype, of any width :math:`d_v` (DeepSeek's MLA).
         spec (WindowSpec): Which keys a query sees.
         mask (Tensor): Padding mask, bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
         segment_ids (Tensor): int :math:`(b, n_k)`. Consecutive tokens with the same id are a document. The result is
             that of a separate call on each document: windows, rows of the bias and the prefix start anew. A negative
             id is padding: it sees nothing, and no query sees it. Default: ``None`` .
+        cu_seqlens (Tensor): int :math:`(m,)`, the same documents in flash-attention's words: 0, then the end of each
+            document, counted over the rows laid end to end. The end of each row is one of them. A number may be
+            repeated, so that `m` can stay the same. Needs :math:`n_q = n_k`. Default: ``None`` .
+        order (Tensor): int :math:`(b, n_k)`, in place of `causal`: of its span, a query sees the keys whose number is
+            at most its own. Tokens with the same number see each other: those of an image or of a diffusion block
+            inside a causal row, or of a prompt (prefix LM). A permutation is XLNet's order. Default: ``None`` .
         attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores. The row is the place
             of the query in its bucket, the column the place of the key in what the bucket sees. With a bucket of 1,
-            there is a number for each offset. -inf, anything below -1e29 and the lowest number of its dtype hide the
-            key: no weight, no gradient. Default: ``None`` .
+            there is a number for each offset. Or with a row for each query,
+            :math:`(b \text{ or } 1, h \text{ or } 1, n_q, backward + bucket + forward)`. -inf, anything below -1e29 and
+            the lowest number of its dtype hide the key: no weight, no gradient. Default: ``None`` .
         sinks (Tensor): :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no value
-            (gpt-oss). Default: ``None`` .
+            (gpt-oss); or one for each query, :math:`(b, h, n_q)`. -inf is no sink. Default: ``None`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
             (Gemma 2). From 1e-30 to 1e30. Default: ``None`` .
@@ -140,15 +187,16 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
         backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
-        Tensor of the shape and dtype of `q`. A query that sees no key gets zeros with zero gradient, also with a sink.
+        Tensor :math:`(b, h, n_q, d_v)` of the dtype of `q`. A query that sees no key gets zeros with zero gradient,
+        also with a sink.
 
         With `return_lse`, a tuple of this and the log-sum-exp of the scores in the softmax, including the sink, float32
         :math:`(b, h, n_q)`. It is a natural logarithm, it is -inf for an empty softmax, and it has a gradient.
 
     Raises:
         TypeError: If an argument is of another type or dtype.
-        ValueError: If an argument is out of its range, shapes do not agree, or a bias comes with a prefix or a span
-            without limit.
+        ValueError: If an argument is out of its range, shapes do not agree, a bias comes with a prefix or a span
+            without limit, an order with a causal `spec`, or `cu_seqlens` with `segment_ids`.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -162,86 +210,25 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, attn_bias=
     """
     def got(x):  # a function within, so that MindSpore's O1 leaves this one as it is (see `cells`)
         return checks.described(x)
-    _checked_windowed(spec, got(q), got(k), got(v), got(mask), got(segment_ids), got(attn_bias), got(sinks), scale,
-                      softcap, dropout_rate, got(seed), return_lse, backend)
+    _checked_windowed(spec, got(q), got(k), got(v), got(mask), got(segment_ids), got(cu_seqlens), got(order),
+                      got(attn_bias), got(sinks), scale, softcap, dropout_rate, got(seed), return_lse, backend)
     spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)
-    tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=_seed(seed))
+    if cu_seqlens is not None:
+        if not compiling():
+            _check_ends(cu_seqlens, q.shape[0], q.shape[2])
+        documents = cu_bounds(cu_seqlens, q.shape[0], q.shape[2])
+    order = None if order is None else ops.cast(order, ms.int32)
+    tensors = beside(mask=mask, documents=documents, order=order, bias=attn_bias, sinks=sinks, seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)
-
-
-@constexpr
-def _check_pieces(outs, lses):
-    owner = "merge_attentions"
-    for name, pieces in (("outs", outs), ("lses", lses)):
-        if not isinstance(pieces, (tuple, list)) or not pieces:
-            raise checks.type_error(owner, name, "a tuple of Tensors, one for each piece", pieces)
-    if len(lses) != len(outs):
-        raise checks.value_error(owner, "lses", f"of as many pieces as outs, {len(outs)}", len(lses))
-    shape = checks.tensor(owner, "outs", outs[0], checks.FLOATS)
-    if len(shape) < 2:
-        raise checks.value_error(owner, "outs", "of shape (..., n, d)", shape)
-    for out, lse in zip(outs, lses):
-        checks.tensor(owner, "outs", out, (checks.dtype_name(outs[0][1]),), shape, f"of one shape, {shape}")
-        checks.tensor(owner, "lses", lse, checks.FLOATS, shape[:-1], f"of the shape of outs without d, {shape[:-1]}")
-
-
-def merge_attentions(outs, lses):
-    r"""
-    Merge pieces of attention, each over some of the keys, into attention over all of these keys.
-
-    With :math:`lse = \log \sum_i e^{lse_i}`, the output is :math:`\sum_i e^{lse_i - lse} out_i`. All pieces have the
-    same queries. No key may be in two pieces, and a sink only in one.
-
-    Args:
-        outs (tuple[Tensor]): The output of each piece, :math:`(..., n, d)`.
-        lses (tuple[Tensor]): The log-sum-exp of each piece, :math:`(..., n)`. :func:`windowed_attention` returns both.
-
-    Returns:
-        Tuple of the output, of the dtype of `outs`, and the log-sum-exp, float32.
-
-    Raises:
-        TypeError: If `outs` or `lses` is not a tuple of Tensors.
-        ValueError: If their lengths or shapes do not agree.
-
-    Supported Platforms:
-        ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
-
-    Examples:
-        >>> from mindspore import ops
-        >>> from local_attention import WindowSpec, merge_attentions, windowed_attention
-        >>> x = ops.randn((1, 2, 10, 8))
-        >>> spec = WindowSpec.from_flash((-1, -1))
-        >>> halves = [windowed_attention(x[:, :, :5], x[:, :, i:i + 5], x[:, :, i:i + 5], spec, return_lse=True)
-        ...           for i in (0, 5)]
-        >>> out, lse = merge_attentions(*zip(*halves))
-        >>> print(out.shape, lse.shape)
-        (1, 2, 5, 8) (1, 2, 5)
-    """
-    def got(pieces):  # see `windowed_attention`
-        return _all_described(pieces)
-    _check_pieces(got(outs), got(lses))
-    pieces = []
-    for lse in lses:
-        pieces.append(ops.cast(lse, ms.float32))
-    return merged(outs, pieces)
-
-
-def _all_described(pieces):
-    if not isinstance(pieces, (tuple, list)):
-        return pieces
-    described = []
-    for piece in pieces:
-        described.append(checks.described(piece))
-    return tuple(described)
 
 
 # ---- a span to the left and the right
 
 
 @constexpr
-def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed, scale, softcap, sinks, segment_ids,
-                     return_lse, backend):
+def _checked_sliding(q, k, v, mask, rel_pos_emb, rel_pos_query, left, right, dropout_rate, seed, scale, softcap, sinks,
+                     segment_ids, return_lse, backend):
     """Check the arguments; return the number of groups, the span within the sequence, the mask's shape and tiling."""
     owner = "sliding_window_attention"
     checks.non_negative_int(owner, "window_size_left", left)
@@ -249,6 +236,7 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed
     _check_options(owner, scale, softcap, dropout_rate, seed, return_lse, backend)
     shape, share = checks.alike(owner, q, k, v)
     checks.known_width(owner, shape)
+    checks.known_width(owner, v[0], "v")
     *leading, n, head_dim = shape
     _check_known(owner, dropout_rate, backend, shape)
     groups = None if None in leading else math.prod(leading)
@@ -257,8 +245,12 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, left, right, dropout_rate, seed
     if rel_pos_emb is not None:
         checks.tensor(owner, "rel_pos_emb", rel_pos_emb, checks.FLOATS, (left + right, head_dim),
                       f"of shape (window_size_left + window_size_right, d), {(left + right, head_dim)}")
+    if rel_pos_query is not None:
+        if rel_pos_emb is None:
+            raise checks.value_error(owner, "rel_pos_query", "None without 'rel_pos_emb'", rel_pos_query[0])
+        checks.tensor(owner, "rel_pos_query", rel_pos_query, (checks.dtype_name(q[1]),), shape, f"of q's shape {shape}")
     if sinks is not None:
-        checks.sinks(owner, sinks, leading[-1] if leading else 1)
+        checks.sinks(owner, sinks, leading[-1] if leading else 1, shape[:-1])
     if segment_ids is not None:
         batch, _ = checks.segment_ids(owner, segment_ids, None, n)
         if groups is not None and groups // share % batch:
@@ -313,8 +305,8 @@ def _span(left, right):
 
 
 def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_left=128, window_size_right=128,
-                             dropout_rate=0., seed=None, *, scale=None, softcap=None, sinks=None, segment_ids=None,
-                             return_lse=False, backend=None):
+                             dropout_rate=0., seed=None, *, rel_pos_query=None, scale=None, softcap=None, sinks=None,
+                             segment_ids=None, return_lse=False, backend=None):
     r"""
     Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
 
@@ -333,7 +325,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
 
     Args:
         q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16. k and v may have
-            fewer heads, a divisor of q's. The softmax is computed in float32.
+            fewer heads, a divisor of q's, and v another width. The softmax is computed in float32.
         mask (Tensor): Padding mask, bool, True = a real key. Its shape is :math:`(n)`; or :math:`(b, n)`, where `b`
             divides the product of q's leading axes; or it has one axis less than q and broadcasts to :math:`(..., n)`.
             Default: ``None`` .
@@ -344,16 +336,20 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
         seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
             one. Default: ``None`` .
+        rel_pos_query (Tensor): Of q's shape and dtype, multiplied by `rel_pos_emb` in q's place, without a scale:
+            Transformer-XL and Conformer score :math:`q + u` against keys and :math:`q + v` against offsets. Default:
+            ``None`` .
         scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
         softcap (float): As in :func:`windowed_attention`. Default: ``None`` .
-        sinks (Tensor): :math:`(h,)`, as there; `h` is the third axis of q from the end. Default: ``None`` .
+        sinks (Tensor): :math:`(h,)`, as there; `h` is the third axis of q from the end. Or one for each query,
+            :math:`(..., n)`. Default: ``None`` .
         segment_ids (Tensor): int :math:`(b, n)`, as there. Default: ``None`` .
         return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
         backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
-        Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient. With
-        `return_lse`, a tuple of this and the log-sum-exp, float32 :math:`(..., n)`.
+        Tensor of the shape of `q`, with the width of `v`, and of q's dtype. A query that sees no real key gets zeros,
+        with zero gradient. With `return_lse`, a tuple of this and the log-sum-exp, float32 :math:`(..., n)`.
 
     Raises:
         TypeError: If an argument is of another type or dtype.
@@ -372,15 +368,17 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     def got(x):  # see `windowed_attention`
         return checks.described(x)
     groups, left, right, mask_shape = _checked_sliding(
-        got(q), got(k), got(v), got(mask), got(rel_pos_emb), window_size_left, window_size_right, dropout_rate,
-        got(seed), scale, softcap, got(sinks), got(segment_ids), return_lse, backend)
+        got(q), got(k), got(v), got(mask), got(rel_pos_emb), got(rel_pos_query), window_size_left, window_size_right,
+        dropout_rate, got(seed), scale, softcap, got(sinks), got(segment_ids), return_lse, backend)
     if groups == 0:
-        return (q, ops.zeros(q.shape[:-1], ms.float32)) if return_lse else q
+        out = ops.zeros(q.shape[:-1] + v.shape[-1:], q.dtype)
+        return (out, ops.zeros(q.shape[:-1], ms.float32)) if return_lse else out
     if mask is not None:
         mask = _repeated(mask, *mask_shape)
     if rel_pos_emb is not None:  # embeddings of offsets that no key of this sequence has do nothing
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
     spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
     documents = None if segment_ids is None else document_bounds(segment_ids)
-    tensors = beside(mask=mask, documents=documents, sinks=sinks, rel_pos_emb=rel_pos_emb, seed=_seed(seed))
+    tensors = beside(mask=mask, documents=documents, sinks=sinks_by_head(sinks, q), rel_pos_emb=rel_pos_emb,
+                     rel_pos_query=rel_pos_query, seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)

@@ -4,8 +4,9 @@ from mindspore import ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Frame, check_backend, explain, new_salt, problem_of
+from .attend import Frame, check_backend, new_salt, problem_of
 from .backends.spans import SELF_SCORE
+from .explanation import explain
 from .rotary import SinusoidalEmbeddings, exists  # noqa: F401 - upstream has it here too
 from .windows import Windowed, Windows, l2norm  # noqa: F401 - for the same reason
 
@@ -101,23 +102,28 @@ class LocalAttention(Windowed):
     Inputs:
         - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
           dtype: float32, float16 or bfloat16. k and v may have fewer heads, a divisor of q's: query head `i` of `h`
-          reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. The softmax is computed in float32.
+          reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. v may have another width. The softmax is computed in
+          float32.
         - **mask** (Tensor) - Padding mask, bool :math:`(batch, n)`, True = a real key; `batch` divides the product of
           the leading axes. Default: ``None`` .
         - **input_mask** (Tensor) - Another name of `mask`; if both are given, `mask` is used. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores.
           The row is the place of the query in its window, the column the place of the key in the window's span. With
           `exact_windowsize` also :math:`(h, 1, W \cdot (look\_backward + look\_forward) + 1)`, a number for each
-          offset. -inf, anything below -1e29 and the lowest number of its dtype hide the key. Default: ``None`` .
+          offset. Or with a row for each query, :math:`(batch \text{ or } 1, h \text{ or } 1, n, \ldots)`, and the same
+          columns. -inf, anything below -1e29 and the lowest number of its dtype hide the key. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
         - **segment_ids** (Tensor) - int :math:`(batch, n)`. Consecutive tokens with the same id are a document. The
           result is that of a separate call on each document. A negative id is padding: it sees nothing, and no query
           sees it. Default: ``None`` .
         - **sinks** (Tensor) - :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no
-          value (gpt-oss). Default: ``None`` .
+          value (gpt-oss); or one for each query, :math:`(..., n)`. Default: ``None`` .
+        - **order** (Tensor) - int :math:`(batch, n)`, in place of `causal`: of its span, a query sees the keys whose
+          number is at most its own. Default: ``None`` .
 
     Outputs:
-        Tensor of the shape and dtype of `q`. A query that sees no real key gets zeros, with zero gradient.
+        Tensor of the shape of `q`, with the width of `v`, and of q's dtype. A query that sees no real key gets zeros,
+        with zero gradient.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.

@@ -95,6 +95,14 @@ class DynamicPositionBias(nn.Cell):
 
 
 @constexpr
+def not_cached(owner, has_order, attn_bias):
+    """Refuse what a cached step could not repeat for its keys."""
+    checks.together(owner, ("order", has_order), ("a cache", True))
+    of_queries = attn_bias is not None and len(attn_bias[0]) == 4
+    checks.together(owner, ("a bias for each query", of_queries), ("a cache", True))
+
+
+@constexpr
 def checked_segments(owner, segment_ids, b, n):
     """Check the documents of a call of a block or a model."""
     checks.segment_ids(owner, segment_ids, b, n)
@@ -109,7 +117,7 @@ INSTEAD = {"head_dim": "dim_head", "num_heads": "heads", "num_kv_heads": "kv_hea
 class _Heads(nn.Cell):
     """What LocalMHA does between projections, in a base class, which MindSpore's O1 does not rewrite (see `cells`)."""
 
-    def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids):
+    def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Check a call; return x, its batch and length. They are used, because a graph drops unused checks."""
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
@@ -117,30 +125,32 @@ class _Heads(nn.Cell):
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
                             segment_ids is not None)
+            not_cached(self.cls_name, order is not None, checks.described(attn_bias))
         if segment_ids is not None:
             checked_segments(self.cls_name, checks.described(segment_ids), b, n)
         return x, b, n
 
-    def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
+    def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Compute attention of the projection, `(b, n, heads * d)`, and the next cache."""
         b, n, _ = qkv.shape
         if unknown((b, n)):
-            return self._attend_any_length(qkv, mask, attn_bias, segment_ids), cache
+            return self._attend_any_length(qkv, mask, attn_bias, segment_ids, order), cache
         if cache is None and not return_cache and not self.qk_rmsnorm:
             split = fused_heads(self.attn_fn, self.heads, self.kv_heads)
             if split is not None:
                 q, k, v = split(ops.cast(qkv, ms.float32))
-                return self.attn_fn.attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, qkv.dtype), None
+                return self.attn_fn.attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, order,
+                                                 qkv.dtype), None
         entry = None
         if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
             entry = fused_entry(self.attn_fn, qkv.dtype)
         if entry is not None:
             out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
         else:
-            out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids)
+            out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids, order)
         return reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head)).reshape(b, n, -1), cache
 
-    def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids):
+    def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Compute the same; the output has heads before positions."""
         b, n, _ = qkv.shape
         sizes = self.heads, self.kv_heads, self.kv_heads
@@ -150,7 +160,7 @@ class _Heads(nn.Cell):
         if cache is None or len(cache) == 1:
             shape = (b, self.kv_heads, n, self.dim_head)
             out = self.attn_fn(q.reshape(b, self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape),
-                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks)
+                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks, order=order)
             if return_cache:
                 shape = (b * self.kv_heads, n, self.dim_head)
                 cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape), b,
@@ -166,7 +176,7 @@ class _Heads(nn.Cell):
                 out = attend_in_place(self.attn_fn, q, cache, attn_bias, self.sinks)
         return out, cache
 
-    def _attend_any_length(self, qkv, mask, attn_bias, segment_ids):
+    def _attend_any_length(self, qkv, mask, attn_bias, segment_ids, order):
         """Compute attention of the projection in a graph that is compiled for any length."""
         b, n, _ = qkv.shape
         sizes = (self.heads, self.kv_heads, self.kv_heads)
@@ -174,7 +184,7 @@ class _Heads(nn.Cell):
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias,
-                           segment_ids=segment_ids, sinks=self.sinks)
+                           segment_ids=segment_ids, sinks=self.sinks, order=order)
         return out.swapaxes(1, 2).reshape(b, n, self.heads * self.dim_head)
 
     def _gated(self, out, gates):
@@ -221,13 +231,15 @@ class LocalMHA(_Heads):
         - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
         - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Default: ``None`` .
         - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
-          :class:`LocalAttention` takes it. Default: ``None`` .
+          :class:`LocalAttention` takes it; without a cache, also with a row for each token. Default: ``None`` .
         - **cache** - The cache that an earlier call of a causal block without a mask returned. `x` holds the next
           tokens, one or more. The cache has the prefix and the last tokens; its size does not grow with the sequence.
           Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
         - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
           if it were alone; a negative id is padding. Not with a cache. Default: ``None`` .
+        - **order** (Tensor) - int :math:`(b, n)`, as :class:`LocalAttention` takes it. Not with a cache. Default:
+          ``None`` .
 
     Outputs:
         Tensor of the shape of `x`; with a cache, the same rows as in one call on all the tokens. With `return_cache`, a
@@ -287,11 +299,11 @@ class LocalMHA(_Heads):
     def extend_repr(self):
         return checks.settings(self)
 
-    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None):
-        x, _, _ = self._checked(x, mask, attn_bias, cache, return_cache, segment_ids)
+    def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None, *, order=None):
+        x, _, _ = self._checked(x, mask, attn_bias, cache, return_cache, segment_ids, order)
         if self.norm is not None:
             x = self.norm(x)
-        out, cache = self._attend(self.to_qkv(x), mask, attn_bias, cache, return_cache, segment_ids)
+        out, cache = self._attend(self.to_qkv(x), mask, attn_bias, cache, return_cache, segment_ids, order)
         if self.to_v_gate is not None:
             out = self._gated(out, self.to_v_gate(x))
         out = self.to_out(out)

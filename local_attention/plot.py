@@ -94,7 +94,7 @@ def _weights(attend, v):
     return np.concatenate(columns, -1)[..., :n]
 
 
-def plot_mask(spec, n, axes=None):
+def plot_mask(spec, n, axes=None, order=None):
     """
     Draw which keys (columns) each query (row) of an `n`-token sequence sees.
 
@@ -102,6 +102,7 @@ def plot_mask(spec, n, axes=None):
         spec (WindowSpec): Which keys a query sees, for example `attn.spec`.
         n (int): Length of the sequence.
         axes (matplotlib.axes.Axes): Where to draw; ``None`` is a figure of its own. Default: ``None`` .
+        order (Sequence[int]): The number of each token, as :func:`windowed_attention` takes them. Default: ``None`` .
 
     Returns:
         matplotlib.axes.Axes.
@@ -109,15 +110,15 @@ def plot_mask(spec, n, axes=None):
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If `spec` is not a WindowSpec or `n` not an int.
-        ValueError: If `n` is not positive.
+        ValueError: If `n` is not positive, or `order` not `n` ints or `spec` causal.
     """
     if not isinstance(spec, WindowSpec):
         raise checks.type_error("plot_mask", "spec", "a WindowSpec", spec)
-    positions = np.arange(checks.positive_int("plot_mask", "n", n))
+    visible = spec.drawn("plot_mask", n, order)
     if axes is not None and not hasattr(axes, "imshow"):
         raise checks.type_error("plot_mask", "axes", "None or a matplotlib Axes", axes)
     axes = _figure(1, 1, 4).axes[0] if axes is None else axes
-    axes.imshow(spec.visible(positions, positions), cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
+    axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
     axes.set(xlabel="key", ylabel="query", xticks=[], yticks=[])
     return axes
 

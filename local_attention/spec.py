@@ -59,6 +59,11 @@ class WindowSpec:
         checks.boolean("WindowSpec", "causal", self.causal)
         checks.non_negative_int("WindowSpec", "prefix", self.prefix)
 
+    @property
+    def sees_everything(self):
+        """Whether every query sees every key, so that positions mean nothing."""
+        return not self.causal and self.backward >= NO_LIMIT and self.forward >= NO_LIMIT
+
     def span(self, i):
         """Return the first and the last key of the span of query `i`, an int or an array of ints; both are included."""
         start = i // self.bucket * self.bucket
@@ -78,10 +83,23 @@ class WindowSpec:
         in_prefix = (keys >= 0) & (keys < self.prefix) & ((keys <= queries) | (not self.causal))
         return (first <= keys) & (keys <= last) | in_prefix
 
-    def show(self, n):
-        """Draw the mask of an `n`-token sequence: a row for each query, a column for each key."""
-        positions = np.arange(checks.positive_int("WindowSpec.show", "n", n))
-        return "\n".join(" ".join("■" if seen else "·" for seen in row) for row in self.visible(positions, positions))
+    def show(self, n, order=None):
+        """Draw the mask of an `n`-token sequence: a row for each query, a column for each key. `order` are `n` ints, as
+        :func:`windowed_attention` takes them."""
+        visible = self.drawn("WindowSpec.show", n, order)
+        return "\n".join(" ".join("■" if seen else "·" for seen in row) for row in visible)
+
+    def drawn(self, owner, n, order=None):
+        """Return the mask of an `n`-token sequence, bool `(n, n)`."""
+        positions = np.arange(checks.positive_int(owner, "n", n))
+        visible = self.visible(positions, positions)
+        if order is None:
+            return visible
+        checks.together(owner, ("order", True), ("causal", self.causal))
+        order = np.asarray(order)
+        if order.shape != (n,) or order.dtype.kind not in "iu":
+            raise checks.value_error(owner, "order", f"{n} ints", checks.shown(order.tolist()))
+        return visible & (order[None, :] <= order[:, None])
 
     @classmethod
     def from_sliding_window(cls, sliding_window):

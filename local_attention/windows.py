@@ -8,9 +8,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, parallel
-from .attend import Frame, attend, beside, draw_seed
+from .attend import Frame, attend, beside, draw_seed, sinks_by_head
 from .backends.any_length import unknown
-from .backends.spans import document_bounds
+from .backends.spans import bias_at, document_bounds
 from .cells import Float32
 from .spec import Scoring, WindowSpec
 
@@ -66,13 +66,17 @@ class Windows:
         rows = 1 if self.exact else self.size
         return rows, self.backward + rows, self.forward
 
-    def bias_rule(self, shape):
-        """Return the allowed shapes of a bias in words, and whether `shape`, without heads, is one of them: a row for
-        each place in a window, or a single row for a span that moves."""
+    def bias_rule(self, shape, n):
+        """Return the allowed shapes of a bias in words, and whether `shape` is one of them, apart from its heads: a row
+        for each place in a window, a single row for a span that moves, or a row for each of n queries."""
         shapes = [(self.size, self.span)]
         if self.exact:
             shapes.append((1, self.backward + 1 + self.forward))
-        return " or ".join(f"(heads, {rows}, {columns})" for rows, columns in shapes), tuple(shape) in shapes
+        of_queries = [(n, columns) for _, columns in shapes]
+        words = ([f"(heads, {rows}, {columns})" for rows, columns in shapes]
+                 + [f"(batch, heads, {n}, {columns})" for _, columns in shapes])
+        return " or ".join(words), (len(shape) == 3 and tuple(shape[1:]) in shapes
+                                    or len(shape) == 4 and tuple(shape[2:]) in of_queries)
 
     @property
     def spec(self):
@@ -89,7 +93,7 @@ class Windows:
 
 @constexpr
 def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, backend, q, k, v, mask, attn_bias,
-             segment_ids, sinks, window_size):
+             segment_ids, sinks, window_size, order):
     """Check the inputs of a call; return its number of groups, and its windows."""
     if window_size is not None:
         if not use_xpos:
@@ -130,11 +134,22 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
         batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
         if rest != [n] or batch == 0 or (known and groups % batch):
             raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
+    for name, there in (("order", order is not None), ("a bias for each query", attn_bias and len(attn_bias[0]) == 4),
+                        ("sinks of each query", sinks and len(sinks[0]) > 1)):
+        checks.together(owner, (name, there), ("use_xpos", use_xpos))
+    for name, there in (("order", order is not None), ("a width of v that is not q's", v[0][-1] != shape[-1])):
+        checks.together(owner, (name, there), ("sequence_parallel", group is not None))
+    if order is not None:
+        batch, _ = checks.order(owner, order, None if mask is None else mask[0][0], n, windows.spec)
+        if known and groups // share % batch:
+            raise checks.value_error(owner, "order", f"of shape (batch, {n}), batch a divisor of {groups}", order[0])
     if attn_bias is not None:
-        heads, *rest = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
-        rule, right = windows.bias_rule(rest)
-        if not right or heads == 0 or (groups or 0) % heads:
-            raise checks.value_error(owner, "attn_bias", f"of shape {rule}, heads a divisor of {groups}", attn_bias[0])
+        got = checks.tensor(owner, "attn_bias", attn_bias, checks.FLOATS)
+        rule, right = windows.bias_rule(got, n)
+        batch, heads = (1, got[0]) if len(got) == 3 else got[:2] if len(got) == 4 else (0, 0)
+        alone = batch == 1 or heads == 1 or batch * heads == groups
+        if not right or batch * heads == 0 or not alone or known and (groups % heads or groups // share % batch):
+            raise checks.value_error(owner, "attn_bias", f"of shape {rule}, heads a divisor of {groups}", got)
         if heads % share and share % heads:
             raise checks.value_error(owner, "attn_bias", f"of a multiple or a divisor of the {share} heads that share "
                                      "one of k", attn_bias[0])
@@ -144,8 +159,30 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
             raise checks.value_error(owner, "segment_ids", f"of shape (batch, {n}), batch a divisor of {groups}",
                                      segment_ids[0])
     if sinks is not None:
-        checks.sinks(owner, sinks, shape[-3] if len(shape) > 2 else 1)
+        checks.sinks(owner, sinks, shape[-3] if len(shape) > 2 else 1, shape[:-1])
     return groups, windows
+
+
+@constexpr
+def _moving(windows, n):
+    """Return the places of n queries in their windows, `(1, n)`, and the columns of a bias of offsets."""
+    return (Tensor((np.arange(n) % windows.size)[None].astype(np.int32)),
+            Tensor(np.arange(windows.backward + 1 + windows.forward, dtype=np.int32)))
+
+
+def moving_bias(bias, windows, documents):
+    """Return a bias with a row for each query as one of offsets, if spans move and its columns are a window's."""
+    if bias is None or len(bias.shape) == 3 or not windows.exact or bias.shape[3] != windows.span or windows.size == 1:
+        return bias
+    n = bias.shape[2]
+    places, columns = _moving(windows, n)
+    if documents is not None:
+        places = ops.arange(0, n, 1)[None] - documents[..., 0]
+        places = places % windows.size
+    rows = (ops.arange(0, n, 1) * windows.span).reshape(1, n, 1)
+    entries = rows + places[..., None] + columns
+    found = bias_at(bias, entries.reshape(entries.shape[0], -1))
+    return found.reshape(found.shape[0], found.shape[1], n, -1)
 
 
 @constexpr
@@ -210,10 +247,10 @@ class Windowed(nn.Cell):
     """What LocalAttention does in a call. In a base class, so that MindSpore's O1 does not rewrite it (see `cells`)."""
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
-                  sinks=None):
+                  sinks=None, order=None):
         if mask is None:
             mask = input_mask
-        groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, window_size)
+        groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size)
         if self.must_agree and windows.backward + windows.forward > 0:
             k = parallel.agreed(
                 self.group, "LocalAttention", k, k.shape[-2], (
@@ -221,10 +258,10 @@ class Windowed(nn.Cell):
                     checks.described(segment_ids), checks.described(attn_bias), checks.described(sinks)),
                 ("mask", "segment_ids", "attn_bias", "sinks"))
         if groups == 0:
-            return q
+            return q if q.shape[-1] == v.shape[-1] else ops.zeros(q.shape[:-1] + v.shape[-1:], q.dtype)
         if unknown(q.shape[-1:]):
             q, k, v = _of_width(q, self.rotary_dim), _of_width(k, self.rotary_dim), _of_width(v, self.rotary_dim)
-        shape, dtype = q.shape, q.dtype
+        shape, dtype, sinks = q.shape[:-1] + v.shape[-1:], q.dtype, sinks_by_head(sinks, q)
         flat = self.group is not None or self.use_xpos
         if flat:
             q, k, v = _flat(q), _flat(k), _flat(v)
@@ -239,8 +276,7 @@ class Windowed(nn.Cell):
         if self.rel_pos is not None and not self.use_xpos:
             q = self.rel_pos.rotate(q, offset + windows.forward)  # relative to k, at the end of the span
             k = self.rel_pos.rotate(k)
-        documents = None if segment_ids is None else document_bounds(segment_ids)
-        tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=self.seed())
+        tensors = self._tensors(windows, mask, attn_bias, segment_ids, sinks, order)
         out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
 
@@ -251,19 +287,24 @@ class Windowed(nn.Cell):
             self._forward_pre_hook or self._forward_hook or self._backward_pre_hook or self._backward_hook
             or self._recompute_cell)
 
-    def _by_the_rules(self, q, k, v, mask, attn_bias, segment_ids, sinks, window_size=None):
+    def _tensors(self, windows, mask, attn_bias, segment_ids, sinks, order):
+        documents = None if segment_ids is None else document_bounds(segment_ids)
+        order = None if order is None else ops.cast(order, ms.int32)
+        return beside(mask=mask, documents=documents, order=order, bias=moving_bias(attn_bias, windows, documents),
+                      sinks=sinks, seed=self.seed())
+
+    def _by_the_rules(self, q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size=None):
         return _checked(
             "LocalAttention", self.windows, self.autopad, self.use_xpos, self.rotary_dim, self.group,
             self.dropout if self.training else 0., self.backend, checks.described(q), checks.described(k),
             checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
-            checks.described(sinks), window_size)
+            checks.described(sinks), window_size, checks.described(order))
 
-    def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, dtype):
+    def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, order, dtype):
         """Compute what `construct` does, for rotated heads `(b, heads, n, d)` in float32, as `(b, n, heads * d)` of
         `dtype`."""
-        _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks)
-        documents = None if segment_ids is None else document_bounds(segment_ids)
-        tensors = beside(mask=mask, documents=documents, bias=attn_bias, sinks=sinks, seed=self.seed())
+        _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order)
+        tensors = self._tensors(windows, mask, attn_bias, segment_ids, sinks, order)
         spec, scoring, frame = self._numbers_of(windows, q.shape[-1], dtype=dtype, tokens_first=True)
         return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, self.backend), dtype)
 

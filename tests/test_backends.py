@@ -7,8 +7,9 @@ import pytest
 from mindspore import Tensor, ops
 
 from local_attention import WindowSpec, use_backend, windowed_attention
-from local_attention.attend import BACKENDS, WHOLE, attend, beside, explain, prepared, problem_of, refusals, run
+from local_attention.attend import BACKENDS, WHOLE, attend, beside, prepared, problem_of, refusals, run
 from local_attention.backends import Backend
+from local_attention.explanation import explain
 from local_attention.spec import Scoring
 
 SPEC = WindowSpec(1, 2, 0, True)

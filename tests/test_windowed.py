@@ -7,7 +7,8 @@ from mindspore import Tensor, nn, ops
 import oracle
 from calls import BACKENDS, COMPLETE, skip_what_it_refuses
 from local_attention import WindowSpec, merge_attentions, settings, use_backend, windowed_attention
-from local_attention.attend import Frame, Problem, explain
+from local_attention.attend import Frame, Problem
+from local_attention.explanation import explain
 from local_attention.spec import NO_LIMIT, Scoring
 
 B, H, D, W = 2, 6, 10, 7

@@ -3,6 +3,12 @@ from dataclasses import dataclass
 from typing import Callable, Optional
 
 
+# what the backends of plain operators take: all there is
+PLAIN = frozenset((
+    "mask", "documents", "order", "bias", "bias_rows", "sinks", "sink_rows", "rel_pos_emb", "rel_pos_query", "seed",
+    "v_width", "kv_heads", "prefix", "lse", "softcap", "hide_self", "dropout"))
+
+
 @dataclass(frozen=True)
 class Backend:
     """What a backend says of itself.
@@ -21,6 +27,7 @@ class Backend:
     dtypes: tuple = ("Float32",)  # that `run` takes; it gets all others as float32
     any_axes: bool = False  # whether q, k and v may have more than three axes
     tokens_first: bool = False  # whether `run` writes `problem.heads_in_row` heads side by side in a row of the output
+    shielded: bool = False  # whether `run` may only get finite keys and values: it multiplies hidden ones by 0
     twice: Optional[bool] = False  # whether gradients in a graph can be differentiated; None: it refuses that itself
 
     def refusal(self, problem):

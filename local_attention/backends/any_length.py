@@ -8,10 +8,10 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
-from . import Backend
+from . import PLAIN, Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, finished, hashes, in_span, offset_products,
-                    reach, repeated, softened, without_padding)
+from .spans import (FAINT, SELF_SCORE, bias_at, bias_entries, bounds_of, capped, finished, hashes, in_order, in_span,
+                    offset_products, reach, repeated, softened, without_padding)
 
 ROWS = 128  # the smallest number of queries in a block
 WIDEST = 2**16  # a span that reaches farther, before and after together, makes one block with all keys
@@ -71,12 +71,15 @@ def run(constants, q, k, v, tensors):
     """Compute every block against its keys, then add the prefix and the sinks."""
     problem, rows, unit, queries, keys = constants
     mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
-    rel_pos_emb = tensors["rel_pos_emb"]
+    rel_pos_emb, asks = tensors["rel_pos_emb"], tensors["rel_pos_query"]
     spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.per_key_head, problem.d
+    v_width = v.shape[-1]
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
     groups = key_groups * share
     offset = n_k - n_q if problem.offset is None else problem.offset
     if documents is not None:
+        if asks is not None:
+            asks, _ = without_padding(asks, mask, documents, offset)
         q, mask = without_padding(q, mask, documents, offset)
     if mask is not None:
         hidden = repeated(ops.logical_not(mask), key_groups)
@@ -84,8 +87,8 @@ def run(constants, q, k, v, tensors):
 
     base = 0
     if rows is None:
-        rows, blocks = n_k, 1
-        queries, keys = ops.arange(0, n_k, 1), ops.arange(0, n_k, 1)
+        rows, blocks = offset + n_q, 1
+        queries, keys = ops.arange(0, offset + n_q, 1), ops.arange(0, n_k, 1)
     else:
         base = offset // unit * unit
         blocks = (offset - base + n_q + rows - 1) // rows
@@ -99,37 +102,24 @@ def run(constants, q, k, v, tensors):
         first, last = bounds_of(documents, ops.clamp(positions, 0, n_k - 1).reshape(-1))
         first, last = first.reshape(-1, blocks, rows), last.reshape(-1, blocks, rows)
     seen = in_span(spec, positions[None], places[None, :, None], first, last)
+    if tensors["order"] is not None:
+        seen = in_order(seen, tensors["order"], ops.clamp(positions, 0, n_k - 1), ops.clamp(places, 0, n_k - 1))
     if mask is not None:
         seen = ops.logical_and(seen, ops.gather(mask, key_index, 1).reshape(-1, blocks, 1, width))
     seen = ops.cast(seen, ms.float32)  # (batch, blocks, rows, width)
 
-    # heads that share a key head become more rows of its blocks: (key groups, blocks, share * rows, ...)
-    blocked_q = ops.gather(q, taken, 1)
-    if share > 1:
-        blocked_q = blocked_q.reshape(key_groups, share, blocks, rows * head_dim).swapaxes(1, 2)
-    blocked_q = blocked_q.reshape(-1, share * rows, head_dim)
+    blocked_q = _blocked(q, taken, share, blocks)
     blocked_k = ops.gather(k, key_index, 1).reshape(-1, width, head_dim)
-    blocked_v = ops.gather(v, key_index, 1).reshape(-1, width, head_dim)
+    blocked_v = ops.gather(v, key_index, 1).reshape(-1, width, v_width)
     scores = capped(blocked_q * scoring.scale, blocked_k, scoring.softcap)
     if bias is not None:
-        heads = bias.shape[0]
-        if heads < share:
-            bias, heads = ops.tile(bias, (share // heads, 1, 1)), share
-        if documents is None:  # the same in every block
-            entries = bias_entries(problem, queries[:, None], keys[None], 0)
-            bias = ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1)
-            bias = bias.reshape(1, 1, heads // share, 1, share, -1)
-        else:
-            entries = bias_entries(problem, positions[None, ..., None], places[None, :, None], first[..., None])
-            bias = ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1)
-            bias = bias.reshape(heads // share, share, -1, blocks, rows * width).transpose(2, 0, 3, 1, 4)[:, None]
-        scores = scores.reshape(bias.shape[0], -1, heads // share, blocks, share, rows * width) + bias
-        scores = scores.reshape(-1, share * rows, width)
+        scores = _with_bias(problem, scores, bias, queries, keys, positions, places, first, offset)
     if rel_pos_emb is not None:
         offsets = rel_pos_emb.shape[0]
         apart = ops.clamp(keys[None] - queries[:, None] + spec.backward, 0, offsets - 1)
         index = (queries[:, None] * offsets + apart).reshape(-1)
-        by_offset = offset_products(blocked_q.reshape(-1, head_dim), rel_pos_emb).reshape(-1, rows * offsets)
+        asks = blocked_q if asks is None else _blocked(asks, taken, share, blocks)
+        by_offset = offset_products(asks.reshape(-1, head_dim), rel_pos_emb).reshape(-1, rows * offsets)
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
         scores = scores.reshape(-1, rows, width)
@@ -140,9 +130,43 @@ def run(constants, q, k, v, tensors):
         weights = weights * _kept(problem, tensors["seed"], taken, key_index, blocks, rows).reshape(weights.shape)
     out = ops.bmm(weights.reshape(-1, share * rows, width), blocked_v)
     back = ops.arange(0, n_q, 1) + (offset - base)
-    out = _in_order(out.reshape(key_groups, blocks, share, rows * head_dim), share, groups, head_dim, back)
+    out = _in_order(out.reshape(key_groups, blocks, share, rows * v_width), share, groups, v_width, back)
     lse = _in_order(lse.reshape(key_groups, blocks, share, rows), share, groups, 1, back)[..., 0]
     return finished(problem, q, k, v, out, lse, mask, tensors)
+
+
+def _blocked(q, taken, share, blocks):
+    """Return blocks of queries, `(key groups * blocks, share * rows, d)`: heads that share a key head become more rows
+    of its blocks."""
+    groups, head_dim = q.shape[0], q.shape[2]
+    q = ops.gather(q, taken, 1)
+    if share > 1:
+        q = q.reshape(groups // share, share, blocks, -1).swapaxes(1, 2)
+        return q.reshape(groups // share * blocks, -1, head_dim)
+    return q.reshape(groups * blocks, -1, head_dim)
+
+
+def _with_bias(problem, scores, bias, queries, keys, positions, places, first, offset):
+    """Add a bias to scores `(key groups * blocks, share * rows, width)`."""
+    share, blocks, rows, width = problem.per_key_head, positions.shape[0], queries.shape[0], keys.shape[0]
+    if problem.bias_rows:
+        row = ops.clamp(positions - offset, 0, bias.shape[2] - 1)[None, ..., None]
+        first = 0 if not problem.has("documents") else first[..., None]
+        entries = bias_entries(problem, positions[None, ..., None], places[None, :, None], first, row)
+        entries = entries.reshape(-1, blocks * rows * width)
+    elif problem.has("documents"):
+        entries = bias_entries(problem, positions[None, ..., None], places[None, :, None], first[..., None])
+        entries = entries.reshape(-1, blocks * rows * width)
+    else:  # the same in every block
+        blocks, entries = 1, bias_entries(problem, queries[:, None], keys[None], 0).reshape(1, -1)
+    found = bias_at(bias, entries)
+    heads = bias.shape[-3]
+    if 1 < heads < share:
+        found, heads = ops.tile(found, (1, share // heads, 1)), share
+    sharing = min(heads, share)  # of the heads with a bias of their own, those that share a key head
+    found = found.reshape(found.shape[0], 1, heads // sharing, sharing, blocks, rows * width).swapaxes(3, 4)
+    shape = found.shape[0], -1, heads // sharing, positions.shape[0], share, rows * width
+    return (scores.reshape(shape) + found).reshape(-1, share * rows, width)
 
 
 def _in_order(x, share, groups, width, back):
@@ -163,5 +187,4 @@ def _kept(problem, seed, taken, key_index, blocks, rows):
 
 
 ANY_LENGTH = Backend(
-    "any_length", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
-                             "softcap", "hide_self", "dropout")), why_not, scores, prepare, run)
+    "any_length", PLAIN, why_not, scores, prepare, run, shielded=True)

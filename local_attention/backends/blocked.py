@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ..cells import InFloat32, compiling, given
-from . import Backend, any_length
+from . import PLAIN, Backend, any_length
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
 from .spans import FAINT, HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
@@ -42,8 +42,9 @@ def scores(problem):
 
 
 def without_plan(problem):
-    """Whether `any_length` runs it: if rows of a bias start anew with each document, their order is not constant."""
-    return problem.has("documents") and problem.has("bias")
+    """Whether `any_length` runs it, since what is added to scores differs from block to block."""
+    return (problem.has("documents") and problem.has("bias") or problem.bias_rows or problem.has("order")
+            or problem.has("rel_pos_query"))
 
 
 def prepare(problem):
@@ -72,8 +73,9 @@ def run(constants, q, k, v, tensors):
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
-        everywhere = _everywhere(repeated(ops.logical_not(mask), k.shape[0]), k)
-        k, v = _zeroed(k, everywhere), _zeroed(v, everywhere)
+        hidden = repeated(ops.logical_not(mask), k.shape[0])
+        everywhere = _everywhere(hidden, k)
+        k, v = _zeroed(k, everywhere), _zeroed(v, everywhere if v.shape == k.shape else _everywhere(hidden, v))
     if tensors["rel_pos_emb"] is None:
         block_q, block_k, block_v = ops.mul(q, problem.scoring.scale), k, v
     else:  # they meet the queries without a scale
@@ -343,5 +345,4 @@ def _largest(x):
 
 
 BLOCKED = Backend(
-    "blocked", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
-                          "softcap", "hide_self", "dropout")), why_not, scores, prepare, run)
+    "blocked", PLAIN, why_not, scores, prepare, run, shielded=True)

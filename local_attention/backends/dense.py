@@ -3,10 +3,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from . import Backend
+from . import PLAIN, Backend
 from .dropout import keep_factors, seeded_rows
-from .spans import (FAINT, SELF_SCORE, bias_entries, bounds_of, capped, hashes, in_prefix, offset_products, softened,
-                    spans, with_sinks, without_padding)
+from .spans import (FAINT, SELF_SCORE, bias_at, bias_entries, bounds_of, capped, hashes, in_order, in_prefix,
+                    offset_products, softened, spans, with_sinks, without_padding)
 
 
 def why_not(problem):
@@ -43,9 +43,11 @@ def _offset_index(problem, queries, keys):
 def run(constants, q, k, v, tensors):
     """Compute `out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
-    mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
-    spec, scoring, first = problem.spec, problem.scoring, 0
+    mask, documents, order, bias = tensors["mask"], tensors["documents"], tensors["order"], tensors["bias"]
+    spec, scoring, first, asks = problem.spec, problem.scoring, 0, tensors["rel_pos_query"]
     if documents is not None:
+        if asks is not None:
+            asks, _ = without_padding(asks, mask, documents, problem.offset)
         q, mask = without_padding(q, mask, documents, problem.offset)
         first, last = bounds_of(documents, queries.reshape(-1))
         first, last = first.expand_dims(-1), last.expand_dims(-1)
@@ -53,6 +55,9 @@ def run(constants, q, k, v, tensors):
         seen = ops.logical_and(keys >= low, keys <= high)
         if spec.prefix > 0:
             seen = ops.logical_or(seen, in_prefix(spec, queries, keys, first, last))
+    if order is not None:
+        seen = in_order(seen > 0 if documents is None else seen, order, queries.reshape(-1), keys.reshape(-1))
+    if documents is not None or order is not None:
         seen = _per_group(ops.cast(seen, ms.float32), problem.groups)
     if mask is not None:
         real = ops.cast(mask, ms.float32).reshape(-1, 1, problem.n_k)
@@ -63,18 +68,20 @@ def run(constants, q, k, v, tensors):
     scores = capped(_by_key_head(q * scoring.scale, problem), k, scoring.softcap).reshape(shape)
     if bias is not None:
         if documents is not None:  # each batch entry has its own
-            bias_index = bias_entries(problem, queries, keys, first)
-        bias = ops.gather(bias.reshape(bias.shape[0], -1), bias_index, 1).swapaxes(0, 1)  # (batch or 1, heads, ...)
-        scores = (scores.reshape(bias.shape[0], -1, *bias.shape[1:]) + bias[:, None]).reshape(shape)
+            bias_index = bias_entries(problem, queries, keys, first, queries - problem.offset)
+        bias = bias_at(bias, bias_index.reshape(bias_index.shape[0], -1)).expand_dims(1)
+        scores = scores.reshape(bias.shape[0], -1, bias.shape[2], problem.n_q * problem.n_k)
+        scores = (scores + bias).reshape(shape)
     if tensors["rel_pos_emb"] is not None:
-        by_offset = offset_products(q, tensors["rel_pos_emb"]).reshape(problem.groups, -1)
+        asks = q if asks is None else asks
+        by_offset = offset_products(asks, tensors["rel_pos_emb"]).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
         scores = ops.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:
         weights = weights * keep_factors(seeded_rows(rows, tensors["seed"]), columns, scoring.dropout)
-    out = ops.bmm(_by_key_head(weights, problem), v).reshape(q.shape)
+    out = ops.bmm(_by_key_head(weights, problem), v).reshape(problem.groups, problem.n_q, -1)
     return (out, lse) if tensors["sinks"] is None else with_sinks(problem, out, lse, tensors["sinks"])
 
 
@@ -89,5 +96,4 @@ def _per_group(x, groups):
 
 
 DENSE = Backend(
-    "dense", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
-                        "softcap", "hide_self", "dropout")), why_not, scores, prepare, run, twice=True)
+    "dense", PLAIN, why_not, scores, prepare, run, shielded=True, twice=True)

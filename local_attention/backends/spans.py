@@ -70,6 +70,22 @@ def _found_bounds(segment_ids):
     return ops.stack((first, last), -1)
 
 
+@constexpr
+def _counted(n, start):
+    return Tensor(np.arange(start, start + n, dtype=np.int32))
+
+
+def cu_bounds(cu_seqlens, batch, n):
+    """Return `document_bounds` of documents given by their ends, counted over the rows laid end to end."""
+    ends = ops.cast(cu_seqlens, ms.int32)
+    after = _counted(batch * n, 1)  # the position after each
+    index = ops.clamp(ops.cast(ops.searchsorted(ends, after), ms.int32), 1, ends.shape[0] - 1)  # the first end there
+    row = ops.mul(ops.floor_divide(_counted(batch * n, 0), n), n)
+    first = ops.maximum(ops.sub(ops.gather(ends, ops.sub(index, 1), 0), row), 0)
+    last = ops.minimum(ops.sub(ops.sub(ops.gather(ends, index, 0), row), 1), n - 1)
+    return ops.stack((first, last), -1).reshape(batch, n, 2)
+
+
 def bounds_of(documents, positions):
     """Return the first and the last position of the document at each position, `(batch, len(positions))` each."""
     bounds = ops.gather(documents, positions, 1)
@@ -107,12 +123,36 @@ def in_prefix(spec, positions, keys, first, last):
     return ops.logical_and(keys >= first, keys <= (ops.minimum(end, positions) if spec.causal else end))
 
 
-def bias_entries(problem, positions, keys, first):
-    """Compute `Problem.bias_index` on tensors; positions count from the first of each query's document."""
-    _, period, columns = problem.shape("bias")
+def bias_entries(problem, positions, keys, first, rows=None):
+    """Compute `Problem.bias_index` on tensors; positions count from the first of each query's document. `rows` are the
+    queries' own, for a bias that has one for each."""
+    period, columns = problem.bias_period, problem.shape("bias")[-1]
     place = (positions - first) % period
     column = keys - (positions - place) + problem.spec.backward
-    return place * columns + ops.clamp(column, 0, columns - 1)
+    return (rows if problem.bias_rows else place) * columns + ops.clamp(column, 0, columns - 1)
+
+
+def bias_at(bias, entries):
+    """Return the entries `(batch or 1, m)` of a bias, `(batch or 1, heads or 1, m)`, by their index in a head's
+    flattened bias."""
+    if len(bias.shape) == 3:
+        bias = bias.expand_dims(0)
+    batch, heads, rows = bias.shape[0], bias.shape[1], entries.shape[0]
+    if rows == 1:
+        return ops.gather(bias.reshape(batch, heads, -1), entries.reshape(-1), 2)
+    if batch == 1:
+        return ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1).reshape(heads, rows, -1).swapaxes(0, 1)
+    size = bias.shape[2] * bias.shape[3]
+    start = ops.arange(0, batch * heads * size, size).reshape(batch, heads, 1)
+    return ops.gather(bias.reshape(-1), (start + entries.expand_dims(1)).reshape(-1), 0).reshape(batch, heads, -1)
+
+
+def in_order(seen, order, positions, keys):
+    """Hide from what is seen, `(batch or 1, ..., rows, width)`, the keys `(..., width)` that come later in an order
+    `(batch or 1, n)` than the queries at `positions (..., rows)`."""
+    own = ops.gather(order, positions.reshape(-1), 1).reshape((-1,) + positions.shape)
+    of_keys = ops.gather(order, keys.reshape(-1), 1).reshape((-1,) + keys.shape)
+    return ops.logical_and(seen, ops.expand_dims(of_keys, -2) <= ops.expand_dims(own, -1))
 
 
 def without_padding(q, mask, documents, offset):
@@ -227,20 +267,22 @@ def finished(problem, q, k, v, out, lse, mask, tensors):
 
 def with_prefix(problem, q, k, v, out, lse, mask, tensors):
     """Add the keys of the prefix that are outside a query's span."""
-    more, more_lse = _prefix(problem, q, k, v, mask, tensors["documents"], tensors["seed"])
+    more, more_lse = _prefix(problem, q, k, v, mask, tensors["documents"], tensors["order"], tensors["seed"])
     return merged((out, more), (lse, more_lse))
 
 
 def with_sinks(problem, out, lse, sinks):
-    """Add a sink for each head, as a piece whose value is 0."""
-    by_head = lse.reshape(-1, problem.rows("sinks"), lse.shape[-1])
-    sinks = (ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)).reshape(lse.shape)
+    """Add a sink for each head, or for each of its queries, as a piece whose value is 0."""
+    if len(sinks.shape) == 1:
+        by_head = lse.reshape(-1, problem.rows("sinks"), lse.shape[-1])
+        sinks = ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)
+    sinks = sinks.reshape(lse.shape)
     return merged((out, ops.zeros_like(out)), (lse, sinks))
 
 
-def _prefix(problem, q, k, v, mask, documents, seed):
+def _prefix(problem, q, k, v, mask, documents, order, seed):
     """Compute attention to the keys of the prefix that are outside a query's span, and its log-sum-exp."""
-    spec, scoring, share, head_dim = problem.spec, problem.scoring, problem.per_key_head, problem.d
+    spec, scoring, share, head_dim, width = problem.spec, problem.scoring, problem.per_key_head, problem.d, v.shape[-1]
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
     offset = n_k - n_q if problem.offset is None else problem.offset
     count = spec.prefix if problem.n_k is None else min(spec.prefix, problem.n_k)
@@ -254,6 +296,11 @@ def _prefix(problem, q, k, v, mask, documents, seed):
     low, high = spans(spec, positions, first, last)
     seen = ops.logical_and(in_prefix(spec, positions, keys, first, last), ops.logical_or(keys < low, keys > high))
     index = ops.clamp(keys, 0, n_k - 1)  # (1, 1, count), or with documents (batch, n_q, count)
+    if order is not None and documents is None:
+        seen = in_order(seen, order, positions.reshape(-1), index.reshape(-1))
+    elif order is not None:
+        own = ops.gather(order, positions.reshape(-1), 1)[..., None]
+        seen = ops.logical_and(seen, _at_rows(order, index) <= own)
     if documents is None:
         k, v = ops.gather(k, index.reshape(-1), 1), ops.gather(v, index.reshape(-1), 1)
         q = q.reshape(key_groups, -1, head_dim)
@@ -263,10 +310,9 @@ def _prefix(problem, q, k, v, mask, documents, seed):
         batch = documents.shape[0]
         rows = index[:, None] + (ops.arange(0, key_groups, 1) * n_k).reshape(batch, -1, 1, 1)
         k = ops.gather(k.reshape(-1, head_dim), rows.reshape(-1), 0).reshape(-1, count, head_dim)
-        v = ops.gather(v.reshape(-1, head_dim), rows.reshape(-1), 0).reshape(-1, count, head_dim)
+        v = ops.gather(v.reshape(-1, width), rows.reshape(-1), 0).reshape(-1, count, width)
         q = q.reshape(key_groups, share, n_q, head_dim).swapaxes(1, 2).reshape(-1, share, head_dim)
-        rows = index + (ops.arange(0, batch, 1) * n_k).reshape(batch, 1, 1)
-        seen = ops.logical_and(seen, ops.gather(mask.reshape(-1), rows.reshape(-1), 0).reshape(seen.shape))
+        seen = ops.logical_and(seen, _at_rows(mask, index))
     scores = capped(q * scoring.scale, k, scoring.softcap)
     if documents is not None:
         scores = scores.reshape(key_groups, n_q, share, count).swapaxes(1, 2)
@@ -284,8 +330,17 @@ def _prefix(problem, q, k, v, mask, documents, seed):
         weights = weights.reshape(key_groups, share, n_q, count).swapaxes(1, 2).reshape(-1, share, count)
     out = ops.bmm(weights, v)
     if documents is not None:
-        out = out.reshape(key_groups, n_q, share, head_dim).swapaxes(1, 2)
-    return out.reshape(groups, n_q, head_dim), lse
+        out = out.reshape(key_groups, n_q, share, width).swapaxes(1, 2)
+    return out.reshape(groups, n_q, width), lse
+
+
+def _at_rows(x, index):
+    """Return what `x (batch or 1, n)` has at the places `(batch, ...)`, each row at its own."""
+    batch, n = index.shape[0], x.shape[1]
+    rows = index
+    if x.shape[0] > 1:
+        rows = index + (ops.arange(0, batch, 1) * n).reshape((batch,) + (1,) * (len(index.shape) - 1))
+    return ops.gather(x.reshape(-1), rows.reshape(-1), 0).reshape(index.shape)
 
 
 def _kept(problem, keys, index, documents, seed):
