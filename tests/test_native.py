@@ -136,10 +136,11 @@ if BUILT:  # these tests need the kernel; without a compiler, the package works 
         results = []
 
         def call():
-            inputs = [q, k, v, absent > 0, absent.astype(np.int32), *3 * [absent], absent.astype(np.int32), numbers]
+            unused = absent.astype(np.int32)
+            inputs = [q, k, v, absent > 0, unused, unused, *4 * [absent], unused, numbers]
             statistics = np.empty((4, 700, 2), np.float32)
             out, lse = np.empty_like(q), np.empty((4, 700), np.float32)
-            backward = [np.empty_like(q), np.empty_like(k), np.empty_like(v), *(absent.copy() for _ in range(3))]
+            backward = [np.empty_like(q), np.empty_like(k), np.empty_like(v), *(absent.copy() for _ in range(4))]
             assert call_operator("attention_forward", [*inputs, out, statistics, lse]) == 0
             assert call_operator("attention_backward", [*inputs, out, statistics, dout, 0 * lse, *backward]) == 0
             results.append([out, *backward[:3]])

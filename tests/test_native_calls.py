@@ -46,12 +46,13 @@ def attention(to_keys=False, **changes):
     def floats(*shape):
         return np.zeros(shape, np.float32)
     q, k, rows = floats(4, 7, 8), floats(2, 9, 8), floats(4, 7)
-    inputs = [q, k, k.copy(), np.ones((2, 9), bool), np.zeros(1, np.int32), floats(1), floats(1), floats(1),
+    unused = np.zeros(1, np.int32)
+    inputs = [q, k, k.copy(), np.ones((2, 9), bool), unused, unused, *(floats(1) for _ in range(4)),
               np.zeros(1, np.int32), numbers]
     results = [q.copy(), floats(4, 7, 2)]
     if not to_keys:
         return [*inputs, *results, rows]
-    return [*inputs, *results, q.copy(), rows, q.copy(), k.copy(), k.copy(), floats(1), floats(1), floats(1)]
+    return [*inputs, *results, q.copy(), rows, q.copy(), k.copy(), k.copy(), *(floats(1) for _ in range(4))]
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -59,11 +60,12 @@ def test_numbers_that_do_not_fit_are_an_error(backward):
     name = "attention_backward" if backward else "attention_forward"
     assert call(name, attention(backward)) == 0
     for number, values in {"groups": (-4, 0, 3, 8, 2**62), "kv_groups": (-1, 0, 3, 4), "n_q": (0, 8, 2**32 + 7),
-                           "n_k": (-9, 0, 8, 10, 2**31), "head_dim": (0, 16), "bucket": (-1, 0),
-                           "spec_backward": (-1,), "spec_forward": (-2,), "prefix": (-1,),
+                           "n_k": (-9, 0, 8, 10, 2**31), "head_dim": (0, 16), "value_dim": (0, 4, 16),
+                           "bucket": (-1, 0), "spec_backward": (-1,), "spec_forward": (-2,), "prefix": (-1,),
                            "offset": (-1, 2**31, 2**62), "batch": (-2, 3, 4), "doc_batch": (1, 3),
                            "heads": (0, 3), "period": (0,), "columns": (-1, 5), "offsets": (-1, 6),
-                           "sink_heads": (-1, 2, 3), "threads": (-1, 0), "beside": (0, 3)}.items():
+                           "sink_heads": (-1, 2, 3), "sink_rows": (1,), "order_batch": (-1, 1, 3),
+                           "bias_batch": (-1, 0, 2, 3), "threads": (-1, 0), "beside": (0, 3)}.items():
         for value in values:
             assert call(name, attention(backward, **{number: value})) == 2, (number, value)
     for number, values in {"threads": (2**61,), "bucket": (2**32, 2**62), "spec_backward": (2**62,),
@@ -75,9 +77,9 @@ def test_numbers_that_do_not_fit_are_an_error(backward):
         for wrong in (right[at][..., :0], right[at].astype(np.int64 if right[at].dtype != np.int64 else np.int32)):
             arrays = list(right)
             arrays[at] = wrong
-            used = at not in (4, 5, 6, 7, 17, 18, 19)  # the rest are placeholders
+            used = not (4 <= at < 10 or at >= 19)  # the rest are placeholders
             assert call(name, arrays) == (2 if used else 0), at
-    assert call(name, right[:-1 if not backward else 14]) == 2
+    assert call(name, right[:-1 if not backward else 16]) == 2
 
 
 def floats(*shape):

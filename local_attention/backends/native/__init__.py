@@ -9,7 +9,7 @@ from mindspore import nn, ops
 
 from ... import settings
 from ...cells import compiling, given, last
-from .. import Backend
+from .. import PLAIN, Backend
 from . import library
 from .library import FLOATS, GRADIENTS, INPUTS, RECEIVED, RESULTS, custom
 
@@ -44,12 +44,14 @@ def prepare(problem):
 def run(constants, q, k, v, tensors):
     """Run one operator forward, and one backward."""
     fused, linked = constants
-    mask, documents = given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32)
+    mask, documents, order = (given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32),
+                              given(tensors["order"], ms.int32))
     bias, sinks = given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32)
-    emb, seed = given(tensors["rel_pos_emb"], ms.float32), given(tensors["seed"], ms.int32)
-    out, statistics, lse = fused(q, k, v, mask, documents, bias, sinks, emb, seed)
+    emb, asks = given(tensors["rel_pos_emb"], ms.float32), given(tensors["rel_pos_query"], ms.float32)
+    seed = given(tensors["seed"], ms.int32)
+    out, statistics, lse = fused(q, k, v, mask, documents, order, bias, sinks, emb, asks, seed)
     if compiling():
-        return linked(q, k, v, mask, documents, bias, sinks, emb, seed, ops.stop_gradient(out),
+        return linked(q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, ops.stop_gradient(out),
                       ops.stop_gradient(statistics), ops.stop_gradient(lse))
     return out, lse
 
@@ -64,13 +66,14 @@ class Fused(nn.Cell):
         self.backward = custom("attention_backward", [*INPUTS.values(), *len(RECEIVED) * [FLOATS]],
                                len(GRADIENTS) * [FLOATS])
 
-    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed):
-        return self.forward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers)
+    def construct(self, q, k, v, mask, documents, order, bias, sinks, emb, asks, seed):
+        return self.forward(q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, self.numbers)
 
-    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, dout):
-        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
-                                                        out[0], out[1], last(dout[0]), last(dout[2]))
-        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed
+    def bprop(self, q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, out, dout):
+        dq, dk, dv, dbias, dsinks, demb, dasks = self.backward(
+            q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, self.numbers, out[0], out[1],
+            last(dout[0]), last(dout[2]))
+        return dq, dk, dv, mask, documents, order, dbias, dsinks, demb, dasks, seed
 
 
 class Linked(nn.Cell):
@@ -80,16 +83,14 @@ class Linked(nn.Cell):
         super().__init__()
         self.backward, self.numbers = fused.backward, fused.numbers
 
-    def construct(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse):
+    def construct(self, q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, out, statistics, lse):
         return out, lse
 
-    def bprop(self, q, k, v, mask, documents, bias, sinks, emb, seed, out, statistics, lse, outs, dout):
-        dq, dk, dv, dbias, dsinks, demb = self.backward(q, k, v, mask, documents, bias, sinks, emb, seed, self.numbers,
-                                                        out, statistics, last(dout[0]), last(dout[1]))
-        return dq, dk, dv, mask, documents, dbias, dsinks, demb, seed, out, statistics, lse
+    def bprop(self, q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, out, statistics, lse, outs, dout):
+        dq, dk, dv, dbias, dsinks, demb, dasks = self.backward(
+            q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, self.numbers, out, statistics,
+            last(dout[0]), last(dout[1]))
+        return dq, dk, dv, mask, documents, order, dbias, dsinks, demb, dasks, seed, out, statistics, lse
 
 
-NATIVE = Backend(
-    "native", frozenset(("mask", "documents", "bias", "sinks", "rel_pos_emb", "seed", "kv_heads", "prefix", "lse",
-                         "softcap", "hide_self", "dropout")), why_not, scores, prepare, run,
-    any_axes=True, tokens_first=True, twice=None)
+NATIVE = Backend("native", PLAIN, why_not, scores, prepare, run, any_axes=True, tokens_first=True, twice=None)

@@ -14,16 +14,17 @@ from ... import settings
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
 # What a call of attention takes and returns, in the kernel's order, and its numbers, which are sent in that order.
-INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "bias": FLOATS, "sinks": FLOATS,
-          "rel_pos_emb": FLOATS, "seed": INT32, "numbers": INT64}
+INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "order": INT32, "bias": FLOATS,
+          "sinks": FLOATS, "rel_pos_emb": FLOATS, "rel_pos_query": FLOATS, "seed": INT32, "numbers": INT64}
 RESULTS, RECEIVED = ("out", "statistics", "lse"), ("out", "statistics", "dout", "dlse")
-GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "drel_pos_emb")
+GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "drel_pos_emb", "drel_pos_query")
 NUMBERS = {
     "groups": lambda problem: problem.groups,
     "kv_groups": lambda problem: problem.groups // problem.per_key_head,
     "n_q": lambda problem: problem.n_q,
     "n_k": lambda problem: problem.n_k,
     "head_dim": lambda problem: problem.d,
+    "value_dim": lambda problem: problem.d_v,
     "bucket": lambda problem: problem.spec.bucket,
     "spec_backward": lambda problem: problem.spec.backward,
     "spec_forward": lambda problem: problem.spec.forward,
@@ -32,12 +33,17 @@ NUMBERS = {
     "offset": lambda problem: problem.offset,
     "batch": lambda problem: problem.rows("mask"),
     "doc_batch": lambda problem: problem.rows("documents"),
+    "order_batch": lambda problem: problem.rows("order"),
+    "bias_batch": lambda problem: problem.rows("bias") if problem.bias_rows else 1,
     "heads": lambda problem: problem.heads,
+    "bias_rows": lambda problem: problem.bias_rows,
     "period": lambda problem: problem.bias_period,
     "columns": lambda problem: (problem.shape("bias") or (0,))[-1],
     "bias_backward": lambda problem: problem.spec.backward,
     "offsets": lambda problem: problem.rows("rel_pos_emb"),
-    "sink_heads": lambda problem: problem.rows("sinks"),
+    "own_query": lambda problem: problem.has("rel_pos_query"),
+    "sink_heads": lambda problem: 0 if "sink_rows" in problem.uses else problem.rows("sinks"),
+    "sink_rows": lambda problem: "sink_rows" in problem.uses,
     "hide_self": lambda problem: problem.scoring.hide_self,
     "threads": lambda problem: settings.threads(),
     "level": lambda problem: settings.level,
