@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(library.load()[0] is None, reason="the kernel wa
 B, H, D = 2, 4, 5
 rng = np.random.default_rng(0)
 ORDERS = {"positions": lambda n: np.arange(n), "backwards": lambda n: -np.arange(n),
-          "blocks": lambda n: np.arange(n) // 11, "permuted": lambda n: rng.permutation(n), "one": lambda n: np.full(n, 7)}
+          "blocks": lambda n: np.arange(n) // 11, "permuted": lambda n: rng.permutation(n),
+          "one": lambda n: np.full(n, 7)}
 
 
 def inputs(n_q, n_k, width, heads=2, **more):
