@@ -111,25 +111,25 @@ class Problem:
         return row * columns + np.clip(column, 0, columns - 1)
 
 
-def beside(mask=None, documents=None, order=None, bias=None, sinks=None, rel_pos_emb=None, rel_pos_query=None,
-           seed=None, **others):
+def beside(mask=None, documents=None, cu_seqlens=None, order=None, bias=None, sinks=None, rel_pos_emb=None,
+           rel_pos_query=None, seed=None, **others):
     """Return the tensors that accompany q, k and v by name; those that a call does not have are None. A dict, because
     compiled functions give a NamedTuple or a dataclass of tensors no gradient. A backend that does not take one of
     `others` refuses the call.
 
     mask: bool `(batch, n_k)`, True = a real key; `batch` divides the number of groups. documents: int32 `(batch, n_k,
-    2)`, the first and the last position of each position's document, made by `document_bounds`. order: int32 `(batch or
-    1, n_k)`: a query sees keys whose number is at most its own. bias: `(heads, period, columns)`, added to the scaled
-    products; what is not above -1e29, or the lowest number of its dtype, hides the key: the query at position `i` uses
-    row `i % period`, and the key at `j` column `j - (i - i % period - backward)`; in a document, positions count from
-    its start. Or `(batch or 1, heads or 1, n_q, columns)`, with a row for each query; the period is the bucket. sinks:
-    `(heads,)` or, for each query, `(batch, heads, n_q)`, a score in each softmax that has no value. rel_pos_emb:
-    `(backward + 1 + forward, d)`, for a bucket of 1: the product of row r and the unscaled q, or `rel_pos_query` of q's
-    shape, is added to the score of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what dropout
-    drops.
+    2)`, the first and the last position of each position's document, made by `document_bounds`. cu_seqlens: beside
+    `documents`, the same by their ends, if there is no padding. order: int32 `(batch or 1, n_k)`: a query sees keys
+    whose number is at most its own. bias: `(heads, period, columns)`, added to the scaled products; what is not above
+    -1e29, or the lowest number of its dtype, hides the key: the query at position `i` uses row `i % period`, and the
+    key at `j` column `j - (i - i % period - backward)`; in a document, positions count from its start. Or `(batch or 1,
+    heads or 1, n_q, columns)`, with a row for each query; the period is the bucket. sinks: `(heads,)` or, for each
+    query, `(batch, heads, n_q)`, a score in each softmax that has no value. rel_pos_emb: `(backward + 1 + forward, d)`,
+    for a bucket of 1: the product of row r and the unscaled q, or `rel_pos_query` of q's shape, is added to the score
+    of the key at `i + r - backward`. seed: int32 `(1,)`, which determines what dropout drops.
     """
-    return {"mask": mask, "documents": documents, "order": order, "bias": bias, "sinks": sinks,
-            "rel_pos_emb": rel_pos_emb, "rel_pos_query": rel_pos_query, "seed": seed, **others}
+    return {"mask": mask, "documents": documents, "cu_seqlens": cu_seqlens, "order": order, "bias": bias,
+            "sinks": sinks, "rel_pos_emb": rel_pos_emb, "rel_pos_query": rel_pos_query, "seed": seed, **others}
 
 
 ALONE = beside()
@@ -246,7 +246,8 @@ def _prepared(problem, name, of_kernel):
     able = BACKENDS[name]
     return (problem.frame, problem.scoring.dropout > 0, able.run, able.prepare(problem),
             problem.dtype != "Float32" and problem.dtype in able.dtypes, able.any_axes, able.tokens_first,
-            {None: None, True: _twice, False: _once}[able.twice], able.shielded and shield.wanted(problem))
+            {None: None, True: _twice, False: _once}[able.twice], able.shielded and shield.wanted(problem),
+            able.hides or problem.frame.bias_is_constant)
 
 
 @constexpr
@@ -309,10 +310,10 @@ def attend(q, k, v, spec, scoring, tensors=ALONE, frame=WHOLE, backend=None):
 
 def run(prepared, q, k, v, tensors):
     """Compute what `attend` does, of a problem that is `prepared`."""
-    frame, drops, run_backend, constants, as_given, any_axes, as_asked, once, shielded = prepared
+    frame, drops, run_backend, constants, as_given, any_axes, as_asked, once, shielded, hides = prepared
     shape, dtype = q.shape[:-1] + v.shape[-1:], q.dtype
     seed = draw_seed() if drops and tensors["seed"] is None else tensors["seed"]
-    bias = tensors["bias"] if frame.bias_is_constant else _hiding(tensors["bias"])
+    bias = tensors["bias"] if hides and not _narrow(tensors["bias"]) else _hiding(tensors["bias"])
     query = tensors["rel_pos_query"]
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
@@ -344,15 +345,19 @@ def _flat(x):
 def _renamed(tensors, bias, query, seed, cast):
     """Return the tensors of a call with this bias, query of offsets and seed, and with floats after a `cast`. All are
     named anew: in a graph that is differentiated, a dict that is changed loses what is known of its other entries."""
-    return beside(mask=tensors["mask"], documents=tensors["documents"], order=tensors["order"], bias=cast(bias),
-                  sinks=cast(tensors["sinks"]), rel_pos_emb=cast(tensors["rel_pos_emb"]), rel_pos_query=cast(query),
-                  seed=seed)
+    return beside(mask=tensors["mask"], documents=tensors["documents"], cu_seqlens=tensors["cu_seqlens"],
+                  order=tensors["order"], bias=cast(bias), sinks=cast(tensors["sinks"]),
+                  rel_pos_emb=cast(tensors["rel_pos_emb"]), rel_pos_query=cast(query), seed=seed)
 
 
 @constexpr
-def _hides(dtype):
-    """Return up to which number an entry of a bias of a dtype hides its key."""
-    return -65504. if checks.dtype_name(dtype) == "Float16" else FAINT
+def _is_float16(dtype):
+    return checks.dtype_name(dtype) == "Float16"
+
+
+def _narrow(bias):
+    """Whether a bias hides keys by a number that is not below -1e29, the lowest of float16."""
+    return bias is not None and _is_float16(bias.dtype)
 
 
 def _hiding(bias):
@@ -360,7 +365,7 @@ def _hiding(bias):
     if bias is None:
         return None
     wide = ops.cast(bias, ms.float32)
-    return ops.masked_fill(wide, ops.less_equal(wide, _hides(bias.dtype)), HIDDEN)
+    return ops.masked_fill(wide, ops.less_equal(wide, -65504. if _narrow(bias) else FAINT), HIDDEN)
 
 
 def _as_it_is(x):

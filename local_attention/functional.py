@@ -219,7 +219,8 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens
             _check_ends(cu_seqlens, q.shape[0], q.shape[2])
         documents = cu_bounds(cu_seqlens, q.shape[0], q.shape[2])
     order = None if order is None else ops.cast(order, ms.int32)
-    tensors = beside(mask=mask, documents=documents, order=order, bias=attn_bias, sinks=sinks, seed=_seed(seed))
+    tensors = beside(mask=mask, documents=documents, cu_seqlens=cu_seqlens, order=order, bias=attn_bias, sinks=sinks,
+                     seed=_seed(seed))
     return attend(q, k, v, spec, scoring, tensors, frame, backend)
 
 

@@ -24,10 +24,15 @@ def _check(name, q, k, v, dtypes, numbers, shift, mask):
     heads, keep_prob, scale, pre_tokens, next_tokens, inner_precise, layout, mode = numbers
     CALLS.append(dict(name=name, shape=q, key=k, sparse_mode=mode, pre_tokens=pre_tokens, next_tokens=next_tokens,
                       scale=scale, mask=mask))
-    batch, n_heads, n_q, head_dim = q
-    assert layout == "BNSD" and heads == n_heads and batch <= 2048 and heads <= 256
     assert keep_prob == 1 and inner_precise == 0
-    assert k == v == (batch, k[1], k[2], head_dim) and n_heads % k[1] == 0 and head_dim % 16 == 0 and head_dim <= 512
+    if layout == "TND":
+        tokens, n_heads, head_dim = q
+        assert k == v == (tokens, k[1], head_dim) and shift is None and mode == 4
+    else:
+        batch, n_heads, n_q, head_dim = q
+        assert layout == "BNSD" and batch <= 2048
+        assert k == v == (batch, k[1], k[2], head_dim)
+    assert heads == n_heads <= 256 and n_heads % k[1] == 0 and head_dim % 16 == 0 and head_dim <= 512
     assert set(map(str, dtypes[:3])) in ({"Float16"}, {"BFloat16"})
     assert isinstance(scale, float)
     if shift is not None:
@@ -54,11 +59,17 @@ def _compressed():
 
 def _scores(name, numbers, query, key, value, real_shift, unused, attn_mask):
     """Return the masked scores in float32, and k and v repeated."""
+    *unused, ends, key_ends = unused
     assert all(x is None for x in unused)
+    packed = ends is not None
+    if packed:  # (tokens, heads, d) becomes (1, heads, tokens, d)
+        assert ends is key_ends and numbers[-2] == "TND"
     dtypes = (query.dtype, key.dtype, value.dtype, None if real_shift is None else real_shift.dtype, attn_mask.dtype)
     _check(name, query.shape, key.shape, value.shape, dtypes, numbers,
            None if real_shift is None else real_shift.shape, attn_mask.shape)
     _, _, scale, pre_tokens, next_tokens, _, _, mode = numbers
+    if packed:
+        query, key, value = (x.swapaxes(0, 1).expand_dims(0) for x in (query, key, value))
     share = query.shape[1] // key.shape[1]
     key, value = (ops.repeat_interleave(ops.cast(x, ms.float32), share, 1) for x in (key, value))
     scores = ops.matmul(ops.cast(query, ms.float32), key.swapaxes(2, 3))
@@ -69,6 +80,10 @@ def _scores(name, numbers, query, key, value, real_shift, unused, attn_mask):
     if mode == 4:
         hidden = _band(query.shape[2], key.shape[2], pre_tokens, next_tokens)
         scores = ops.masked_fill(scores, (ops.cast(attn_mask, ms.int32) != _compressed()).any(), float("nan"))
+    if packed:
+        ends = ops.cast(ends, ms.int32)
+        document = (ops.arange(0, query.shape[2], 1).reshape(-1, 1) >= ends.reshape(1, -1)).astype(ms.int32).sum(1)
+        hidden = ops.logical_or(hidden, document.reshape(-1, 1) != document)
     return ops.masked_fill(scores, hidden, float("-inf")), key, value
 
 
@@ -79,7 +94,8 @@ def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mas
     numbers = head_num, keep_prob, scalar_value, pre_tokens, next_tokens, inner_precise, input_layout, sparse_mode
     unused = drop_mask, padding_mask, prefix, actual_seq_qlen, actual_seq_kvlen
     scores, key, value = _scores("function", numbers, query, key, value, real_shift, unused, attn_mask)
-    return ops.cast(ops.matmul(ops.softmax(scores, -1), value), query.dtype)
+    out = ops.cast(ops.matmul(ops.softmax(scores, -1), value), query.dtype)
+    return out[0].swapaxes(0, 1) if input_layout == "TND" else out
 
 
 class FlashAttentionScore(nn.Cell):

@@ -405,3 +405,46 @@ def test_without_ascend_it_is_refused():
     problem = Problem(WindowSpec(1, 7, 0, True), Scoring(0.125), 6, 23, 23, 64, 64, "Float16")
     assert ascend.why_not(problem) == "runs on Ascend alone, and the device is CPU"
     assert choose(problem) != "ascend"
+
+
+@in_both_modes
+@pytest.mark.parametrize("width", [D, 4, 20])
+def test_ends_of_documents_are_one_call(on_ascend, mode, width):
+    rng, spec = np.random.default_rng(5), WindowSpec(1, 4, 0, True)
+    q, k, v, dout = (rng.standard_normal(shape).astype(np.float16) for shape in (
+        (2, 4, 13, D), (2, 2, 13, D), (2, 2, 13, width), (2, 4, 13, width)))
+    ends = Tensor([0, 5, 13, 13, 20, 26, 26], ms.int32)
+    ids = np.array([[0] * 5 + [1] * 8, [0] * 7 + [1] * 6], np.int32)
+
+    def forward(q, k, v):
+        out = windowed_attention(q, k, v, spec, cu_seqlens=ends)
+        return (out.astype(ms.float32) * Tensor(dout).astype(ms.float32)).sum(), out
+    step = ms.value_and_grad(forward, (0, 1, 2), has_aux=True)
+    (_, out), grads = (ms.jit(step) if mode == "graph" else step)(*(Tensor(x) for x in (q, k, v)))
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    want = oracle.in_documents(*flat, spec, D ** -.5, ids, dout=dout.reshape(8, 13, width).astype(np.float64))
+    for name, x in zip(("out", "q", "k", "v"), (out, *grads)):
+        np.testing.assert_allclose(x.asnumpy(), want[name].reshape(x.shape), atol=8e-3, rtol=4e-3, err_msg=name)
+    common = 16 * -(-max(D, width) // 16)
+    assert [(call["shape"], call["sparse_mode"], call["pre_tokens"], call["next_tokens"]) for call in on_ascend] == [
+        ((26, 4, common), 4, 4, 0)]
+
+
+@in_both_modes
+@pytest.mark.parametrize("width, options", [(4, {}), (20, dict(mask=True)), (4, dict(documents=True, lse=True))])
+def test_values_of_another_width(mode, width, options):
+    case = Case(WindowSpec(1, W, 0, True), 23, **options)
+    rng = np.random.default_rng(7)
+    case.v, case.dout = (rng.standard_normal((6, 23, width)).astype(np.float16).astype(np.float32) for _ in range(2))
+    case.check(mode)
+
+
+@pytest.mark.parametrize("name, tensor", [("order", Tensor(np.zeros((2, 9), np.int32))),
+                                          ("sinks", Tensor(np.zeros((2, 3, 9), np.float32))),
+                                          ("attn_bias", Tensor(np.zeros((1, 1, 9, 5), np.float32)))])
+def test_what_the_operator_has_no_place_for_is_computed_by_blocks(on_ascend, name, tensor):
+    x = Tensor(np.ones((2, 3, 9, D), np.float16))
+    spec = WindowSpec(1, 4, 0, False)
+    assert windowed_attention(x, x, x, spec, **{name: tensor}).shape == x.shape and not on_ascend
+    with pytest.raises(ValueError, match="'ascend' cannot run this call: it (takes no '|gives a bias)"):
+        windowed_attention(x, x, x, spec, **{name: tensor}, backend="ascend")

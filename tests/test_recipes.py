@@ -1,4 +1,4 @@
-"""Every section of docs/recipes.md runs, and its `out` is what all n² scores give, with a mask by the method's words."""
+"""Every section of docs/recipes.md runs. Its `out` is what all n² scores give, with a mask in the method's words."""
 import runpy
 
 import mindspore as ms

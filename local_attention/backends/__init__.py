@@ -5,8 +5,8 @@ from typing import Callable, Optional
 
 # what the backends of plain operators take: all there is
 PLAIN = frozenset((
-    "mask", "documents", "order", "bias", "bias_rows", "sinks", "sink_rows", "rel_pos_emb", "rel_pos_query", "seed",
-    "v_width", "kv_heads", "prefix", "lse", "softcap", "hide_self", "dropout"))
+    "mask", "documents", "cu_seqlens", "order", "bias", "bias_rows", "sinks", "sink_rows", "rel_pos_emb",
+    "rel_pos_query", "seed", "v_width", "kv_heads", "prefix", "lse", "softcap", "hide_self", "dropout"))
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Backend:
     dtypes: tuple = ("Float32",)  # that `run` takes; it gets all others as float32
     any_axes: bool = False  # whether q, k and v may have more than three axes
     tokens_first: bool = False  # whether `run` writes `problem.heads_in_row` heads side by side in a row of the output
+    hides: bool = False  # whether `run` itself hides the keys of biases below -1e29
     shielded: bool = False  # whether `run` may only get finite keys and values: it multiplies hidden ones by 0
     twice: Optional[bool] = False  # whether gradients in a graph can be differentiated; None: it refuses that itself
 

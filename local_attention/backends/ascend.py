@@ -2,8 +2,9 @@
 
 Written from the operator's documentation, and tested on CPU against an emulation of it (tests/flash_emulation.py). A
 span that moves with its query uses the operator's band, also with a key mask. Everything else becomes blocks of
-queries: each block is a batch entry with its own keys and an explicit mask. Documents are among these: for layout TND,
-which is made for documents, MindSpore describes only whole lower triangles and no window.
+queries: each block is a batch entry with its own keys and an explicit mask. Documents are among these, unless they are
+given by their ends, `cu_seqlens`: then all rows are one call in layout TND, under the band. MindSpore's description of
+TND has whole lower triangles alone; CANN's allows the band, and mindformers uses it.
 """
 from dataclasses import replace
 from functools import lru_cache
@@ -54,7 +55,7 @@ def _refusal(problem):
         return "gives a query's own key no score of its own"
     if problem.scoring.dropout > 0:
         return "draws dropout that no seed repeats"
-    if problem.d + _more_columns(problem) > LARGEST_HEAD:
+    if max(problem.d, problem.d_v) + _more_columns(problem) > LARGEST_HEAD:
         more = _more_columns(problem)
         return f"takes heads of at most {LARGEST_HEAD - more} dimensions" + (" with these options" if more else "")
     if max(problem.n_q, problem.n_k) > LONGEST:
@@ -63,6 +64,8 @@ def _refusal(problem):
         return f"takes at most {MOST_HEADS} heads"
     if problem.heads > 1 and problem.heads % problem.per_key_head:
         return "wants a bias for each of the heads that share a key head"
+    if packed(problem):
+        return None
     batch = problem.groups // _heads(problem) * (1 if band(problem) else len(fold(problem)[0]))
     if batch > LARGEST_BATCH:
         return f"takes a batch of at most {LARGEST_BATCH}, and this would be one of {batch}"
@@ -93,9 +96,16 @@ def band(problem):
             (after > 0 and before + after >= BAND) or (np.maximum(first, 0) > np.minimum(last, problem.n_k - 1)).any():
         return None
     if problem.has("mask") and (problem.scoring.scale < SMALLEST_SCALE or
-                          problem.d + 1 + _more_columns(problem) > LARGEST_HEAD):
+                          max(problem.d + 1, problem.d_v) + _more_columns(problem) > LARGEST_HEAD):
         return None
     return before, after
+
+
+def packed(problem):
+    """Return the band of a problem whose documents, of all rows, are one call in layout TND; else None."""
+    if not problem.has("cu_seqlens") or {"mask", "bias", "sinks", "lse", "prefix"} & problem.uses:
+        return None
+    return band(replace(problem, shapes=()))
 
 
 def fold(problem):
@@ -124,7 +134,7 @@ def _first_and_last(problem):
 def scores(problem):
     """Return how many scores are computed in all, and how many at once: the operator writes none of them to memory."""
     prefix = problem.groups * problem.n_q * min(problem.spec.prefix, problem.n_k)
-    if band(problem):
+    if band(problem) or packed(problem):
         first, last = _first_and_last(problem)
         return problem.groups * int((last - first + 1).sum()) + prefix, prefix
     queries, keys = fold(problem)
@@ -133,8 +143,7 @@ def scores(problem):
 
 def prepare(problem):
     """Return the problem, the heads of a batch entry, the operator, and the constants of a band or of blocks."""
-    heads, tokens = _heads(problem), band(problem)
-    flash = None
+    heads, tokens, flash = _heads(problem), packed(problem) or band(problem), None
     if problem.frame.lse or problem.has("sinks") or problem.spec.prefix:
         flash = Flash(problem, heads, tokens)
         flash = flash, Linked(flash)
@@ -178,6 +187,8 @@ def run(constants, q, k, v, tensors):
     """Run the band or the masked blocks, then add the prefix."""
     problem, heads, flash, tokens, *more = constants
     mask, documents, sinks = tensors["mask"], tensors["documents"], tensors["sinks"]
+    if documents is not None and tokens is not None:
+        return _packed(problem, tokens, more[0], q, k, v, documents.shape[0], tensors["cu_seqlens"]), None
     if documents is not None:
         q, mask = without_padding(q, mask, documents, problem.offset)
     if mask is not None:
@@ -193,6 +204,25 @@ def run(constants, q, k, v, tensors):
     return out, lse
 
 
+def _packed(problem, tokens, compressed, q, k, v, batch, cu_seqlens):
+    """Run the documents of all rows as one call in layout TND."""
+    dtype, width, heads = _dtype(problem.dtype), _width(problem), problem.groups // batch
+    q, k, v = (_tokens_first(_padded(ops.cast(x, dtype), width), batch) for x in (q, k, v))
+    ends = ops.cast(cu_seqlens[1:], ms.int64)
+    out = ops.flash_attention_score(
+        q, k, v, heads, attn_mask=compressed, actual_seq_qlen=ends, actual_seq_kvlen=ends,
+        scalar_value=problem.scoring.scale, pre_tokens=tokens[0], next_tokens=tokens[1], input_layout="TND",
+        sparse_mode=4)
+    out = out.reshape(batch, problem.n_q, heads, width).swapaxes(1, 2)
+    return out.reshape(problem.groups, problem.n_q, width)[..., :problem.d_v]
+
+
+def _tokens_first(x, batch):
+    """Turn `(batch * heads, n, d)` into `(batch * n, heads, d)`."""
+    _, n, width = x.shape
+    return x.reshape(batch, -1, n, width).swapaxes(1, 2).reshape(batch * n, -1, width)
+
+
 def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
     """Run all queries at once. A key mask becomes one more entry of queries and keys."""
     compressed, first, after = constants
@@ -203,10 +233,11 @@ def _band(problem, heads, flash, tokens, constants, q, k, v, mask, sinks):
         k = ops.cat((ops.cast(k, dtype), ops.cast(ops.mul(hidden, -HIDING), dtype)), -1)
         nothing = ops.logical_not(sees_something(mask, first, after))  # (batch, n_q)
         nothing = repeated(nothing, problem.groups // heads).reshape(-1, 1, problem.n_q, 1)
-    q, k, v = _padded(ops.cast(q, dtype)), _padded(ops.cast(k, dtype)), _padded(ops.cast(v, dtype), mask is not None)
+    width = _width(problem, 0 if mask is None else 1)
+    q, k, v = (_padded(ops.cast(x, dtype), width) for x in (q, k, v))
     out, lse = _called(problem, heads, flash, tokens, _by_head(q, heads), _by_head(k, key_heads),
                        _by_head(v, key_heads), None, compressed, nothing, sinks)
-    out = out.reshape(problem.groups, problem.n_q, -1)[..., :problem.d]
+    out = out.reshape(problem.groups, problem.n_q, -1)[..., :problem.d_v]
     return out, None if lse is None else lse.reshape(problem.groups, problem.n_q)
 
 
@@ -232,11 +263,11 @@ def _blocks(problem, heads, flash, constants, q, k, v, mask, documents, bias, si
         bias = ops.clamp(ops.cast(bias, ms.float32), -limit, limit).reshape(problem.heads, -1)
         bias = ops.gather(bias, bias_index, 1)
         bias = repeated(ops.cast(bias, dtype), heads).reshape(1, heads, rows, width)
-    q, k, v = _padded(ops.cast(q, dtype)), _padded(ops.cast(k, dtype)), _padded(ops.cast(v, dtype))
+    q, k, v = (_padded(ops.cast(x, dtype), _width(problem)) for x in (q, k, v))
     out, lse = _called(
         problem, heads, flash, None, _gathered(q, queries, blocks, heads), _gathered(k, keys, blocks, key_heads),
         _gathered(v, keys, blocks, key_heads), bias, _for_each(hidden, alike), _for_each(nothing, alike), sinks, scale)
-    out = _in_order(problem, out, blocks)[..., :problem.d]
+    out = _in_order(problem, out, blocks)[..., :problem.d_v]
     return out, None if lse is None else _in_order(problem, lse, blocks)[..., 0]
 
 
@@ -273,9 +304,14 @@ def _dtype(name):
     return getattr(ms, name.lower())
 
 
-def _padded(x, more=0):
-    """Pad heads with zeros to a multiple of 16 dimensions, by at least `more`. Zeros change no product."""
-    missing = -(x.shape[-1] + more) % COLUMNS + more
+def _width(problem, more=0):
+    """Return the one width of keys, with `more` entries, and values, which the operator wants alike."""
+    return -(-max(problem.d + more, problem.d_v) // COLUMNS) * COLUMNS
+
+
+def _padded(x, width):
+    """Pad heads with zeros to a width. Zeros change no product."""
+    missing = width - x.shape[-1]
     return x if missing == 0 else ops.cat((x, ops.cast(ops.zeros(x.shape[:-1] + (missing,), ms.float32), x.dtype)), -1)
 
 
@@ -355,7 +391,7 @@ class Flash(AsGiven):
         if self.some_see_nothing:
             lse = ops.masked_fill(lse, nothing, -HIDDEN)  # no score weighs anything beside this
         if self.lse_has_gradient:
-            q, k, v = _padded(q, COLUMNS), _padded(k, COLUMNS), _padded(v, COLUMNS)
+            q, k, v = (_padded(x, head_dim + COLUMNS) for x in (q, k, v))
             dout, out = _with_lse_gradient(dout, out, dlse)
         eight = ops.tile(lse, (1, 1, 1, 8))
         dq, dk, dv, _ = self.backward(q, k, v, dout, bias if self.with_bias else None, None, None, mask, eight,
@@ -385,9 +421,10 @@ def _with_lse_gradient(dout, out, dlse):
         dlse = ops.sub(dlse, ops.mul(ops.cast(part, ms.float32), factor))
         more_dout.append(ops.cast(ops.full(dout.shape[:-1] + (1,), factor, dtype=ms.float32), dout.dtype))
         more_out.append(ops.neg(part))
-    return _padded(ops.cat(more_dout, -1)), _padded(ops.cat(more_out, -1))
+    width = dout.shape[-1] + COLUMNS
+    return _padded(ops.cat(more_dout, -1), width), _padded(ops.cat(more_out, -1), width)
 
 
 ASCEND = Backend(
-    "ascend", frozenset(("mask", "documents", "bias", "sinks", "seed", "kv_heads", "prefix", "lse")), why_not, scores,
-    prepare, run, dtypes=DTYPES)
+    "ascend", frozenset(("mask", "documents", "cu_seqlens", "bias", "sinks", "seed", "v_width", "kv_heads", "prefix",
+                         "lse")), why_not, scores, prepare, run, dtypes=DTYPES)
