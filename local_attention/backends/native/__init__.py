@@ -93,4 +93,4 @@ class Linked(nn.Cell):
         return dq, dk, dv, mask, documents, order, dbias, dsinks, demb, dasks, seed, out, statistics, lse
 
 
-NATIVE = Backend("native", PLAIN, why_not, scores, prepare, run, any_axes=True, tokens_first=True, twice=None)
+NATIVE = Backend("native", PLAIN, why_not, scores, prepare, run, any_axes=True, tokens_first=True, hides=True, twice=None)
