@@ -29,6 +29,7 @@ from .local_attention import l2norm
 from .spec import Scoring, WindowSpec
 
 
+MOST_KEPT = 2**24  # of a row: 4 GiB of keys for each head of 64
 _slice, _update = ops.Slice(), ops.ScatterNdUpdate()
 
 

@@ -182,8 +182,8 @@ def alike(owner, q, k, v):
 def known_width(owner, shape, name="q"):
     """Check that a graph knows the head dimension of q: products and scales are made for it."""
     if shape[-1] is None:
-        raise value_error(owner, name, "of a known head dimension: name it in 'set_inputs' or 'input_signature', and "
-                          "do not compile with 'dynamic=1'", shape)
+        raise value_error(owner, name, "of a known head dimension: name it in 'set_inputs' or 'enable_dynamic', and do "
+                          "not compile with 'dynamic=1'", shape)
 
 
 def shared(q_shape, k_shape):

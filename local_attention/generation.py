@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, settings
-from .cache import Rings, clock_and_rows
+from .cache import MOST_KEPT, Rings, clock_and_rows
 
 # MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {
@@ -125,7 +125,7 @@ def runs(owner, mask, shape):
 
 
 def longest_window(model):
-    return max(size or model.max_seq_len for size in model.window_sizes)
+    return max(min(size or model.max_seq_len, model.max_seq_len) for size in model.window_sizes)
 
 
 def padded(model, n):
@@ -417,7 +417,7 @@ def generate(model, prime, seq_len, temperature, filter_thres, use_kv_cache, mas
         tokens = np.zeros((len(rows), lengths.max() + seq_len + longest_window(model)), given.dtype)
         for row in rows:
             tokens[row, :lengths[row]] = given[row, begin[row]:begin[row] + lengths[row]]
-        cached = use_kv_cache and model.causal and model.global_takes_cache
+        cached = use_kv_cache and model.causal and model.global_takes_cache and model.most_kept <= MOST_KEPT
         cached = cached and (model.global_cache_is_ours or (lengths == lengths[0]).all())
         count, ended = 0, np.zeros(len(rows), bool)
         with evaluating(model):

@@ -234,6 +234,7 @@ class LocalAttention(Windowed):
             n_k = offset + n + after
             halo = f"\nhalo: {offset + after} keys and values of other ranks, whatever n"
         if self.use_xpos:
+            windows = windows if attn_bias else windows.within(n_k)
             groups, n_q, n_k, offset = len(windows.folded(n)[0]) * share, windows.size, windows.span, windows.backward
         spec, scoring, _ = self._numbers_of(windows, head_dim)
         batch = groups // share if self.use_xpos else 1

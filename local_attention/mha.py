@@ -6,15 +6,16 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .backends.any_length import unknown
-from .cache import (attend_cached, attend_in_place, check_form, checked_cache, entered, first_cache, form,
-                    fused_entry)
+from .cache import (MOST_KEPT, attend_cached, attend_in_place, capacity, check_form, checked_cache, entered,
+                    first_cache, form, fused_entry)
 from .layers import LayerNorm, fused_heads, reorder, take
 from .local_attention import LocalAttention, l2norm
 
 
 @constexpr
-def check_cacheable(owner, causal, masked, n, sliced, documents, global_takes_cache=True):
-    """Check that a call can use a cache: no token may see later ones or be hidden, and its length must be known."""
+def check_cacheable(owner, causal, masked, n, sliced, documents, kept, global_takes_cache=True):
+    """Check that a call can use a cache: no token may see later ones or be hidden, its length must be known, and the
+    tokens that are `kept` can be held."""
     if sliced:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, with 'sequence_parallel'", "a cache")
     if not global_takes_cache:
@@ -22,6 +23,9 @@ def check_cacheable(owner, causal, masked, n, sliced, documents, global_takes_ca
                                  "causal or its 'construct' does not take both", "a cache")
     if not causal:
         raise checks.value_error(owner, "cache", "None, and 'return_cache' False, where 'causal' is False", "a cache")
+    if kept > MOST_KEPT:
+        raise checks.value_error(owner, "cache", "None, and 'return_cache' False, for windows that keep more than "
+                                 f"{MOST_KEPT} tokens", f"windows that keep {kept}")
     if masked:
         raise checks.value_error(owner, "mask", "None with a cache", "a mask")
     if documents:
@@ -124,7 +128,7 @@ class _Heads(nn.Cell):
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.attn_fn.group is not None,
-                            segment_ids is not None)
+                            segment_ids is not None, capacity(self.attn_fn.windows))
             not_cached(self.cls_name, order is not None, checks.described(attn_bias))
         if segment_ids is not None:
             checked_segments(self.cls_name, checks.described(segment_ids), b, n)

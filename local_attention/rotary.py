@@ -125,7 +125,8 @@ class SinusoidalEmbeddings(nn.Cell):
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
         if unknown(x.shape):
             return _rotation_of_any(self.frequencies, x.shape[-2], start, power)(x)
-        fused = None if xpos_power is not None else _fused_rotation(self.frequencies)
+        far = start + x.shape[-2] >= 2**31  # the kernel's positions are int32
+        fused = None if far or xpos_power is not None else _fused_rotation(self.frequencies)
         if fused is not None:
             return fused(x, _as_tensor(start))
         return _rotation(self.frequencies, x.shape, start, power)(x)
@@ -234,8 +235,10 @@ class _RotationOfAny(Float32):
 
     def __init__(self, frequencies, n, start, power):
         super().__init__()
-        self.start, self.half = start, rotation_matrix(2 * len(frequencies))
-        self.units = Tensor(np.tile(_in_turns(frequencies), 2)[None])
+        self.half = rotation_matrix(2 * len(frequencies))
+        first = start * np.array(frequencies)
+        first = np.arctan2(np.sin(first), np.cos(first))  # fmod would not know pi as well as these
+        self.units, self.first = (Tensor(np.tile(_in_turns(angles), 2)[None]) for angles in (frequencies, first))
         self.tables = None
         if n is not None:
             self.tables = tuple(Tensor(table.astype(np.float32))
@@ -243,8 +246,9 @@ class _RotationOfAny(Float32):
 
     def construct(self, x):
         if self.tables is None:
-            positions = ops.cast(ops.arange(0, x.shape[-2], 1) + self.start, ms.int32).reshape(-1, 1)
-            angles = ops.mul(ops.cast(ops.mul(positions, self.units), ms.float32), 2 * math.pi / 2**32)
+            positions = ops.cast(ops.arange(0, x.shape[-2], 1), ms.int32).reshape(-1, 1)
+            turned = ops.add(ops.mul(positions, self.units), self.first)
+            angles = ops.mul(ops.cast(turned, ms.float32), 2 * math.pi / 2**32)
             cos, sin = ops.cos(angles), ops.sin(angles)
         else:
             cos, sin = self.tables

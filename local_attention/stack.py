@@ -10,7 +10,7 @@ from mindspore.ops import constexpr
 from . import checks, padding, parallel
 from .backends.any_length import unknown
 from .backends.spans import document_bounds
-from .cache import form
+from .cache import capacity, form
 from .cells import Float32
 from .hyper_connections import HyperConnections, add_output, expand, reduce
 from .layers import FeedForward
@@ -162,6 +162,7 @@ class Stack(nn.Cell):
         self.bias_places = tuple(map(self.bias_distances.index, distances))
         first = self.layers[0][0].attn_fn
         self.causal, self.windows, self.group = first.causal, first.windows, first.group
+        self.most_kept = max(capacity(attn.attn_fn.windows) for attn, _ in self.layers)
         for attn, _ in self.layers:
             attn.attn_fn.must_agree = False
         # whether tokens may move by any number of places, all alike, without a change of what they see
@@ -195,7 +196,7 @@ class Stack(nn.Cell):
                              checks.described(mask), return_loss, return_cache, self.group)
         if cache is not None or return_cache:
             check_cacheable(self.cls_name, self.causal, mask is not None, n, self.group is not None,
-                            segment_ids is not None, self.global_takes_cache)
+                            segment_ids is not None, self.most_kept, self.global_takes_cache)
         if segment_ids is not None:
             _checked_documents(self.cls_name, checks.described(segment_ids), x.shape[:2], self.global_takes_segments,
                                self.group is not None, self.windows.exact, self.dynamic_pos_bias is not None)

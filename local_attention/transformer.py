@@ -227,7 +227,8 @@ class LocalTransformer(Stack):
                 Default: ``0.9`` .
             use_kv_cache (bool): Whether a causal model computes each token only once, as long as all tokens fit in
                 `max_seq_len`. The step is compiled once for a batch size. There is no cache if a global layer keeps
-                none, nor with rows of unequal length if it is not a :class:`LocalMHA`. Default: ``True`` .
+                none, with rows of unequal length if it is not a :class:`LocalMHA`, or if windows keep more than 2**24
+                tokens. Default: ``True`` .
             mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
                 with padding before, after or both. Default: ``None`` .
             stop_token (int): A row ends with its first one. The rest of the row is filled with it, and the call ends

@@ -15,6 +15,10 @@ from .cells import Float32
 from .spec import Scoring, WindowSpec
 
 
+FARTHEST_ROTATION = 2**40  # from there on, angles in float64 have errors of more than 1e-4
+LONGEST_OF_ANY = 2**20  # the longest span that is filled up where a graph does not know the length
+
+
 class _UnitScale(Float32):
     """Divides rows by their Euclidean norm and multiplies each column by its scale; a row of zeros stays zero."""
 
@@ -82,6 +86,13 @@ class Windows:
     def spec(self):
         return WindowSpec(1 if self.exact else self.size, self.backward, self.forward, self.causal, self.prefix)
 
+    def within(self, n):
+        """Return windows that show the same of a sequence of n positions, with a span not much longer than it."""
+        size = min(self.size, n)
+        count = -(-n // size)
+        return replace(self, size=size, look_backward=min(self.look_backward, count),
+                       look_forward=min(self.look_forward, count))
+
     def folded(self, n, n_k=None, offset=0):
         """Return the sequence as windows side by side, each with its own span of keys: indices `(windows, size)` and
         `(windows, span)`, and which of the keys exist. The first query is at key `offset` of `n_k`."""
@@ -106,7 +117,13 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
         checks.known_width(owner, shape)
     elif head_dim not in (None, rotary_dim):
         raise checks.value_error(owner, "q", f"of head dimension {rotary_dim}, the rotary embedding's", head_dim)
+    if rotary_dim is not None and windows.forward > FARTHEST_ROTATION:
+        raise checks.value_error(owner, "window_size", f"at most {FARTHEST_ROTATION} together for all windows of "
+                                 "'look_forward' with rotary embedding, whose angles have an end", windows.size)
     known = groups is not None and n is not None  # unknown in a graph that is compiled for any length
+    if n is None and use_xpos and windows.span > LONGEST_OF_ANY:
+        raise checks.value_error(owner, "window_size", f"with a span of at most {LONGEST_OF_ANY} in a graph for every "
+                                 "length with 'use_xpos', which makes whole spans", windows.size)
     if not known and dropout > 0:
         raise checks.value_error(owner, "dropout", "0 in training in a graph for every length", dropout)
     if not known and backend is not None:
@@ -190,6 +207,11 @@ def _numbers(windows, scale, head_dim, softcap, hide_self, dropout, offset, orig
     """Return the numbers of a call as `attend` takes them."""
     return (windows.spec, Scoring(head_dim ** -0.5 if scale is None else scale, softcap, hide_self, dropout),
             Frame(offset, origin, dtype, tokens_first=tokens_first))
+
+
+@constexpr
+def _within(windows, n):
+    return windows.within(n)
 
 
 @constexpr
@@ -318,11 +340,14 @@ class Windowed(nn.Cell):
         rank = 0 if self.group is None else self.group.rank
         origin = (0, rank * n - offset) if rank > 0 else (0, 0)
         if self.use_xpos:
+            whole = windows
+            if tensors["bias"] is None and not unknown(k.shape):  # a bias has the columns of the whole span
+                windows = _within(windows, k.shape[1])
             q, k, v, mask = fold(q, k, v, tensors["mask"], windows, offset)
             tensors = beside(mask=mask, bias=tensors["bias"], sinks=tensors["sinks"], seed=tensors["seed"])
             origin = (rank * q.shape[0], 0) if rank > 0 else (0, 0)
-            offset, middle = windows.backward, windows.span // 2
-            start = windows.span - windows.size  # as in upstream, the queries of a window are at the end of its span
+            offset, middle = windows.backward, whole.span // 2 - (whole.backward - windows.backward)
+            start = offset + whole.forward  # as in upstream, the queries of a window are at the end of its span
             q = self.rel_pos.rotate(q, start, (start - middle, 1))
             k = self.rel_pos.rotate(k, 0, (middle, -1))
         spec, scoring, frame = self._numbers_of(windows, head_dim, offset, origin, dtype)

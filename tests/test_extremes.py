@@ -5,7 +5,14 @@ import pytest
 from mindspore import Tensor, ops
 
 from calls import COMPLETE
-from local_attention import LocalAttention, LocalMHA, WindowSpec, sliding_window_attention, windowed_attention
+from local_attention import (
+    LocalAttention,
+    LocalMHA,
+    LocalTransformer,
+    WindowSpec,
+    sliding_window_attention,
+    windowed_attention,
+)
 from local_attention.backends.spans import tanh
 
 N = 70
@@ -59,10 +66,69 @@ def test_a_wide_window_of_cells_and_of_unknown_lengths():
                                same(q, q, q).asnumpy(), rtol=2e-5, atol=2e-5)
     spec = WindowSpec.from_chunks(2**62)
 
-    @ms.jit(input_signature=tuple(3 * [Tensor(shape=[1, 2, None, 6], dtype=ms.float32)]))
+    @ms.enable_dynamic(q=Tensor(shape=[1, 2, None, 6], dtype=ms.float32))  # jit ignores an `input_signature`
+    @ms.jit
+    def call(q):
+        return windowed_attention(q, q, q, spec)
+    np.testing.assert_allclose(call(q).asnumpy(), same(q, q, q).asnumpy(), rtol=2e-5, atol=2e-5)
+
+
+def rotated(x, start):
+    """Rotate x (..., n, d) by its positions from `start` on, in float64."""
+    n, d = x.shape[-2:]
+    angles = np.tile(np.outer(np.arange(start, start + n), 10000. ** -(np.arange(0, d, 2) / d)), 2)
+    return x * np.cos(angles) + np.concatenate([-x[..., d // 2:], x[..., :d // 2]], -1) * np.sin(angles)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**40])
+def test_rotations_that_start_beyond_32_bits(size):
+    """As in upstream, queries count from the end of their window's span, which is `size` further on."""
+    q, k, v = (values(1, 2, 41, 8, seed=seed) for seed in range(3))
+    attn = LocalAttention(size, dim=8, autopad=True)
+    scores = rotated(q.asnumpy(), size) @ rotated(k.asnumpy(), 0).swapaxes(-1, -2) / 8 ** .5
+    weights = np.exp(scores)
+    wanted = weights / weights.sum(-1, keepdims=True) @ v.asnumpy()
+    np.testing.assert_allclose(attn(q, k, v).asnumpy(), wanted, atol=5e-6)
+
+    @ms.enable_dynamic(**{name: Tensor(shape=[1, 2, None, 8], dtype=ms.float32) for name in "qkv"})
+    @ms.jit
     def call(q, k, v):
-        return windowed_attention(q, k, v, spec)
-    np.testing.assert_allclose(call(q, q, q).asnumpy(), same(q, q, q).asnumpy(), rtol=2e-5, atol=2e-5)
+        return attn(q, k, v)
+    np.testing.assert_allclose(call(q, k, v).asnumpy(), wanted, atol=5e-6)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(causal=True), dict(exact_windowsize=True), dict(look_backward=0, look_forward=2, exact_windowsize=True),
+    dict(window_size=8, look_backward=9, look_forward=7), dict(window_size=8, look_backward=2, causal=True)])
+def test_xpos_fills_up_no_more_than_it_needs(settings):
+    """With a bias, whose columns are those of the whole span, all of the span is made."""
+    settings = {"window_size": 64, **settings}
+    q, k, v, mask = *(values(2, 2, 41, 6, seed=seed) for seed in range(3)), Tensor(np.arange(82).reshape(2, 41) % 5 > 0)
+    attn = LocalAttention(dim=6, use_xpos=True, autopad=True, **settings)
+    bias = ops.zeros((2, attn.window_size, attn.windows.span))
+    np.testing.assert_allclose(attn(q, k, v, mask=mask).asnumpy(),
+                               attn(q, k, v, mask=mask, attn_bias=bias).asnumpy(), atol=1e-6)
+
+
+def test_xpos_in_windows_far_wider_than_the_sequence():
+    q, settings = values(1, 2, 41, 8), dict(dim=8, use_xpos=True, xpos_scale_base=40, autopad=True, causal=True)
+    wide, same = LocalAttention(2**62, **settings), LocalAttention(64, **settings)
+    np.testing.assert_allclose(wide(q, q, q).asnumpy(), same(q, q, q).asnumpy(), atol=1e-6)
+    assert "scores: 3,362 " in wide.explain(41)
+
+
+def test_windows_that_cannot_be_had():
+    q, x = values(1, 2, 5, 8), values(1, 5, 16)
+    with pytest.raises(ValueError, match="'window_size' must be at most 1099511627776 together for all windows"):
+        LocalAttention(2**41, dim=8, autopad=True)(q, q, q)
+    block = LocalMHA(dim=16, window_size=2**62, heads=2, dim_head=8, causal=True)
+    model = LocalTransformer(num_tokens=11, max_seq_len=16, dim=16, depth=1, heads=2, dim_head=8,
+                             local_attn_window_size=2**62)
+    for owner, call in ("LocalMHA", block), ("LocalTransformer", model):
+        x = x if owner == "LocalMHA" else Tensor([[1, 2, 3]])
+        with pytest.raises(ValueError, match=f"For '{owner}', 'cache' must be None, .* keep more than 16777216 tokens"):
+            call(x, return_cache=True)
+    assert model.generate(Tensor([[1, 2, 3]]), 2).shape == (1, 2)
 
 
 @pytest.mark.parametrize("make", [

@@ -38,7 +38,7 @@ def layout(problem):
     backward, forward, unit = reach(problem)
     if problem.n_k is not None:
         backward, forward = min(backward, problem.n_k), min(forward, problem.n_k)
-    if backward + forward > WIDEST:
+    if max(backward + forward, unit) > WIDEST:
         return None
     rows = unit * max(1, max(ROWS, (backward + problem.spec.bucket + forward) // 2) // unit)
     return rows, -backward, rows + backward + forward, unit
