@@ -1,7 +1,11 @@
 """Padding on the left: where the real tokens of a row begin, so that it shifts nothing."""
-import mindspore as ms
-from mindspore import ops
+from functools import lru_cache
 
+import mindspore as ms
+from mindspore import nn, ops
+from mindspore.ops import constexpr
+
+from . import checks
 from .backends.spans import document_bounds
 from .parallel.exchange import every_rank
 
@@ -22,6 +26,44 @@ def first_real(group, mask):
     starts = ops.arange(0, group.size * n, n).reshape(-1, 1)
     places = ops.where(firsts < n, firsts + starts, group.size * n)
     return ops.cast(ops.amin(places, 0), first.dtype).reshape(-1, 1)
+
+
+class _Aligned(nn.Cell):
+    """Returns the places of the first real tokens, which must be multiples of a unit. They are the same on every rank,
+    and so is the error."""
+
+    def __init__(self, owner, unit):
+        super().__init__()
+        self.owner, self.unit = owner, unit
+        self.check = None  # no graph on a device can raise an error of its own
+        if ms.get_context("device_target") == "CPU":
+            self.check = ops.Custom(self._checked, _same, _same, func_type="pyfunc")
+
+    def __call__(self, first):
+        """Outside a graph, check at once: an error in a queue of operators would come after an exchange."""
+        self._checked(first.asnumpy())
+        return first
+
+    def construct(self, first):
+        return first if self.check is None else ops.depend(first, self.check(first))
+
+    def bprop(self, first, out, dout):
+        return (dout,)
+
+    def _checked(self, first):
+        wrong = first[first % self.unit > 0]
+        if len(wrong):
+            raise checks.value_error(
+                self.owner, "mask", f"of rows that begin at multiples of {self.unit} with 'sequence_parallel' and "
+                "without 'exact_windowsize', as windows count from there", f"one that begins at {wrong[0]}")
+        return first
+
+
+def _same(given):
+    return given
+
+
+aligned = constexpr(lru_cache(maxsize=64)(_Aligned))
 
 
 def orders(mask):

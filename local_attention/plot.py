@@ -6,10 +6,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from . import checks
+from . import checks, padding
 from .local_attention import LocalAttention
 from .sliding_window import MultiHeadLocalAttention
 from .spec import WindowSpec
+from .stack import Stack
 
 
 def attention_weights(model, *inputs, **keywords):
@@ -48,12 +49,21 @@ def attention_weights(model, *inputs, **keywords):
     if not cells:
         raise checks.value_error("attention_weights", "model", "one with attention of this package",
                                  type(model).__name__)
-    calls, modes = [], [(cell, cell.training) for _, cell in model.cells_and_names()]
+    calls, places = [], [None]
+    modes = [(cell, cell.training) for _, cell in model.cells_and_names()]
 
     def note(cell, args, kwargs):
-        calls.append((cell, inspect.signature(cell.construct).bind(*args, **kwargs).arguments))
+        calls.append((cell, _bound(cell, args, kwargs), places[-1]))
+
+    def enter(stack, args, kwargs):
+        places.append(_places_of_moved(stack, _bound(stack, args, kwargs)))
+
+    def leave(stack, inputs, out):
+        places.pop()
     mode = ms.get_context("mode")
     hooks = [cell.register_forward_pre_hook(note, with_kwargs=True) for cell in cells]
+    for stack in [cell for _, cell in model.cells_and_names() if isinstance(cell, Stack)]:
+        hooks += [stack.register_forward_pre_hook(enter, with_kwargs=True), stack.register_forward_hook(leave)]
     model.set_train(False)
     try:
         ms.set_context(mode=ms.PYNATIVE_MODE)  # a graph would compile the hooks
@@ -63,13 +73,37 @@ def attention_weights(model, *inputs, **keywords):
         if not calls:
             raise checks.value_error("attention_weights", "model", "one that calls attention of this package, neither "
                                      "with a cache nor in a compiled method", type(model).__name__)
-        return [_weights(*_of_values(cell, given)) for cell, given in calls]
+        return [_moved_back(_weights(*_of_values(cell, given)), at) for cell, given, at in calls]
     finally:
         for hook in hooks:
             hook.remove()
         ms.set_context(mode=mode)
         for cell, training in modes:
             cell.training = training
+
+
+def _bound(cell, args, kwargs):
+    return inspect.signature(cell.construct).bind(*args, **kwargs).arguments
+
+
+def _places_of_moved(stack, given):
+    """Return where a model moves the tokens of each row of a call, an array `(b, n)`; None if it leaves them."""
+    mask = given.get("mask")
+    if mask is None or given.get("segment_ids") is not None or not stack.moves_tokens:
+        return None
+    if given.get("return_loss") and stack.group is None:
+        mask = mask[:, :-1]
+    return padding.orders(mask)[1].asnumpy() % mask.shape[1]
+
+
+def _moved_back(weights, places):
+    """Return weights `(..., n, n)` by the places of tokens before they were moved."""
+    if places is None:
+        return weights
+    b, n = places.shape
+    rows = weights.reshape(b, -1, n, n).swapaxes(0, 1)
+    moved = rows[:, np.arange(b)[:, None, None], places[:, :, None], places[:, None, :]]
+    return moved.swapaxes(0, 1).reshape(weights.shape)
 
 
 def _of_values(cell, given):

@@ -1,6 +1,7 @@
 """The blocks of a language model, between embedding tables and logits: checks of a call, positions and labels."""
 import copy
 import inspect
+import math
 
 import mindspore as ms
 import numpy as np
@@ -168,6 +169,9 @@ class Stack(nn.Cell):
         # whether tokens may move by any number of places, all alike, without a change of what they see
         self.moves_freely = global_attn_layer is None and self.windows.prefix == 0 and all(
             attn.attn_fn.windows.exact or attn.window_size >= self.max_seq_len for attn, _ in self.layers)
+        # whether a call with a mask, and without documents, moves tokens; elsewhere real ones begin at such multiples
+        self.moves_tokens = not self.moves_freely and (self.group is None or self.group.size == 1)
+        self.alignment = math.lcm(*(1 if attn.attn_fn.windows.exact else attn.window_size for attn, _ in self.layers))
         # for each layer, where its global layer's cache is among all caches, after those of local blocks; 0 without one
         self.global_places = tuple(self.depth + global_numbers.index(number) if number in global_numbers else 0
                                    for number in range(self.depth))
@@ -235,11 +239,13 @@ class Stack(nn.Cell):
         if segment_ids is not None:
             mask, segment_ids = padding.without_leading(self.group, ops.depend(mask, x), segment_ids)
             return ops.depend(x, segment_ids), mask, segment_ids, labels, None, None
-        if self.group is not None or self.moves_freely:
-            if self.num_tokens is None:
+        if not self.moves_tokens:
+            if self.num_tokens is None and self.moves_freely:
                 return x, mask, None, labels, None, None
             first = padding.first_real(self.group, ops.depend(mask, x))
-            return ops.depend(x, first), mask, None, labels, first, None
+            if not self.moves_freely:  # windows count from the first place on the first rank
+                first = padding.aligned(self.cls_name, self.alignment)(first)
+            return ops.depend(x, first), mask, None, labels, first if self.num_tokens is not None else None, None
         order, back = padding.orders(mask)
         labels = None if labels is None else padding.moved(labels, order)
         return padding.moved(x, order), padding.moved(mask, order), None, labels, None, back

@@ -118,7 +118,7 @@ def one_process(name, ranks):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    sections = "cases", "emulated", "bytes", "refusals", "example", "training", "disagreements"
+    sections = "cases", "emulated", "bytes", "refusals", "example", "training", "disagreements", "left padding"
     return results_of(tmp_path_factory.mktemp("two"), 2, *sections)
 
 

@@ -79,6 +79,20 @@ def test_weights_of_a_call_with_names_are_the_same_in_either_mode(mode):
         assert (each[..., 4:, :4] == 0).all() and (each[..., 7] == 0).all() and (each[..., 9, 4:7] > 0).all()
 
 
+@pytest.mark.parametrize("loss", [False, True])
+def test_weights_of_rows_with_padding_on_the_left(loss):
+    """Windows count from a row's first real token, and the map has all tokens in their places."""
+    model = LocalTransformer(num_tokens=23, max_seq_len=41, dim=12, depth=1, heads=3, dim_head=10,
+                             local_attn_window_size=4, exact_windowsize=False)
+    x, pads = Tensor(np.arange(22).reshape(2, 11).astype(np.int32)), (2, 5)
+    weights, = attention_weights(model, x, return_loss=loss,
+                                 mask=Tensor(np.arange(11) >= np.array(pads)[:, None]))
+    for row, first in enumerate(pads):
+        alone, = attention_weights(model, x[row:row + 1, first:], return_loss=loss)
+        np.testing.assert_allclose(weights[row:row + 1, :, first:, first:], alone, atol=1e-6)
+        assert (weights[row, :, first:, :first] == 0).all()
+
+
 def test_a_call_without_attention_is_named():
     block = LocalMHA(dim=12, window_size=4, heads=2, dim_head=6, causal=True)
     x = ops.randn((1, 1, 12))
