@@ -14,6 +14,8 @@ positions. Pass a cache to a compiled function as `ms.mutable(cache)`: any other
 `generate` keeps the same keys and values in place, as ring buffers. A cache that goes in and out is written anew at
 each step, which takes longer than the attention to it.
 """
+import sys
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -251,7 +253,8 @@ def reorder_cache(cache, rows):
 
     Raises:
         TypeError: If `cache` is not a tuple or `rows` not a Tensor of ints.
-        ValueError: If `rows` has another shape or a row that the cache does not have, or if `cache` is of another form.
+        ValueError: If `rows` has another shape or a row that the cache does not have, if `cache` is of another form, or
+            if the call is in a compiled function.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.
@@ -266,6 +269,19 @@ def reorder_cache(cache, rows):
         >>> print(mha(ops.randn((4, 1, 16)), cache=cache).shape)
         (4, 1, 16)
     """
+    return _reordered_cache(cache, _outside_graphs(rows))
+
+
+@constexpr
+def _outside_graphs(rows):
+    """Return `rows`, whose values are to be read, unless a graph is compiled, which does not know them."""
+    if sys._getframe(1).f_code.co_name == "__infer__":  # a compiler's frame
+        raise ValueError("For 'reorder_cache', the call must be outside compiled functions, because it reads the values "
+                         "of 'rows', but it is in a function that is being compiled.")
+    return rows
+
+
+def _reordered_cache(cache, rows):
     owner, rule = "reorder_cache", "a tuple from a call with 'return_cache'"
     if not isinstance(cache, tuple) or not cache:
         raise checks.type_error(owner, "cache", rule, cache)

@@ -28,13 +28,13 @@ def first_real(group, mask):
     return ops.cast(ops.amin(places, 0), first.dtype).reshape(-1, 1)
 
 
-class _Aligned(nn.Cell):
-    """Returns the places of the first real tokens, which must be multiples of a unit. They are the same on every rank,
-    and so is the error."""
+class _NoneLeading(nn.Cell):
+    """Returns the places of the rows' first real tokens in a sequence of n, unless there is padding before one of them.
+    Every rank has all of these places, and so the same error."""
 
-    def __init__(self, owner, unit):
+    def __init__(self, owner, n):
         super().__init__()
-        self.owner, self.unit = owner, unit
+        self.owner, self.n = owner, n
         self.check = None  # no graph on a device can raise an error of its own
         if ms.get_context("device_target") == "CPU":
             self.check = ops.Custom(self._checked, _same, _same, func_type="pyfunc")
@@ -51,11 +51,11 @@ class _Aligned(nn.Cell):
         return (dout,)
 
     def _checked(self, first):
-        wrong = first[first % self.unit > 0]
+        wrong = first[first % self.n > 0]
         if len(wrong):
             raise checks.value_error(
-                self.owner, "mask", f"of rows that begin at multiples of {self.unit} with 'sequence_parallel' and "
-                "without 'exact_windowsize', as windows count from there", f"one that begins at {wrong[0]}")
+                self.owner, "mask", "without padding on the left with 'sequence_parallel' and without "
+                "'exact_windowsize', as windows count from the first real token", f"{wrong[0]} tokens of it")
         return first
 
 
@@ -63,7 +63,7 @@ def _same(given):
     return given
 
 
-aligned = constexpr(lru_cache(maxsize=64)(_Aligned))
+none_leading = constexpr(lru_cache(maxsize=64)(_NoneLeading))
 
 
 def orders(mask):

@@ -1,7 +1,6 @@
 """The blocks of a language model, between embedding tables and logits: checks of a call, positions and labels."""
 import copy
 import inspect
-import math
 
 import mindspore as ms
 import numpy as np
@@ -169,9 +168,8 @@ class Stack(nn.Cell):
         # whether tokens may move by any number of places, all alike, without a change of what they see
         self.moves_freely = global_attn_layer is None and self.windows.prefix == 0 and all(
             attn.attn_fn.windows.exact or attn.window_size >= self.max_seq_len for attn, _ in self.layers)
-        # whether a call with a mask, and without documents, moves tokens; elsewhere real ones begin at such multiples
+        # whether a call with a mask, and without documents, moves tokens
         self.moves_tokens = not self.moves_freely and (self.group is None or self.group.size == 1)
-        self.alignment = math.lcm(*(1 if attn.attn_fn.windows.exact else attn.window_size for attn, _ in self.layers))
         # for each layer, where its global layer's cache is among all caches, after those of local blocks; 0 without one
         self.global_places = tuple(self.depth + global_numbers.index(number) if number in global_numbers else 0
                                    for number in range(self.depth))
@@ -243,9 +241,9 @@ class Stack(nn.Cell):
             if self.num_tokens is None and self.moves_freely:
                 return x, mask, None, labels, None, None
             first = padding.first_real(self.group, ops.depend(mask, x))
-            if not self.moves_freely:  # windows count from the first place on the first rank
-                first = padding.aligned(self.cls_name, self.alignment)(first)
-            return ops.depend(x, first), mask, None, labels, first if self.num_tokens is not None else None, None
+            if not self.moves_freely:  # tokens would have to move to other ranks
+                first = padding.none_leading(self.cls_name, self.group.size * mask.shape[1])(first)
+            return ops.depend(x, first), mask, None, labels, first if self.moves_freely else None, None
         order, back = padding.orders(mask)
         labels = None if labels is None else padding.moved(labels, order)
         return padding.moved(x, order), padding.moved(mask, order), None, labels, None, back

@@ -132,12 +132,10 @@ def model(name, place, mode, ranks, n=2 * W, masked=False, ignored=0., longest=0
     x = random.integers(0, TOKENS, (B, ranks * n))
     x = np.where(random.random(x.shape) < ignored, 3, x).astype(np.int32)
     mask = random.random(x.shape) < .7
-    if padded:  # on the left, in one row all slices but the last
-        first = np.linspace(3, (ranks - 1) * n + 1, B, dtype=int)[:, None]
-        if not settings.get("exact_windowsize", True):  # windows are aligned on all ranks
-            first = -(-first // W) * W
-        mask &= np.arange(ranks * n) >= first
-        mask |= np.arange(ranks * n) == first
+    if padded == "right":  # but for a row of nothing else
+        mask[:-1, 0], mask[-1] = True, False
+    elif padded:  # on the left, in one row all slices but the last
+        mask &= np.arange(ranks * n) >= np.linspace(3, (ranks - 1) * n + 1, B, dtype=int)[:, None]
     x, mask = (place.batch(place.slice(array, 1)) for array in (x, mask))
     mask, ids = Tensor(mask) if masked else None, ids_of(place, n, ranks, documents)
     cell = filled(LocalTransformer(sequence_parallel=place.sequence_parallel, **settings), random)
@@ -192,7 +190,7 @@ MODELS = {
     "documents": dict(kv_heads=1, learned_sinks=True, softcap=3., ignored=.2, documents=ms.int32),
     "documents both sides": dict(causal=False, depth=1, masked=True, documents=ms.int64),
     "padded": dict(depth=1, masked=True, padded=True),
-    "padded windows": dict(depth=1, masked=True, padded=True, exact_windowsize=False),
+    "padded on the right": dict(depth=1, masked=True, padded="right", exact_windowsize=False),
     "padded documents": dict(depth=1, masked=True, padded=True, documents=ms.int32),
     "both sides, no mask": dict(causal=False, depth=1, exact_windowsize=False, use_xpos=True, num_residual_streams=2),
 }
@@ -396,10 +394,10 @@ def disagreements():
 
 
 def left_padding():
-    """Check that padding by less than a window is refused on every rank, though one rank alone has it."""
+    """Check that padding on the left of windows that count from there is refused on every rank."""
     net = LocalTransformer(num_tokens=TOKENS, max_seq_len=4 * W, dim=DIM, depth=1, heads=H, dim_head=D,
                            local_attn_window_size=W, exact_windowsize=False, sequence_parallel=True)
-    mask = Tensor(np.arange(2 * W)[None] >= (0 if communication.get_rank() else W + 1))
+    mask = Tensor(np.arange(2 * W)[None] >= (1 if communication.get_rank() else 2 * W))
 
     def logits(x):
         return net(x, mask=mask)
@@ -407,8 +405,8 @@ def left_padding():
         try:
             call(ops.zeros((1, 2 * W), ms.int32)).asnumpy()
         except ValueError as error:
-            assert f"'mask' must be of rows that begin at multiples of {W} with" in str(error), error
-            assert f"but got one that begins at {W + 1}." in str(error), error
+            assert "'mask' must be without padding on the left with 'sequence_parallel'" in str(error), error
+            assert f"but got {2 * W + 1} tokens of it." in str(error), error
         else:
             raise AssertionError("left padding")
     return {}
