@@ -124,6 +124,12 @@ def test_rows_that_a_cache_does_not_have():
     with pytest.raises(TypeError, match="For 'reorder_cache', 'cache' must be a tuple"):
         reorder_cache(list(cache), ops.ones((2,), ms.int32))
 
+    @ms.jit
+    def compiled(cache, rows):
+        return reorder_cache(cache, rows)
+    with pytest.raises(ValueError, match="For 'reorder_cache', the call must be outside compiled functions"):
+        compiled(ms.mutable(cache), ops.ones((2,), ms.int32))
+
 
 compiled = []
 
