@@ -276,8 +276,8 @@ def reorder_cache(cache, rows):
 def _outside_graphs(rows):
     """Return `rows`, whose values are to be read, unless a graph is compiled, which does not know them."""
     if sys._getframe(1).f_code.co_name == "__infer__":  # a compiler's frame
-        raise ValueError("For 'reorder_cache', the call must be outside compiled functions, because it reads the values "
-                         "of 'rows', but it is in a function that is being compiled.")
+        raise ValueError("For 'reorder_cache', the call must be outside compiled functions, because it reads values of "
+                         "'rows', but it is in a function that is being compiled.")
     return rows
 
 

@@ -38,15 +38,16 @@ def shown(got):
     return text if len(text) <= LONGEST else " ".join(reprlib.repr(got).split())[:LONGEST]
 
 
-def parameters(cell):
-    """Return the names of the arguments of a Cell's constructor."""
-    given = inspect.signature(cell.__init__).parameters.items()
+def parameters(of):
+    """Return the names of the arguments of a Cell's constructor, or of a function."""
+    given = inspect.signature(of.__init__ if isinstance(of, type) else of).parameters.items()
     return [name for name, one in given if name != "self" and one.kind != one.VAR_KEYWORD]
 
 
 def arguments(owner, given, known, instead):
-    """Check the names of keyword arguments that are not a constructor's own. `instead` has the right names for some
-    wrong ones; for others the message has the nearest one."""
+    """Check the names of keyword arguments that are not a constructor's or a function's own: a dict with their values,
+    or the names alone. `instead` has the right names for some wrong ones; for others the message has the nearest one.
+    """
     def words(name):
         return "_".join(sorted(name.split("_")))
     for name in given:
@@ -54,8 +55,9 @@ def arguments(owner, given, known, instead):
             near = difflib.get_close_matches(words(name), map(words, known), 1)
             right = instead.get(name) or next((one for one in known if [words(one)] == near), None)
             nearest = "" if right is None else f"; the nearest is '{right}'"
-            raise TypeError(f"For '{owner}', '{name}' must be the name of one of its arguments{nearest}, but got it "
-                            f"with {shown(given[name])}.")
+            value = f" with {shown(given[name])}" if isinstance(given, dict) else ""
+            raise TypeError(f"For '{owner}', '{name}' must be the name of one of its arguments{nearest}, but got it"
+                            f"{value}.")
 
 
 def integer(owner, name, value, minimum, end=2**63):
@@ -235,6 +237,8 @@ def softcap(owner, value):
     goes through."""
     if value is None:
         return None
+    if isinstance(value, float) and value == 0:  # to which a graph rounds what float32 does not hold
+        raise value_error(owner, "softcap", "a positive number from 1e-30 to 1e30", "0.0, as float32 has it")
     if not .999e-30 < positive_number(owner, "softcap", value) < 1.001e30:  # a graph rounds it to float32
         raise value_error(owner, "softcap", "from 1e-30 to 1e30", value)
     return float(value)

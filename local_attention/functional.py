@@ -68,6 +68,18 @@ def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
             Frame(offset, lse=lse))
 
 
+INSTEAD = {  # names that other packages use
+    "windowed_attention": {"window_size": "spec", "sliding_window": "spec", "causal": "spec", "prefix": "spec",
+                           "dropout": "dropout_rate", "attn_mask": "mask"},
+    "sliding_window_attention": {"window_size": "window_size_left' and 'window_size_right",
+                                 "causal": "window_size_right", "dropout": "dropout_rate", "attn_mask": "mask"}}
+
+
+@constexpr
+def _refuse_names(owner, names):
+    checks.arguments(owner, names, checks.parameters(globals()[owner]), INSTEAD[owner])
+
+
 # ---- windows in general
 
 
@@ -142,9 +154,9 @@ def _check_ends(cu_seqlens, batch, n):
                                  checks.shown(ends.tolist()))
 
 
-def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens=None, order=None, attn_bias=None,
+def windowed_attention(q, k, v, spec=None, *, mask=None, segment_ids=None, cu_seqlens=None, order=None, attn_bias=None,
                        sinks=None, scale=None, softcap=None, dropout_rate=0., seed=None, return_lse=False,
-                       backend=None):
+                       backend=None, **unknown):
     r"""
     Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the terms of today's models.
 
@@ -159,7 +171,7 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens
             :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. Keys and values are not repeated in
             memory.
         v (Tensor): :math:`(b, h_{kv}, n_k, d_v)` of the same dtype, of any width :math:`d_v` (DeepSeek's MLA).
-        spec (WindowSpec): Which keys a query sees.
+        spec (WindowSpec): Which keys a query sees. It has no default.
         mask (Tensor): Padding mask, bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
         segment_ids (Tensor): int :math:`(b, n_k)`. Consecutive tokens with the same id are a document. The result is
             that of a separate call on each document: windows, rows of the bias and the prefix start anew. A negative
@@ -194,7 +206,7 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens
         :math:`(b, h, n_q)`. It is a natural logarithm, it is -inf for an empty softmax, and it has a gradient.
 
     Raises:
-        TypeError: If an argument is of another type or dtype.
+        TypeError: If an argument is of another type or dtype, or has a name not known here.
         ValueError: If an argument is out of its range, shapes do not agree, a bias comes with a prefix or a span
             without limit, an order with a causal `spec`, or `cu_seqlens` with `segment_ids`.
 
@@ -210,6 +222,8 @@ def windowed_attention(q, k, v, spec, *, mask=None, segment_ids=None, cu_seqlens
     """
     def got(x):  # a function within, so that MindSpore's O1 leaves this one as it is (see `cells`)
         return checks.described(x)
+    if len(unknown) > 0:
+        _refuse_names("windowed_attention", tuple(unknown.keys()))
     _checked_windowed(spec, got(q), got(k), got(v), got(mask), got(segment_ids), got(cu_seqlens), got(order),
                       got(attn_bias), got(sinks), scale, softcap, dropout_rate, got(seed), return_lse, backend)
     spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
@@ -307,7 +321,7 @@ def _span(left, right):
 
 def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_left=128, window_size_right=128,
                              dropout_rate=0., seed=None, *, rel_pos_query=None, scale=None, softcap=None, sinks=None,
-                             segment_ids=None, return_lse=False, backend=None):
+                             segment_ids=None, return_lse=False, backend=None, **unknown):
     r"""
     Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
 
@@ -353,7 +367,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         with zero gradient. With `return_lse`, a tuple of this and the log-sum-exp, float32 :math:`(..., n)`.
 
     Raises:
-        TypeError: If an argument is of another type or dtype.
+        TypeError: If an argument is of another type or dtype, or has a name not known here.
         ValueError: If an argument is out of its range or shapes do not agree.
 
     Supported Platforms:
@@ -368,6 +382,8 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     """
     def got(x):  # see `windowed_attention`
         return checks.described(x)
+    if len(unknown) > 0:
+        _refuse_names("sliding_window_attention", tuple(unknown.keys()))
     groups, left, right, mask_shape = _checked_sliding(
         got(q), got(k), got(v), got(mask), got(rel_pos_emb), got(rel_pos_query), window_size_left, window_size_right,
         dropout_rate, got(seed), scale, softcap, got(sinks), got(segment_ids), return_lse, backend)

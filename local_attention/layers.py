@@ -255,7 +255,7 @@ class FeedForward(nn.SequentialCell):
         Tensor of the shape of `x`.
 
     Raises:
-        TypeError: If an argument is of another type.
+        TypeError: If an argument is of another type, or has a name not known here.
         ValueError: If an argument is out of its range.
 
     Supported Platforms:
@@ -268,8 +268,9 @@ class FeedForward(nn.SequentialCell):
         (2, 5, 8)
     """
 
-    def __init__(self, dim, mult=4, dropout=0.):
+    def __init__(self, dim, mult=4, dropout=0., **unknown):
         owner = type(self).__name__  # before there is a `cls_name`
+        checks.arguments(owner, unknown, checks.parameters(FeedForward), {"ff_mult": "mult", "ff_dropout": "dropout"})
         inner = int(checks.positive_int(owner, "dim", dim) * checks.positive_number(owner, "mult", mult) * 2 / 3)
         if inner < 1:
             raise checks.value_error(owner, "mult", "large enough for int(dim * mult * 2 / 3) to be positive", mult)

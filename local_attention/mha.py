@@ -84,8 +84,9 @@ class DynamicPositionBias(nn.Cell):
         (8, 5, 10)
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, **unknown):
         super().__init__()
+        checks.arguments(self.cls_name, unknown, checks.parameters(DynamicPositionBias), {"num_heads": "heads"})
         self.dim = checks.positive_int(self.cls_name, "dim", dim)
         self.heads = checks.positive_int(self.cls_name, "heads", heads)
         self.mlp = nn.SequentialCell(nn.Dense(1, dim), nn.SiLU(), nn.Dense(dim, dim), nn.SiLU(), nn.Dense(dim, heads))

@@ -8,6 +8,10 @@ from .attend import draw_seed, new_salt
 from .functional import check_seed, sliding_window_attention
 
 
+INSTEAD = {"window_size": "window_size_left' and 'window_size_right", "dim": "in_features", "heads": "num_heads",
+           "kv_heads": "num_kv_heads", "causal": "window_size_right", "dropout": "dropout_rate"}
+
+
 @constexpr
 def _checked_inputs(owner, features, name_q, name_kv, inputs_q, inputs_kv, mask, segment_ids):
     shape = checks.tensor(owner, name_q, inputs_q, checks.FLOATS)
@@ -79,7 +83,7 @@ class MultiHeadLocalAttention(_Heads):
         Tensor of shape :math:`(b, n, out\_features)`.
 
     Raises:
-        TypeError: If an argument or input is of another type or dtype.
+        TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
         ValueError: If an argument is out of its range or shapes do not agree.
 
     Supported Platforms:
@@ -95,9 +99,10 @@ class MultiHeadLocalAttention(_Heads):
 
     def __init__(self, in_features, num_heads, qkv_features=None, out_features=None, window_size_left=128,
                  window_size_right=128, dropout_rate=0., use_bias=True, use_rel_pos_emb=False, *,
-                 num_kv_heads=None):
+                 num_kv_heads=None, **unknown):
         super().__init__()
         owner = type(self).__name__
+        checks.arguments(owner, unknown, checks.parameters(MultiHeadLocalAttention), INSTEAD)
         checks.positive_int(owner, "in_features", in_features)
         self.num_heads = checks.positive_int(owner, "num_heads", num_heads)
         qkv_features = checks.positive_int(owner, "qkv_features", in_features if qkv_features is None else qkv_features)
@@ -162,7 +167,7 @@ class LocalSelfAttention(MultiHeadLocalAttention):
         Tensor of shape :math:`(b, n, out\_features)`.
 
     Raises:
-        TypeError: If an argument or input is of another type or dtype.
+        TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
         ValueError: If an argument is out of its range or shapes do not agree.
 
     Supported Platforms:

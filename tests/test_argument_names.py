@@ -1,19 +1,26 @@
 """Names of arguments that no Cell knows, or that another Cell sets; and how little of a value a message shows."""
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn, ops
 
 from local_attention import (
+    DynamicPositionBias,
     LocalAttention,
     LocalMHA,
+    LocalSelfAttention,
     LocalTransformer,
+    MultiHeadLocalAttention,
     WindowSpec,
+    sliding_window_attention,
     use_backend,
     windowed_attention,
     zoo,
 )
+from local_attention.transformer import FeedForward
 
 MODEL = dict(num_tokens=11, max_seq_len=16, dim=8, depth=1, local_attn_window_size=4)
+HEADS = dict(in_features=8, num_heads=2)
 BLOCK = dict(dim=8, window_size=4)
 
 
@@ -29,11 +36,37 @@ BLOCK = dict(dim=8, window_size=4)
     (LocalMHA, BLOCK, "look_backwards", 1, "look_backward"),
     (LocalAttention, dict(window_size=4), "head_dim", 8, "dim"),
     (LocalAttention, dict(window_size=4), "sequence_paralell", True, "sequence_parallel"),
+    (LocalSelfAttention, HEADS, "window_size", 4, "window_size_left' and 'window_size_right"),
+    (LocalSelfAttention, HEADS, "heads", 2, "num_heads"),
+    (MultiHeadLocalAttention, HEADS, "window_left", 4, "window_size_left"),
+    (FeedForward, dict(dim=8), "ff_mult", 4, "mult"),
+    (DynamicPositionBias, dict(dim=8, heads=2), "num_heads", 2, "heads"),
 ])
 def test_unknown_names_are_refused_where_they_arrive(cell, settings, name, value, nearest):
     rule = f"^For '{cell.__name__}', '{name}' must be the name of one of its arguments; the nearest is '{nearest}'"
     with pytest.raises(TypeError, match=rule):
         cell(**settings, **{name: value})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("function, name, nearest", [
+    (windowed_attention, "window_size", "spec"), (windowed_attention, "attn_mask", "mask"),
+    (sliding_window_attention, "window_size", "window_size_left' and 'window_size_right"),
+    (sliding_window_attention, "dropout", "dropout_rate"), (sliding_window_attention, "segments", "segment_ids")])
+def test_unknown_names_of_functions(function, name, nearest, compiled):
+    def call(x):
+        return function(x, x, x, **{name: 1})
+    rule = f"For '{function.__name__}', '{name}' must be the name of one of its arguments; the nearest is '{nearest}'"
+    with pytest.raises(TypeError, match=rule):
+        (ms.jit(call) if compiled else call)(ops.ones((1, 2, 7, 8)))
+
+
+def test_a_softcap_that_a_graph_rounds_to_0():
+    @ms.jit
+    def call(x):
+        return sliding_window_attention(x, x, x, softcap=1e-46)
+    with pytest.raises(ValueError, match="'softcap' must be a positive number from 1e-30 to 1e30, but got 0.0, as "):
+        call(ops.ones((1, 2, 7, 8)))
 
 
 @pytest.mark.parametrize("cell, settings, name", [
