@@ -2,7 +2,8 @@
 
 Without `--data`, the text is the source of the Python standard library on this machine. Each run has its own folder:
 settings, a checkpoint (`--resume` continues from it exactly), metrics as JSON lines, the loss curve, and a picture of
-each head's attention weights.
+each head's attention weights. `--generate TEXT` prints how the model of a run continues a text, and `--compare RUN RUN`
+draws the curves of several runs.
 
 `msrun --worker_num=N --local_worker_num=N --join=True train.py …` trains with N processes, each on its own batches.
 """
@@ -22,15 +23,15 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 
 from training.data import (  # noqa: E402
-    checksum, order_0_entropy, read_documents, rows_of, training_batches, validation_batches)
+    bytes_of, checksum, order_0_entropy, read_documents, rows_of, training_batches, validation_batches)
 from training.folder import read_metrics, taken, write_text  # noqa: E402
 from training.ranks import Ranks  # noqa: E402
-from training.settings import read_settings  # noqa: E402
+from training.settings import kept, read_settings  # noqa: E402
 
 try:
     from tqdm import tqdm
 
-    from training.pictures import draw_curve, draw_heads
+    from training.pictures import draw_comparison, draw_curve, draw_heads
     from training.trainer import Trainer
 except ModuleNotFoundError as missing:
     sys.exit(f'train.py: {missing.name} is not installed; pip install -e ".[train]" installs what training needs.')
@@ -53,16 +54,23 @@ def documents_of(settings, folder):
     return documents
 
 
+def trainer_of(settings):
+    try:
+        return Trainer(settings)
+    except ValueError as error:  # the model's message about a wrong size or seed
+        sys.exit(f"train.py: {error}")
+
+
 def begin(settings, folder, ranks, trainer, records):
     """End every process if they differ; then write the files that a run begins with."""
-    ranks.agree({**{f"--{name.replace('_', '-')}": value for name, value in vars(settings).items()
+    ranks.agree({**{f"--{name.replace('_', '-')}": value for name, value in kept(settings).items()
                     if name != "text_checksum"},
                  "the run's folder": str(folder) if settings.resume else None,  # a new one is the first process's alone
                  "the step of the checkpoint": trainer.step,
                  "the checksum of the text": settings.text_checksum,
                  "the checksum of the weights": trainer.checksum()})
     if ranks.rank == 0:
-        write_text(folder / "settings.json", json.dumps(vars(settings), indent=2) + "\n")
+        write_text(folder / "settings.json", json.dumps(kept(settings), indent=2) + "\n")
         write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -71,10 +79,7 @@ def run(settings, folder, ranks):
     texts = train_text, validation_text = [np.concatenate(each) for each in documents]
     train_rows, validation_rows = (rows_of(*each, settings) for each in zip(texts, documents))
     entropy = order_0_entropy(validation_text)
-    try:
-        trainer = Trainer(settings)
-    except ValueError as error:  # the model's message about a wrong size or seed
-        sys.exit(f"train.py: {error}")
+    trainer = trainer_of(settings)
     checkpoint = folder / "checkpoint.ckpt"
     if settings.resume:
         trainer.load(checkpoint)
@@ -91,20 +96,22 @@ def run(settings, folder, ranks):
 
     validation = validation_batches(validation_rows, settings, ranks.rank)
     prime = validation_text[:min(128, settings.seq_len)]
-    step_tokens = settings.grad_accum * settings.ranks * settings.batch_size * settings.seq_len
     with open(folder / "metrics.jsonl" if first else os.devnull, "a", buffering=1) as log, Interrupt() as interrupt, \
-            tqdm(total=settings.steps * step_tokens, initial=trainer.step * step_tokens, unit="token",
-                 unit_scale=True, disable=not first) as bar:
-        stopped = False
+            tqdm(total=settings.steps, initial=trainer.step, unit="step", disable=not first,
+                 desc="compiling" if settings.mode == "graph" else None) as bar:
+        stopped, bits = False, {}
         while trainer.step < settings.steps and not stopped:
             loss = trainer.train_step(training_batches(train_rows, settings, trainer.step, ranks.rank))
             loss, stopped = ranks.mean(loss, interrupt.seen)  # if one is asked to stop, all stop
-            bar.update(step_tokens)
+            bar.set_description(refresh=False)  # the first step has been compiled
+            bar.update()
             step, last = trainer.step, trainer.step == settings.steps
             record = {"step": step, "loss": loss}
             if step % settings.validate_every == 0 or last:
                 record["validation"], = ranks.mean(trainer.validate(validation))
-            bar.set_postfix({name: f"{value:.3f}" for name, value in record.items() if name != "step"})
+            bits.update({"bits" if name == "loss" else f"{name} bits": f"{value:.3f}" for name, value in record.items()
+                         if name != "step"})
+            bar.set_postfix(bits)
             if step % settings.sample_every == 0 or last:  # by every rank: on CPU, none may wait ten seconds
                 record["sample"] = printable(trainer.sample(prime, first))
                 if first:
@@ -120,16 +127,36 @@ def run(settings, folder, ranks):
     return trainer.step, records, entropy
 
 
-def main(arguments=None):
-    settings, folder = read_settings(arguments)
+def generate(settings, folder):
+    """Print a text and how the model of a run continues it; of no text, it continues the end of a line."""
+    settings.ranks, settings.sample_len = 1, settings.tokens or settings.sample_len
+    prime, trainer = bytes_of(settings.generate), trainer_of(settings)
+    trainer.load(folder / "checkpoint.ckpt")
+    written = trainer.sample(prime if len(prime) else bytes_of("\n"), sys.stderr.isatty())
+    print(printable(prime.tobytes() + written))
+
+
+def set_device(name):
     try:
-        ms.set_device(settings.device)
+        ms.set_device(name)
     except (RuntimeError, ValueError) as error:
-        sys.exit(f"train.py: --device {settings.device} is not available: {str(error).splitlines()[0]}")
-    if settings.device == "CPU":
+        sys.exit(f"train.py: --device {name} is not available: {str(error).splitlines()[0]}")
+    if name == "CPU":
         # on few cores, asynchronous launches and threads that wait by spinning cost more than they save
         ms.runtime.launch_blocking()
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
+
+
+def main(arguments=None):
+    settings, folder = read_settings(arguments)
+    if settings.compare is not None:
+        draw_comparison(folder, settings.compare)
+        print(f"The curves of {', '.join(settings.compare)} are in {folder}.")
+        return
+    set_device(settings.device)
+    if settings.generate is not None:
+        generate(settings, folder)
+        return
     ranks = Ranks(settings.ranks)
     with taken(folder, settings) if ranks.rank == 0 else nullcontext(folder) as folder:
         step, records, entropy = run(settings, folder, ranks)

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from training.data import (
     batches_of, checksum, order_0_entropy, pack, read_documents, rows_of, standard_library, training_batches,
     validation_batches)
 from training.folder import read_metrics, taken
+from training.pictures import running_mean
 from training.settings import make_parser, read_settings, run_folder
 from training.trainer import BITS, learning_rate
 
@@ -75,7 +77,7 @@ def test_resume_is_exact(run, mode, monkeypatch, tmp_path):
     assert [step for step, _, _ in losses(whole)] == list(range(1, 9))
 
 
-def test_what_a_run_leaves_behind(run, tmp_path, capsys):
+def test_what_a_run_leaves_behind(run, tmp_path, monkeypatch, capsys):
     records = run("new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "checkpoint.ckpt", "curve.png", "heads.png", "metrics.jsonl", "settings.json"]
@@ -86,12 +88,53 @@ def test_what_a_run_leaves_behind(run, tmp_path, capsys):
     assert [record["step"] for record in records if "validation" in record] == [2, 4, 6, 8]
     assert [record["step"] for record in records if "sample" in record] == [4, 8]
     assert np.isfinite([record["loss"] for record in records]).all()
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    assert "compiling" in bar and "8/8" in bar and "bits=" in bar and "validation bits=" in bar
     assert "order-0 entropy" in printed and records[-1]["sample"] in printed
     with pytest.raises(SystemExit, match="already holds a run"):
         run("new")
     with pytest.raises(SystemExit, match="--seq-len is 24 in the run that --resume continues, and cannot become 48"):
         run("new", "--resume", "--seq-len", "48")
+    assert not {"generate", "tokens", "compare"} & set(settings)
+    generates_and_compares(tmp_path, monkeypatch, capsys)
+
+
+def generates_and_compares(tmp_path, monkeypatch, capsys):
+    """The run "new" writes text, and its curve is drawn beside another's. (One run serves both tests.)"""
+    monkeypatch.chdir(tmp_path)
+    new, written = ["--out", str(tmp_path / "new")], []
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
+    for more in (["def ", "--tokens", "7"], ["def ", "--tokens", "7"], ["def ", "--tokens", "7", "--seed", "3"],
+                 [""], ["h\u00e9\udcff", "--tokens", "1", "--temperature", "0.1"]):
+        train.main([*new, "--generate", *more])
+        written.append(capsys.readouterr().out[:-1])
+    assert written[0].startswith("def ") and written[0] == written[1] != written[2]
+    assert written[4].startswith("h\u00e9\ufffd")
+    assert [len(text) for text in written] == [11, 11, 11, 5, 4]
+    for more, message in [(["--generate", "a\ud800"], r"'\\ud800' of 'a\\ud800' is not in the vocabulary"),
+                          (["--generate", "a", "--dim", "8"], "--dim is 16 in the run that --generate uses"),
+                          (["--generate", "a", "--steps", "9"], "--steps is 8 in the run that --generate uses")]:
+        with pytest.raises(SystemExit, match=message):
+            train.main([*new, *more])
+    with pytest.raises(SystemExit, match="there is nothing to generate with, none/checkpoint.ckpt does not exist"):
+        train.main(["--out", "none", "--generate", "a"])
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
+
+    page = (Path(train.__file__).parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    block, = re.findall(r"```text\n(import json\n.*?)```", page, re.DOTALL)
+    exec(block.replace("runs/1", "new"), {})
+    assert len(capsys.readouterr().out) > 100
+
+    (tmp_path / "other").mkdir()
+    for name in ("settings.json", "metrics.jsonl"):
+        (tmp_path / "other" / name).write_text((tmp_path / "new" / name).read_text().replace('"dim": 16', '"dim": 8'))
+    train.main(["--compare", "new", "other"])
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == "The curves of new, other are in compare.png.\n"
+    for more, message in [(["new", "none"], "none holds no run: No such file"),
+                          (["new", "--out", "new/a.xyz"], "new/a.xyz cannot be drawn: .* 'xyz' is not supported")]:
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--compare", *more])
 
 
 def test_a_checkpoint_that_is_cut_short_takes_nobody_s_place(run, monkeypatch, tmp_path):
@@ -199,6 +242,12 @@ def test_learning_rate_rises_and_falls():
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[10] == 1 and rates[100] == pytest.approx(0)
     assert all(np.diff(rates[10:]) < 0)
+
+
+def test_running_mean():
+    assert running_mean([4, 2, 3]) == pytest.approx([4, 2, 3])
+    means = running_mean([0, 1] * 50)  # of five values, and of fewer at the start
+    assert means[:6] == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2, 2 / 5, 3 / 5]) and len(means) == 100
 
 
 def test_order_0_entropy():
@@ -379,6 +428,8 @@ def test_broken_gz(tmp_path):
     (["--learning-rate", "nan"], "invalid positive float value: 'nan'"),
     (["--device", "TPU"], "invalid choice: 'TPU'"),
     (["--windows", "8", "0"], "invalid window value: '0'"),
+    (["--tokens", "5"], "--tokens says how many bytes --generate adds, and needs it"),
+    (["--resume", "--generate", "a"], "--generate, --compare and --resume exclude each other"),
 ])
 def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit):

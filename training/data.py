@@ -67,6 +67,15 @@ def read_documents(data, seq_len, run=None):
             [document[cut:] for document, cut in zip(documents, cuts) if cut < len(document)])
 
 
+def bytes_of(text):
+    """Return the bytes of a text from the command line, where bytes that are not UTF-8 have come as surrogates."""
+    try:
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+    except UnicodeEncodeError as error:
+        sys.exit(f"train.py: {text[error.start:error.end]!r} of {text!r} is not in the vocabulary, which is the 256 "
+                 "bytes: it is no character and has no bytes.")
+
+
 def checksum(documents):
     """Return a checksum of the documents to train and to validate on, and of where they begin."""
     total = 0

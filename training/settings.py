@@ -10,6 +10,8 @@ from .folder import refuse_a_second_run
 
 FREE_ON_RESUME = ("data", "out", "resume", "steps", "validate_every", "sample_every", "save_every", "sample_len",
                   "temperature", "device", "mode", "text_checksum")
+INSTEAD = ("generate", "tokens", "compare")  # what is done with runs that are there, in place of training
+FREE_TO_GENERATE = (*INSTEAD, "out", "resume", "temperature", "seed", "device", "ranks")
 
 
 def positive(number):
@@ -69,36 +71,63 @@ def make_parser():
     add("--save-every", count, 1000, "steps between checkpoints")
     add("--device", str, "CPU", "the device to train on", choices=("CPU", "GPU", "Ascend"))
     add("--mode", str, "graph", "graph compiles the steps, pynative runs them eagerly", choices=("graph", "pynative"))
+    instead = parser.add_argument_group("instead of training, with runs that are there")
+    instead.add_argument("--generate", metavar="TEXT", help="print a continuation of a text (\"\": a text from its "
+                         "beginning) by the model of the run in --out (default: the newest in runs/); takes "
+                         "--temperature, --seed and --device, too")
+    instead.add_argument("--tokens", type=count, help="bytes that --generate adds (default: --sample-len of the run)")
+    instead.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs into one picture, "
+                         "--out (default: compare.png)")
     parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1, text_checksum=None)
     return parser
 
 
 def read_settings(arguments):
-    """Return the settings of a run and its folder. A resumed run keeps its settings, except those in FREE_ON_RESUME."""
+    """Return the settings of a run and its folder. A resumed run keeps its settings, except those in FREE_ON_RESUME,
+    and so does a run that generates, except those in FREE_TO_GENERATE."""
     parser = make_parser()
     settings = parser.parse_args(arguments)
-    folder = run_folder(settings.out, settings.resume)
-    checkpoint = folder / "checkpoint.ckpt"
-    if not settings.resume:
+    generating = settings.generate is not None
+    if settings.tokens is not None and not generating:
+        parser.error("--tokens says how many bytes --generate adds, and needs it.")
+    if sum((generating, settings.compare is not None, settings.resume)) > 1:
+        parser.error("--generate, --compare and --resume exclude each other.")
+    if settings.compare is not None:
+        return settings, Path(settings.out or "compare.png")
+    folder = run_folder(settings.out, settings.resume or generating)
+    if not settings.resume and not generating:
         refuse_a_second_run(folder)
         return settings, folder
+    return _settings_of_a_run(parser, arguments, settings, folder), folder
+
+
+def _settings_of_a_run(parser, arguments, settings, folder):
+    generating, checkpoint = settings.generate is not None, folder / "checkpoint.ckpt"
+    does, free = ("uses", FREE_TO_GENERATE) if generating else ("continues", FREE_ON_RESUME)
+    option = "--generate" if generating else "--resume"
     if not checkpoint.exists():
-        sys.exit(f"train.py: there is nothing to resume, {checkpoint} does not exist.")
+        sys.exit(f"train.py: there is nothing to {option[2:]}{' with' * generating}, {checkpoint} does not exist.")
     saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
     strange = [name for name in saved if name not in vars(settings)]
     if strange:
         sys.exit(f"train.py: another version of train.py wrote {folder / 'settings.json'}, with the settings "
                  f"{', '.join(strange)}, which this version does not have.")
-    if settings.ranks != saved["ranks"]:
+    if settings.ranks != saved["ranks"] and not generating:
         sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
                  "cannot continue it: they would see other batches.")
-    parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
+    kept = {name: value for name, value in saved.items() if name not in ("out", "resume", *INSTEAD)}
+    parser.set_defaults(**kept)
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
-        if name not in FREE_ON_RESUME and value != saved[name]:
-            sys.exit(f"train.py: --{name.replace('_', '-')} is {saved[name]} in the run that --resume continues, "
+        if name not in free and value != saved[name]:
+            sys.exit(f"train.py: --{name.replace('_', '-')} is {saved[name]} in the run that {option} {does}, "
                      f"and cannot become {value}.")
-    return settings, folder
+    return settings
+
+
+def kept(settings):
+    """Return the settings that belong to a run, by name."""
+    return {name: value for name, value in vars(settings).items() if name not in INSTEAD}
 
 
 def run_folder(out, resume):
