@@ -121,4 +121,5 @@ def explain_attention(q_shape, spec, *, k_shape=None, v_width=None, dtype=None, 
     v_shape = k_shape if v_width is None else (*k_shape[:3], v_width)
     problem = problem_of(spec, scoring, frame, q_shape, k_shape, v_shape, dtype or ms.float32,
                          tuple(there[name] for name in there if name in options), device)
-    return explain(problem)
+    text, compiles = explain(problem).rsplit("\n", 1)
+    return f"{text}\nthese numbers are for all heads of all rows: {b} x {h}\n{compiles}"
