@@ -7,6 +7,8 @@ each.
 """
 import functools
 import importlib
+import re
+import runpy
 import sys
 import time
 import zlib
@@ -453,9 +455,23 @@ def example():
     return {}
 
 
+def model_train():
+    """Run the block of docs/parallel.md that trains by `Model.train`; the ranks have other data and equal weights."""
+    page = (Path(train.__file__).parent / "docs" / "parallel.md").read_text(encoding="utf-8")
+    script, = re.findall(r"```text\n(import mindspore.*?)```", page, re.DOTALL)
+    Path(f"script_{communication.get_rank()}.py").write_text(script.replace("\ninit()\n", "\n"))  # main has called it
+    try:
+        used = runpy.run_path(f"script_{communication.get_rank()}.py")
+    finally:
+        ms.reset_auto_parallel_context()
+    first, = next(used["data"].create_tuple_iterator(num_epochs=1, output_numpy=True))
+    return {"model_train/data": (0, first),
+            **{f"model_train/{x.name}": ("same", x.asnumpy()) for x in used["network"].trainable_params()}}
+
+
 SECTIONS = {"example": example, "cases": cases, "grid": grid, "emulated": emulated, "bytes": counted_bytes,
             "refusals": refusals, "disagreements": disagreements, "left padding": left_padding,
-            "training": training}
+            "training": training, "model_train": model_train}
 
 
 def main(folder, *sections):

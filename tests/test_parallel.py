@@ -118,7 +118,8 @@ def one_process(name, ranks):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    sections = "cases", "emulated", "bytes", "refusals", "example", "training", "disagreements", "left padding"
+    sections = ("cases", "emulated", "bytes", "refusals", "example", "training", "disagreements", "left padding",
+                "model_train")
     return results_of(tmp_path_factory.mktemp("two"), 2, *sections)
 
 
@@ -215,6 +216,19 @@ def test_places_in_documents_that_began_ranks_before(monkeypatch):
 def test_the_example_learns(two_ranks):
     losses = re.findall(r"loss of 512 tokens (\S+)", (two_ranks[0] / "logs" / "worker_0.log").read_text())
     assert len(losses) == 4 and float(losses[-1]) < float(losses[0]) / 2
+
+
+def test_model_train_of_the_page_averages_gradients(two_ranks):
+    """The ranks see other sequences, and their weights are the same after two steps."""
+    parts = two_ranks[1]
+    names = [name for name in parts[0] if name.startswith("model_train/")]
+    assert not np.array_equal(*(part["model_train/data"] for part in parts)) and len(names) > 5
+    for name in names:
+        if name != "model_train/data":
+            np.testing.assert_array_equal(parts[0][name], parts[1][name], err_msg=name)
+    logs = [(two_ranks[0] / "logs" / f"worker_{rank}.log").read_text() for rank in (0, 1)]
+    losses = [re.findall(r"loss is (\S+)", log) for log in logs]
+    assert [len(each) for each in losses] == [2, 2] and losses[0] != losses[1]
 
 
 def test_what_the_page_on_scaling_predicts(monkeypatch, capsys):
