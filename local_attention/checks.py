@@ -176,7 +176,7 @@ def alike(owner, q, k, v):
     if share is None:
         of_heads = len(got) == len(shape) > 2 and got[:-3] + got[-2:] == shape[:-3] + shape[-2:]
         fewer = f", or of a divisor of its {shape[-3]} heads" if of_heads else ""
-        raise value_error(owner, "k", f"of q's shape {shape}{fewer}", got)
+        raise value_error(owner, "k", f"of q's shape {shape}{fewer}{exchanged(shape, got)}", got)
     values(owner, v, q[1], got)
     return shape, share
 
@@ -198,6 +198,17 @@ def shared(q_shape, k_shape):
     if (*q_shape[:-3], fewer, *q_shape[-2:]) != tuple(k_shape) or fewer == 0 or heads % fewer:
         return None
     return heads // fewer
+
+
+def exchanged(q_shape, k_shape):
+    """Return what a message about k adds if heads and tokens look exchanged beyond doubt: as `(..., h, n, d)` the heads
+    of k do not divide those of q; as `(..., n, h, d)` they do, and k has no fewer tokens than q, and more than heads."""
+    if len(q_shape) < 4 or len(k_shape) != len(q_shape) or None in (*q_shape[-3:-1], *k_shape[-3:-1]) or 0 in k_shape:
+        return ""
+    (n_q, h), (n_k, h_kv) = q_shape[-3:-1], k_shape[-3:-1]
+    if n_q % n_k == 0 or h % h_kv > 0 or n_k < max(n_q, h_kv + 1):
+        return ""
+    return " (heads stand before tokens; here they look exchanged, which swapaxes(-3, -2) of q, k and v undoes)"
 
 
 def segment_ids(owner, got, batch, n):

@@ -61,7 +61,7 @@ def _checked(q_shape, spec, k_shape, v_width, dtype, device, options):
     (b, h, n_q, d), n_k = q_shape, k_shape[2]
     if checks.shared((b, h, n_k, d), k_shape) is None or (n_k < n_q and not spec.sees_everything):
         raise checks.value_error(owner, "k_shape", f"({b}, h_kv, n_k, {d}), h_kv a divisor of {h} and n_k at least "
-                                 f"{n_q}", k_shape)
+                                 f"{n_q}{checks.exchanged(q_shape, k_shape)}", k_shape)
     if v_width is not None:
         checks.positive_int(owner, "v_width", v_width)
     checks.float_dtype(owner, "dtype", dtype)

@@ -103,7 +103,7 @@ def _checked_windowed(spec, q, k, v, mask, segment_ids, cu_seqlens, order, attn_
             more and not spec.sees_everything):
         least = "" if spec.sees_everything else f" and n_k at least {n_q}"
         raise checks.value_error(owner, "k", f"of shape ({batch}, h_kv, n_k, {head_dim}), h_kv a divisor of {heads}"
-                                 f"{least}", k_shape)
+                                 f"{least}{checks.exchanged(shape, k_shape)}", k_shape)
     checks.values(owner, v, q[1], k_shape)
     checks.known_width(owner, v[0], "v")
     if mask is not None:

@@ -230,6 +230,9 @@ CALLS = [
      "'q' must be a Tensor of float32 or float16 or bfloat16, but got int32."),
     (attention, (vectors(2, 10, 4), vectors(2, 10, 3), vectors(2, 10, 4)), {}, ValueError,
      "'k' must be of q's shape (2, 10, 4), but got (2, 10, 3)."),
+    (attention, (vectors(1, 5, 3, 4), vectors(1, 10, 3, 4), vectors(1, 10, 3, 4)), {}, ValueError,
+     "'k' must be of q's shape (1, 5, 3, 4), or of a divisor of its 5 heads (heads stand before tokens; here they look "
+     "exchanged, which swapaxes(-3, -2) of q, k and v undoes), but got (1, 10, 3, 4)."),
     (attention, (vectors(2, 10, 4), vectors(2, 10, 4), ops.zeros((2, 10, 4), ms.float16)), {}, TypeError,
      "'v' must be a Tensor of float32, but got float16."),
     (attention, (vectors(2, 10, 4),) * 3 + (tokens(2, 10),), {}, TypeError,

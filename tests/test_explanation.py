@@ -40,6 +40,8 @@ def test_every_option_is_named():
     (dict(q_shape=(1, 8, 0, 64)), ValueError, "'q_shape' must be a positive int, but got 0."),
     (dict(spec=7), TypeError, "'spec' must be a WindowSpec, but got 7"),
     (dict(k_shape=(1, 3, 4096, 64)), ValueError, "'k_shape' must be (1, h_kv, n_k, 64), h_kv a divisor of 8"),
+    (dict(q_shape=(1, 1, 8, 64), k_shape=(1, 4096, 2, 64)), ValueError,
+     "'k_shape' must be (1, h_kv, n_k, 64), h_kv a divisor of 1 and n_k at least 8 (heads stand before tokens; here"),
     (dict(v_width=128), ValueError, "'v_width' must be None or the width of q, 64, but got 128."),
     (dict(dtype="float16"), TypeError, "'dtype' must be None or MindSpore's float32, float16 or bfloat16"),
     (dict(device="TPU"), ValueError, "'device' must be None, 'CPU', 'GPU' or 'Ascend', but got 'TPU'."),
