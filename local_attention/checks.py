@@ -202,7 +202,7 @@ def shared(q_shape, k_shape):
 
 def exchanged(q_shape, k_shape):
     """Return what a message about k adds if heads and tokens look exchanged beyond doubt: as `(..., h, n, d)` the heads
-    of k do not divide those of q; as `(..., n, h, d)` they do, and k has no fewer tokens than q, and more than heads."""
+    of k do not divide those of q; as `(..., n, h, d)` they do, and k has no fewer tokens than q and more than heads."""
     if len(q_shape) < 4 or len(k_shape) != len(q_shape) or None in (*q_shape[-3:-1], *k_shape[-3:-1]) or 0 in k_shape:
         return ""
     (n_q, h), (n_k, h_kv) = q_shape[-3:-1], k_shape[-3:-1]

@@ -144,7 +144,7 @@ def load_torch_weights(cell, source, strict=True):
                    if id(place) not in given and isinstance(place, Parameter))
     if strict and misfits:
         raise checks.value_error(owner, "source", f"the weights of this {type(cell).__name__}, each and no other",
-                                 _listed(misfits))
+                                 _listed(misfits) + _of_streams(entries, misfits))
     for ours, value in values.items():
         if value is not None:
             _set(places[ours], value)
@@ -277,6 +277,15 @@ def _without_prefix(names, rename, known=None):
 def _listed(misfits, most=8):
     listed = "; ".join(f"'{name}' {misfit}" for name, misfit in list(misfits.items())[:most])
     return f"one where {listed}" + (f"; and {len(misfits) - most} more" if len(misfits) > most else "")
+
+
+def _of_streams(entries, misfits):
+    """Return the setting that a model lacks if what does not fit are weights that join residual streams."""
+    joins = [name for name in misfits if name.endswith("static_beta")]
+    if not joins:
+        return ""
+    streams = len(entries[joins[0]]) if joins[0] in entries else 1
+    return f" (they join residual streams: build the model with num_residual_streams={streams})"
 
 
 def _read(owner, source, formats):

@@ -281,6 +281,13 @@ def test_strict_changes_nothing_and_names_what_does_not_fit(case):
     assert_same(export_torch_weights(cell), before)
 
 
+@pytest.mark.parametrize("there, here", [(4, 1), (1, 4), (4, 2)])
+def test_a_message_names_the_number_of_residual_streams(there, here):
+    source = export_torch_weights(transformer(num_residual_streams=there))
+    with pytest.raises(ValueError, match=rf"residual streams: build the model with num_residual_streams={there}\)"):
+        load_torch_weights(transformer(num_residual_streams=here), source)
+
+
 @pytest.mark.parametrize("case", misfits())
 def test_not_strict_loads_what_fits_and_returns_the_names_of_the_rest(case):
     source, name, _ = misfits()[case]
