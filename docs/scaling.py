@@ -124,7 +124,7 @@ def main():
     command.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192], help="tokens of a rank")
     command.add_argument("--repeats", type=int, default=7)
     command = commands.add_parser("predict")
-    command.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64],
+    command.add_argument("--tokens", type=int, nargs="+", default=[1, 64],
                          help="tokens of the sequence, in units of 2**20")
     command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512])
     command.add_argument("--layers", type=int, default=12)
