@@ -128,10 +128,11 @@ def device(owner, value):
 
 def settings(cell):
     """Return the text of a Cell's `extend_repr`: the arguments of its constructor that are also its attributes, without
-    those that have their default value."""
+    those that have their default value, except windows."""
     arguments = inspect.signature(type(cell).__init__).parameters.values()
     kept = [(one, getattr(cell, one.name)) for one in arguments if hasattr(cell, one.name)]
-    return ", ".join(f"{one.name}={value!r}" for one, value in kept if one.default is one.empty or value != one.default)
+    return ", ".join(f"{one.name}={value!r}" for one, value in kept
+                     if one.default is one.empty or value != one.default or "window_size" in one.name)
 
 
 def dtype_name(dtype):

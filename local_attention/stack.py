@@ -182,6 +182,9 @@ class Stack(nn.Cell):
         if self.num_residual_streams > 1:
             self.hyper_connections = HyperConnections(self.num_residual_streams, self.dim, self.depth, global_numbers)
 
+    def __repr__(self):
+        return f"{super().__repr__()}\n{sum(weights.size for weights in self.get_parameters()):,} weights"
+
     def recompute(self, **options):
         """Recompute every block on its own (gradient checkpointing). If a whole model that returns its loss is
         recomputed, MindSpore makes a gradient with a cycle in it."""

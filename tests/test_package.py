@@ -107,9 +107,12 @@ def test_printing_shows_settings():
                      "window_size=5, causal=True, look_forward=0, dim=10, autopad=True, exact_windowsize=True, "
                      "use_rotary_pos_emb=False", "rate=0.25", "DynamicPositionBias(\n      dim=6, heads=3"):
         assert settings.split("(\n")[-1].strip() in shown, shown
+    assert shown.endswith(f")\n{sum(x.size for x in model.trainable_params()):,} weights")
+    assert "depth=1, local_attn_window_size=512" in str(local_attention.LocalTransformer(
+        num_tokens=2, max_seq_len=4, dim=2, depth=1, heads=1, dim_head=2))
     cell = local_attention.LocalSelfAttention(12, 3, window_size_left=5, dropout_rate=.5, use_rel_pos_emb=True)
-    assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, dropout_rate=0.5, "
-            "use_rel_pos_emb=True") in str(cell)
+    assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, window_size_right=1, "
+            "dropout_rate=0.5, use_rel_pos_emb=True") in str(cell)
 
 
 @pytest.fixture
