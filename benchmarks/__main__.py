@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -181,42 +182,68 @@ def of_matmul_rate(record, shape, window, backward):
     return groups * seen * head_dim * (7 if backward else 2) / (record["ms"] / 1e3) / matmul_rate()
 
 
+def processor():
+    """Return the name of the processor."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.exists() else []
+    return re.sub(r"\((R|TM)\)| CPU| @.*", "", names[0]) if names else platform.machine()
+
+
 def plot(records, file):
     """Plot time and memory against the sequence length."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("ms", "GiB"), ("ms, forward + backward", "GiB, peak")):
-        for peer, prefix in (("here", ""), ("lucidrains", "peer ")):
-            points = [(record["n"], record[prefix + key]) for record in records
-                      if "n" in record and prefix + key in record]
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    lines = (("", "ms", "GiB", "local_attention for MindSpore, float32"),
+             ("half ", "half ms", "half GiB", "the same, float16"),
+             ("peer ", "peer ms", "peer GiB", "local-attention for PyTorch, float32"))
+    records = [record for record in records if "n" in record]
+    last = max((record["n"] for record in records if "peer ms" in record), default=None)
+    labels = "ms, forward + backward", "GiB, peak of the process"
+    for axes, column, label in zip(figure.subplots(1, 2), (1, 2), labels):
+        for line, colour in zip(lines, ("C0", "C2", "C1")):
+            points = [(record["n"], record[line[column]]) for record in records if line[column] in record]
             if points:
-                axes.plot(*zip(*points), "o-", label="local_attention for MindSpore" if peer == "here" else
-                          "local-attention for PyTorch")
+                axes.plot(*zip(*points), "o-", color=colour, label=line[3])
+                if line[0] == "peer " and column == 2:
+                    axes.annotate(f"not run past {last // 1024}k:\nmemory", points[-1], xytext=(8, -4), fontsize=8,
+                                  textcoords="offset points", va="top")
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axes.set_xticks([2**k for k in range(11, 18, 2)], [f"{2**k // 1024}k" for k in range(11, 18, 2)], minor=False)
+        low, high = axes.get_ylim()
+        ticks = [step * 10**power for power in range(-3, 6) for step in (1, 2, 5) if low <= step * 10**power <= high]
+        axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=.3)
     figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Batch 1, 8 heads of 64, causal, exact windows of {STANDARD['window']}, "
+                    f"{len(os.sched_getaffinity(0))} threads of {processor()}", fontsize=10)
     figure.savefig(file, dpi=120)
 
 
 def scaling(runner):
-    """Time us alone where the peer would need more memory than such a machine has."""
+    """Time us alone where the peer would need more memory than such a machine has, and in float16."""
     for k in range(11, 18):
         shape = (1, 8, 2**k, 64)
         if k <= 14:
             runner.attention(f"{2**k} tokens", ["lucidrains"], repeat=5, shape=shape, backward=True)
         else:
-            inputs = pathlib.Path(runner.folder) / "inputs.npy"
-            np.save(inputs, np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32))
-            side = runner.side("here", sys.executable, **{**STANDARD, "shape": shape, "backward": True,
-                                                          "mode": runner.args.mode, "inputs": str(inputs)})
-            times = [side() for _ in range(5)]
-            runner.records.append({"what": f"{2**k} tokens", "ms": statistics.median(times),
-                                   "GiB": side.close() / 2**30})
-            print(f"{2**k} tokens, forward+backward: {spread(times)}, {runner.records[-1]['GiB']:.2f} GiB", flush=True)
+            alone(runner, shape, "", {"what": f"{2**k} tokens"})
         if runner.records and runner.records[-1]["what"].startswith(str(2**k)):
             runner.records[-1]["n"] = 2**k
+            alone(runner, shape, "half ", runner.records.pop(), dtype="float16")
+
+
+def alone(runner, shape, name, record, **spec):
+    """Time us alone; add the time and the memory to a record, which is added to those of the run."""
+    inputs = pathlib.Path(runner.folder) / "inputs.npy"
+    np.save(inputs, np.random.default_rng(0).standard_normal((4, *shape), dtype=np.float32))
+    spec = {**STANDARD, "shape": shape, "backward": True, "mode": runner.args.mode, "inputs": str(inputs), **spec}
+    side = runner.side("here", sys.executable, **spec)
+    times = [side() for _ in range(5)]
+    record.update({f"{name}ms": statistics.median(times), f"{name}GiB": side.close() / 2**30})
+    runner.records.append(record)
+    print(f"{record['what']}, forward+backward{', float16' * bool(name)}: {spread(times)}, "
+          f"{record[f'{name}GiB']:.2f} GiB", flush=True)
 
 
 def models(runner, backward):

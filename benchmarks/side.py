@@ -25,7 +25,8 @@ def here(spec):
 
     from local_attention import LocalAttention, sliding_window_attention
     options = spec["options"]
-    *inputs, dout = map(Tensor, np.load(spec["inputs"]))
+    dtype = getattr(ms, spec.get("dtype", "float32"))
+    *inputs, dout = (Tensor(each).astype(dtype) for each in np.load(spec["inputs"]))
     batch, heads, n, _ = inputs[0].shape
     window = spec["window"]
     mask, bias = None, None

@@ -111,7 +111,7 @@ def test_printing_shows_settings():
     assert "depth=1, local_attn_window_size=512" in str(local_attention.LocalTransformer(
         num_tokens=2, max_seq_len=4, dim=2, depth=1, heads=1, dim_head=2))
     cell = local_attention.LocalSelfAttention(12, 3, window_size_left=5, dropout_rate=.5, use_rel_pos_emb=True)
-    assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, window_size_right=1, "
+    assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, window_size_right=128, "
             "dropout_rate=0.5, use_rel_pos_emb=True") in str(cell)
 
 
