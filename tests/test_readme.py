@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # the Chinese README's blocks are the English one's
-ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:]]
+ALL_PAGES = [*sorted(ROOT.glob("*.md")), *PAGES[1:], *sorted((ROOT / "docs" / "zh").glob("*.md"))]
 
 
 def sections():
@@ -96,7 +96,7 @@ def links(path):
             yield target, (path.parent / file if file else path), anchor or None
 
 
-@pytest.mark.parametrize("path", ALL_PAGES, ids=[path.name for path in ALL_PAGES])
+@pytest.mark.parametrize("path", ALL_PAGES, ids=[str(path.relative_to(ROOT)) for path in ALL_PAGES])
 def test_links(path):
     for target, file, anchor in links(path):
         assert file.exists(), f"{path.name} links to {target}, which does not exist"
@@ -105,8 +105,10 @@ def test_links(path):
 
 
 def test_every_page_can_be_found_from_the_readme():
-    linked = {file.resolve() for _, file, _ in links(ROOT / "README.md")}
-    assert set(ALL_PAGES) - {ROOT / "README.md"} <= linked
+    linked, linked_cn = ({file.resolve() for _, file, _ in links(ROOT / name)} for name in ("README.md", "README_CN.md"))
+    chinese = {path for path in ALL_PAGES if path.parent.name == "zh"}
+    assert set(ALL_PAGES) - {ROOT / "README.md"} - chinese <= linked
+    assert chinese <= linked_cn
 
 
 def outline(path):
