@@ -105,7 +105,8 @@ def test_links(path):
 
 
 def test_every_page_can_be_found_from_the_readme():
-    linked, linked_cn = ({file.resolve() for _, file, _ in links(ROOT / name)} for name in ("README.md", "README_CN.md"))
+    linked, linked_cn = ({file.resolve() for _, file, _ in links(ROOT / name)}
+                         for name in ("README.md", "README_CN.md"))
     chinese = {path for path in ALL_PAGES if path.parent.name == "zh"}
     assert set(ALL_PAGES) - {ROOT / "README.md"} - chinese <= linked
     assert chinese <= linked_cn
