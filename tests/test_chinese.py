@@ -11,6 +11,7 @@ PAIRS = {  # each page in both languages, and which of its sections the Chinese 
     "from_pytorch.md": None,
     "mindspore.md": None,
     "parallel.md": None,
+    "usage.md": None,
 }
 
 
