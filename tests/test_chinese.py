@@ -10,6 +10,7 @@ PAIRS = {  # each page in both languages, and which of its sections the Chinese 
     "ascend.md": None,
     "from_pytorch.md": None,
     "mindspore.md": None,
+    "model_zoo.md": None,
     "parallel.md": None,
     "usage.md": None,
 }
