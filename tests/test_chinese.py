@@ -12,6 +12,7 @@ PAIRS = {  # each page in both languages, and which of its sections the Chinese 
     "mindspore.md": None,
     "model_zoo.md": None,
     "parallel.md": None,
+    "performance.md": ("What to set",),
     "usage.md": None,
 }
 
