@@ -16,12 +16,14 @@ struct Operands {
   std::vector<void *> data;
   Shapes shapes;
   std::vector<const char *> types;
+  Type half = Type::FLOAT16;  // of numbers of two bytes
 
   template <typename T>
   Operands &add(const std::vector<T> &x, std::vector<int64_t> shape = {}) {
     data.push_back((void *)x.data()), shapes.push_back(shape.empty() ? std::vector<int64_t>{(int64_t)x.size()} : shape);
     types.push_back(std::is_same_v<T, float>  ? "float32"
                     : std::is_same_v<T, char> ? "bool"
+                    : sizeof(T) == 2          ? TYPE_NAMES[(int)half]
                     : sizeof(T) == 4          ? "int32"
                                               : "int64");
     return *this;
@@ -229,17 +231,16 @@ std::vector<std::vector<float>> given(const Case &c, Inputs &x, const std::vecto
   return to;
 }
 
-// Returns the largest error, divided by the largest number of its tensor, or by a lower bound if that is larger.
-double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) {
+double scale_of(const Case &c) { return c.huge ? 1 : (c.softcap > 0 ? 3 : 1) / std::sqrt((double)c.d); }
+
+Inputs draw_inputs(const Case &c, std::mt19937 &random) {
   std::normal_distribution<float> normal;
   auto draw = [&](int64_t size) {
     std::vector<float> x(size);
     for (float &y : x) y = normal(random);
     return x;
   };
-  const int64_t columns = c.columns(), queries = c.groups() * c.n_q;
-  const int64_t keys = c.kv_groups() * c.n_k;
-  const double scale = c.huge ? 1 : (c.softcap > 0 ? 3 : 1) / std::sqrt((double)c.d);
+  const int64_t columns = c.columns(), queries = c.groups() * c.n_q, keys = c.kv_groups() * c.n_k;
   Inputs x{draw(queries * c.d), draw(keys * c.d), draw(keys * c.d_v), draw(c.bias_size()), draw(c.sink_count()),
            draw(c.emb ? columns * c.d : 1), draw(c.own ? queries * c.d : 1), draw(queries * c.d_v), draw(queries),
            std::vector<char>(c.mask ? c.batch * c.n_k : 1),
@@ -258,6 +259,14 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
     for (float &y : x.dout) y *= .01f;
     for (float &y : x.dlse) y *= .01f;
   }
+  return x;
+}
+
+// Returns the largest error, divided by the largest number of its tensor, or by a lower bound if that is larger.
+double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) {
+  const int64_t keys = c.kv_groups() * c.n_k;
+  const double scale = scale_of(c);
+  Inputs x = draw_inputs(c, random);
   const bool poison = random() % 3 == 0;
   for (int64_t key = 0; poison && key < keys; ++key) {
     const int64_t at = key / (keys / c.batch) * c.n_k + key % c.n_k;
@@ -306,6 +315,7 @@ double run(const Case &c, int64_t level, int64_t threads, std::mt19937 &random) 
 }
 
 #include "native_check_rows.h"
+#include "native_check_half.h"
 
 // Those of the numbers that are divided by, or that are sizes of something.
 enum Number : size_t { INTEGERS(NAMED) };
@@ -377,6 +387,7 @@ int main(int count, char **arguments) {
         std::printf("bounds of documents: wrong for %d rows of %d\n", (int)batch, (int)n);
         return 1;
       }
+  if (!halves_agree(random)) return std::printf("numbers of two bytes are not turned as they should be\n"), 1;
   const int errors = refused(random);
   if (!errors) return std::printf("an operator took a call that is not as it should be\n"), 1;
   std::printf("%d wrong calls refused\n", errors);
@@ -417,7 +428,7 @@ int main(int count, char **arguments) {
       if (crossing) {  // queries and keys whose positions mean nothing
         c.causal = 0, c.bucket = 1, c.backward = c.forward = FAR, c.offset = 0, c.n_k = pick({1, 5, 64, 90, 333});
       }
-      const double error = run(c, level, 1 + number % 3, random);
+      const double error = std::max(run(c, level, 1 + number % 3, random), run_half(c, level, 1 + number % 3, random));
       worst = std::max(worst, error);
       if (!(error < 1e-5)) {
         std::printf("case %d at level %d: off by %g of the largest number\n", number, (int)level, error);

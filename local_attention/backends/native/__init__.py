@@ -11,7 +11,7 @@ from ... import settings
 from ...cells import compiling, given, last
 from .. import PLAIN, Backend
 from . import library
-from .library import FLOATS, GRADIENTS, INPUTS, RECEIVED, RESULTS, custom
+from .library import GRADIENTS, RECEIVED, RESULTS, attention
 
 TILE = 64  # queries, and keys
 
@@ -42,12 +42,14 @@ def prepare(problem):
 
 
 def run(constants, q, k, v, tensors):
-    """Run one operator forward, and one backward."""
+    """Run one operator forward, and one backward. They take q, k and v of one type, and other floats as float32."""
     fused, linked = constants
     mask, documents, order = (given(tensors["mask"], ms.bool_), given(tensors["documents"], ms.int32),
                               given(tensors["order"], ms.int32))
-    bias, sinks = given(tensors["bias"], ms.float32), given(tensors["sinks"], ms.float32)
-    emb, asks = given(tensors["rel_pos_emb"], ms.float32), given(tensors["rel_pos_query"], ms.float32)
+    bias, sinks, emb, asks = (_in_float32(tensors["bias"]), _in_float32(tensors["sinks"]),
+                              _in_float32(tensors["rel_pos_emb"]), _in_float32(tensors["rel_pos_query"]))
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
     seed = given(tensors["seed"], ms.int32)
     out, statistics, lse = fused(q, k, v, mask, documents, order, bias, sinks, emb, asks, seed)
     if compiling():
@@ -56,15 +58,18 @@ def run(constants, q, k, v, tensors):
     return out, lse
 
 
+def _in_float32(x):
+    return given(x if x is None or x.dtype == ms.float32 else ops.cast(x, ms.float32), ms.float32)
+
+
 class Fused(nn.Cell):
     """Runs the kernel, forward and backward, for one problem."""
 
     def __init__(self, problem):
         super().__init__()
         self.numbers = library.numbers(problem)
-        self.forward = custom("attention_forward", [*INPUTS.values()], len(RESULTS) * [FLOATS])
-        self.backward = custom("attention_backward", [*INPUTS.values(), *len(RECEIVED) * [FLOATS]],
-                               len(GRADIENTS) * [FLOATS])
+        self.forward = attention("attention_forward", RESULTS)
+        self.backward = attention("attention_backward", RECEIVED, GRADIENTS)
 
     def construct(self, q, k, v, mask, documents, order, bias, sinks, emb, asks, seed):
         return self.forward(q, k, v, mask, documents, order, bias, sinks, emb, asks, seed, self.numbers)
@@ -93,4 +98,5 @@ class Linked(nn.Cell):
         return dq, dk, dv, mask, documents, order, dbias, dsinks, demb, dasks, seed, out, statistics, lse
 
 
-NATIVE = Backend("native", PLAIN, why_not, scores, prepare, run, any_axes=True, tokens_first=True, hides=True, twice=None)
+NATIVE = Backend("native", PLAIN, why_not, scores, prepare, run, ("Float32", "Float16", "BFloat16"), any_axes=True,
+                 tokens_first=True, hides=True, twice=None)

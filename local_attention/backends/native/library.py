@@ -13,9 +13,11 @@ from ... import settings
 
 FLOATS, BOOLS = DataType.F32_Default, DataType.BOOL_Default
 INT32, INT64 = DataType.I32_Default, DataType.I64_Default
+HALVES = DataType.F16_Default, DataType.BF16_Default
 # What a call of attention takes and returns, in the kernel's order, and its numbers, which are sent in that order.
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "order": INT32, "bias": FLOATS,
           "sinks": FLOATS, "rel_pos_emb": FLOATS, "rel_pos_query": FLOATS, "seed": INT32, "numbers": INT64}
+OF_Q = "q", "k", "v", "out", "dout", "dq", "dk", "dv"  # these may be of two bytes, all alike; other floats are float32
 RESULTS, RECEIVED = ("out", "statistics", "lse"), ("out", "statistics", "dout", "dlse")
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "drel_pos_emb", "drel_pos_query")
 NUMBERS = {
@@ -134,6 +136,14 @@ def custom(name, inputs, outputs, *others):
         info = info.dtype_format(*types)
     info = info.target("CPU").get_op_info()
     return _Operator(f"{load()[0]}:{name}", out_shape=None, out_dtype=None, func_type="aot", reg_info=info)
+
+
+def attention(name, *kinds):
+    """Return an operator of attention: `kinds` are the names of further inputs, if any, and of its outputs."""
+    def types(floats):
+        return [[floats if tensor in OF_Q else INPUTS.get(tensor, FLOATS) for tensor in kind]
+                for kind in ((*INPUTS, *sum(kinds[:-1], ())), kinds[-1])]
+    return custom(name, *types(FLOATS), *(sum(types(halves), []) for halves in HALVES))
 
 
 _one_call = threading.RLock()

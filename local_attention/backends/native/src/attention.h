@@ -9,7 +9,7 @@ OPERATOR(attention_forward) {
   const Call call(x);
   const double rows = (double)call.groups * call.n_q;
   return kernel_of(call.level).forward(
-      call, {x.floats(ForwardTo::out, rows * call.value_dim), x.floats(ForwardTo::statistics, rows * 2),
+      call, {x.typed(ForwardTo::out, call.q.type, rows * call.value_dim), x.floats(ForwardTo::statistics, rows * 2),
              x.floats(ForwardTo::lse, rows)});
 }
 
@@ -19,18 +19,21 @@ OPERATOR(attention_backward) {
   const double rows = (double)call.groups * call.n_q, queries = rows * call.head_dim, outs = rows * call.value_dim;
   const double keys = (double)call.kv_groups * call.n_k;
   typedef BackwardTo To;
+  const Type type = call.q.type;
   const Gradients grads{
-      x.floats(To::out, outs),
+      x.typed(To::out, type, outs),
+      x.typed(To::dout, type, outs),
+      x.typed(To::dq, type, queries),
+      x.typed(To::dk, type, keys * call.head_dim),
+      x.typed(To::dv, type, keys * call.value_dim),
       x.floats(To::statistics, rows * 2),
-      x.floats(To::dout, outs),
       x.floats(To::dlse, rows),
-      x.floats(To::dq, queries),
-      x.floats(To::dk, keys * call.head_dim),
-      x.floats(To::dv, keys * call.value_dim),
       call.bias ? x.floats(To::dbias, call.bias_numbers()) : nullptr,
       call.sinks ? x.floats(To::dsinks, call.sink_rows ? rows : call.sink_heads) : nullptr,
       call.emb ? x.floats(To::drel_pos_emb, (double)call.offsets * call.head_dim) : nullptr,
       call.emb && call.own_query ? x.floats(To::drel_pos_query, queries) : nullptr,
+      nullptr,
+      nullptr,
       nullptr};
   return kernel_of(call.level).backward(call, grads);
 }
@@ -66,17 +69,21 @@ EXPORTED Shapes attention_forwardInferShape(int *ndims, int64_t **shapes, void *
 }
 
 EXPORTED std::vector<int> attention_forwardInferType(std::vector<int> types, void *) {
-  return std::vector<int>(RESULTS_COUNT, types[0]);
+  return {types[In::q], types[In::bias], types[In::bias]};  // a bias is float32
 }
+
+static constexpr int WITH_GRADIENTS[] = {In::q, In::k, In::v, In::bias, In::sinks, In::rel_pos_emb, In::rel_pos_query};
 
 EXPORTED Shapes attention_backwardInferShape(int *ndims, int64_t **shapes, void *) {
   Shapes to;
-  for (int input : {In::q, In::k, In::v, In::bias, In::sinks, In::rel_pos_emb, In::rel_pos_query}) to.push_back(shape_of(input, ndims, shapes));
+  for (int input : WITH_GRADIENTS) to.push_back(shape_of(input, ndims, shapes));
   return to;
 }
 
 EXPORTED std::vector<int> attention_backwardInferType(std::vector<int> types, void *) {
-  return std::vector<int>(GRADIENTS_COUNT, types[0]);
+  std::vector<int> to;
+  for (int input : WITH_GRADIENTS) to.push_back(types[input]);
+  return to;
 }
 
 EXPORTED std::vector<int64_t> document_boundsInferShape(int *, int64_t **shapes, void *) {

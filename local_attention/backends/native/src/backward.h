@@ -6,22 +6,26 @@ struct Worker : Forward {
   void backward(const Queries &block, const Queries &next, const Gradients &grads, Chunk &chunk) {
     const int64_t at = block.group * call.n_q + block.start;
     read_block(block, was_halved(grads.statistics + 2 * at, block.end - block.start));
-    look_ahead(next, {{call.k, d}, {call.v, of_values.d}, {grads.dk, d}, {grads.dv, of_values.d}});
-    for (const float *x : {grads.dout, grads.out})
-      ahead.add(x + call.out_place(next.group, next.start), next.end - next.start, call.out_stride(),
-                of_values.d);
-    ahead.add(grads.dq + (group * call.n_q + start) * d, count, d, d);
+    const int64_t bytes = call.q.bytes(), in_floats = sizeof(float);
+    look_ahead(next, {{call.k.data, d * bytes}, {call.v.data, of_values.d * bytes}, {grads.dk, d * in_floats},
+                      {grads.dv, of_values.d * in_floats}});
+    for (const Numbers &x : {grads.dout, grads.out})
+      ahead.add(x.at(call.out_place(next.group, next.start)), next.end - next.start, call.out_stride() * bytes,
+                of_values.d * bytes);
+    plan(grads.dq, group * call.n_q + start, count, d, d);
     ahead.begin(5 * parts());
-    const int64_t out_at = call.out_place(group, start), out_stride = call.out_stride();
-    const float *from_dout = grads.dout + out_at;
+    const int64_t out_at = call.out_place(group, start), stride = call.out_stride();
+    const float *from_dout = read(grads.dout, out_at, stride, count, of_values.d, dout_floats);
+    const float *from_out = read(grads.out, out_at, stride, count, of_values.d, out_floats);
+    const int64_t out_stride = grads.out.type == Type::FLOAT32 ? stride : of_values.d;
     const int64_t end = call.prefix ? std::max<int64_t>(end_of_keys(), prefix_last[count - 1] + 1) : end_of_keys();
     clear_keys(call, grads, key_group, chunk.cleared, end);
     transpose(count, of_values.d, from_dout, out_stride, dout_t, QUERIES, 1.f);
     const float *dout_rows = in_vectors(from_dout, out_stride, of_values, dout);
-    const float *q_rows = call.emb ? in_vectors(call.emb_q + at * d, d, of_keys, q) : nullptr;
-    copied(call.q + at * d, d, of_keys, q_scaled, call.scale);
-    const bool block_finite = finite(call.q + at * d, count * d) && finite(dout_rows, count * of_values.padded);
-    const bool emb_q_finite = call.emb && finite(q_rows, count * padded);
+    const float *asks = call.emb ? in_vectors(call.emb_q ? call.emb_q + at * d : q_rows, d, of_keys, q) : nullptr;
+    copied(q_rows, d, of_keys, q_scaled, call.scale);
+    const bool block_finite = finite(q_rows, count * d) && finite(dout_rows, count * of_values.padded);
+    const bool emb_q_finite = call.emb && finite(asks, count * padded);
     for (int lane = 0; lane < vectors * WIDTH; ++lane) {
       const bool exists = lane < count;
       highest[lane] = exists ? grads.statistics[2 * (at + lane)] : INFINITY;
@@ -31,7 +35,7 @@ struct Worker : Forward {
       Vec total[WIDTH]{};
       for (int i = 0; i < WIDTH; ++i) {
         const int64_t lane = std::min<int64_t>(v * WIDTH + i, count - 1);
-        const float *x = from_dout + lane * out_stride, *y = grads.out + out_at + lane * out_stride;
+        const float *x = from_dout + lane * out_stride, *y = from_out + lane * out_stride;
         int64_t c = 0;
         for (; c + WIDTH <= of_values.d; c += WIDTH) total[i] += load<Vec>(x + c) * load<Vec>(y + c);
         for (; c < of_values.d; ++c) total[i][0] += x[c] * y[c];
@@ -50,16 +54,16 @@ struct Worker : Forward {
     if (call.emb) std::fill(dq_emb_t, dq_emb_t + d * QUERIES, 0.f);
     over_keys([&] {
       const bool hides = partial || call.bias;
-      careful = hides && !(block_finite && finite(k_rows(), keys * d));
+      careful = hides && !(block_finite && finite(k_rows, keys * d));
       score();
-      products(v_rows(), of_values.d, dout_t, dscores);
+      products(v_rows, of_values.d, dout_t, dscores);
       const float *relative_to = highest;
       if (halved()) relative_to = top, std::copy_n(highest, QUERIES, top), widen(top);
       const bool plain = !call.dropping && !call.hide_self && !hides;
       plain ? differentiate<true>(relative_to) : differentiate<false>(relative_to);
       for (int i = 0; call.bias && i < pieces; ++i)
         for (int v = piece[i].vector; v < piece[i].end_vector; ++v) add_to_bias(v, piece[i], chunk.dbias);
-      if (call.emb) add_to_offsets(q_rows, chunk.demb, emb_q_finite);
+      if (call.emb) add_to_offsets(asks, chunk.demb, emb_q_finite);
       if (call.softcap > 0) uncap();
       float *dk = grads.dk + first_row() * d, *dv = grads.dv + first_row() * of_values.d;
       if (in_prefix && begun < chunk.position) {
@@ -68,11 +72,11 @@ struct Worker : Forward {
       }
       add_to_keys(scores, dout_rows, of_values, dv);
       add_to_keys(dscores, q_scaled, of_keys, dk);
-      add_to_queries(dscores, k_rows(), of_keys, dq_t);
+      add_to_queries(dscores, k_rows, of_keys, dq_t);
     });
     const bool added = call.emb && !grads.demb_q;  // whether embeddings add to the gradient of q itself
     for (int64_t x = 0; added && x < d * QUERIES; ++x) dq_t[x] = call.scale * dq_t[x] + dq_emb_t[x];
-    transpose(d, count, dq_t, QUERIES, grads.dq + at * d, d, added ? 1 : call.scale);
+    write(dq_t, d, added ? 1 : call.scale, grads.dq, at * d, d);
     if (grads.demb_q) transpose(d, count, dq_emb_t, QUERIES, grads.demb_q + at * d, d, 1.f);
   }
 
@@ -83,8 +87,8 @@ struct Worker : Forward {
     return false;
   }
 
-  // Returns the block's part of the gradient of the sink, and writes that of each query to `rows`, if these are given. A
-  // sink acts as a key without a value.
+  // Returns the block's part of the gradient of the sink, and writes that of each query to `to_rows`, if it is given.
+  // A sink acts as a key without a value.
   float sink_gradient(float *to_rows) {
     Vec total{};
     for (int lane = 0; lane < vectors * WIDTH; lane += WIDTH) {
@@ -156,7 +160,7 @@ struct Worker : Forward {
     }
   }
 
-  void add_to_offsets(const float *q_rows, float *demb, bool q_finite) {
+  void add_to_offsets(const float *asks, float *demb, bool q_finite) {
     int64_t from, to;
     offsets_within(from, to);
     if (from >= to) return;
@@ -175,8 +179,8 @@ struct Worker : Forward {
     else
       matmul_of_seen(used, vectors * WIDTH, d, by, emb, d, dq_emb_t, QUERIES, true);
     if (q_finite)
-      matmul(used, padded / WIDTH, count, by, QUERIES, 1, q_rows, padded, to_emb, padded, true, ahead);
+      matmul(used, padded / WIDTH, count, by, QUERIES, 1, asks, padded, to_emb, padded, true, ahead);
     else
-      matmul_of_seen(used, count, padded, by, q_rows, padded, to_emb, padded, false);
+      matmul_of_seen(used, count, padded, by, asks, padded, to_emb, padded, false);
   }
 };

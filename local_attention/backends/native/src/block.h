@@ -17,6 +17,7 @@ struct Block {
   const Width of_keys, of_values;
   std::unique_ptr<float[]> memory;
   float *q_t, *q_emb_t, *out_t, *scores, *slopes, *q, *q_scaled, *dout, *dout_t, *dscores, *dq_emb_t, *by_offset;
+  float *q_floats, *k_floats, *v_floats, *dout_floats, *out_floats;  // for numbers of two bytes
   float *one;  // products with a single query, or with keys whose rows are not whole vectors
 
   int64_t group, key_group, start, count;  // the block: queries start ... start + count - 1 of a group
@@ -27,6 +28,7 @@ struct Block {
   int64_t bias_rows[QUERIES], columns_from[QUERIES];  // each query's row of the bias, and the key of its column 0
   uint32_t hashes[QUERIES];                            // each query's hash for dropout
   float highest[QUERIES], top[QUERIES], sum[QUERIES], dot[QUERIES], sinks[QUERIES];
+  const float *q_rows, *k_rows, *v_rows;  // the block's queries, and the tile's keys and values, as float32
   const bool *real;      // which keys are real; null if all are
   const int32_t *order;  // of keys; null if there is none
   int32_t own[QUERIES];  // of queries, and the lowest and the highest of each vector and of all
@@ -47,16 +49,19 @@ struct Block {
     const int64_t down = d * QUERIES, wide = QUERIES * padded, tile = KEYS * QUERIES;
     const int64_t values_down = of_values.d * QUERIES, values_wide = QUERIES * of_values.padded;
     const int64_t widest = std::max(padded, of_values.padded);
+    const bool turns = c.q.type != Type::FLOAT32;
     float **parts[] = {&q_t, &q_emb_t, &out_t, &dout_t, &dq_emb_t, &q, &q_scaled, &dout, &one, &scores, &dscores,
-                       &slopes, &by_offset};
+                       &slopes, &by_offset, &q_floats, &k_floats, &v_floats, &dout_floats, &out_floats};
     const int64_t sizes[] = {down, call.emb ? down : 0, std::max(down, values_down), values_down, down, wide, wide,
                              values_wide, KEYS * widest, tile, tile, call.softcap > 0 ? tile : 0,
-                             call.emb ? (KEYS + QUERIES) * QUERIES : 0};
+                             call.emb ? (KEYS + QUERIES) * QUERIES : 0,
+                             turns ? wide : 0, turns ? KEYS * d : 0, turns ? KEYS * of_values.d : 0,
+                             turns ? values_wide : 0, turns ? QUERIES * widest : 0};
     int64_t total = WIDTH;
     for (int64_t size : sizes) total += size;
     memory.reset(new float[total]);  // memory that is never touched costs nothing
     float *next = memory.get() + (-(uintptr_t)memory.get() / 4) % WIDTH;  // aligned to a vector
-    for (int i = 0; i < 13; ++i) *parts[i] = next, next += sizes[i];
+    for (size_t i = 0; i < std::size(sizes); ++i) *parts[i] = next, next += sizes[i];
     for (float *of : {q, q_scaled})
       if (d < padded) std::fill_n(of, wide, 0.f);
     if (of_values.d < of_values.padded) std::fill_n(dout, values_wide, 0.f);
@@ -69,8 +74,8 @@ struct Block {
     unit = halved ? LOG2_E / 2 : LOG2_E;
     group = block.group, key_group = group / call.share, start = block.start, count = block.end - start;
     vectors = (count + WIDTH - 1) / WIDTH;
-    const float *from_q = call.q + (group * call.n_q + start) * d;
-    for (int64_t x = 0; x < count * d; x += CACHE_LINE) __builtin_prefetch(from_q + x);
+    const int64_t at = (group * call.n_q + start) * d;
+    for (const char *x = call.q.at(at); x < call.q.at(at + count * d); x += CACHE_LINE) __builtin_prefetch(x);
     real = call.mask ? call.mask + group / (call.groups / call.batch) * call.n_k : nullptr;
     order = call.order_of(group);
     const int32_t *const bounds = call.documents_of(group);
@@ -94,11 +99,37 @@ struct Block {
     }
     if (order) read_order();
     read_sinks();
-    transpose(count, d, from_q, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * unit);
-    if (call.emb) transpose(count, d, call.emb_q + (group * call.n_q + start) * d, d, q_emb_t, QUERIES, unit);
+    q_rows = read(call.q, at, d, count, d, q_floats);
+    transpose(count, d, q_rows, d, q_t, QUERIES, call.softcap > 0 ? call.scale / call.softcap : call.scale * unit);
+    if (call.emb) transpose(count, d, call.emb_q ? call.emb_q + at : q_rows, d, q_emb_t, QUERIES, unit);
     if (call.dropping)
       for (int v = 0; v < vectors; ++v)
         store(hashes + v * WIDTH, scramble(load<Bits>(hashes + v * WIDTH) ^ (Bits{} + call.seed)));
+  }
+
+  // Returns rows as float32: where they are, or turned into such at `to`, one after the other.
+  const float *read(const Numbers &from, int64_t at, int64_t stride, int64_t rows, int64_t width, float *to) {
+    if (from.type == Type::FLOAT32) return (const float *)from.at(at);
+    to_floats(from.type, (const uint16_t *)from.at(at), stride, rows, width, to);
+    return to;
+  }
+
+  // Writes the transpose of `from`, times a factor, as rows of a result.
+  template <typename Factor>
+  void write(const float *from, int64_t width, Factor factor, const Numbers &to, int64_t at, int64_t stride) {
+    if (to.type == Type::FLOAT32)
+      return transpose(width, count, from, QUERIES, (float *)to.at(at), stride, factor, width);
+    transpose(width, count, from, QUERIES, out_floats, width, factor, width);
+    to_halves(to.type, out_floats, count, width, (uint16_t *)to.at(at), stride);
+  }
+
+  void read_keys() {
+    k_rows = read(call.k, first_row() * d, d, keys, d, k_floats);
+    v_rows = read(call.v, first_row() * of_values.d, of_values.d, keys, of_values.d, v_floats);
+  }
+
+  static void write_keys(const float *sums, int64_t from, int64_t to, int64_t width, const Numbers &into) {
+    to_halves(into.type, sums + from * width, to - from, width, (uint16_t *)into.at(from * width), width);
   }
 
   void read_order() {
@@ -117,9 +148,9 @@ struct Block {
     for (int lane = 0; lane < QUERIES; ++lane) sinks[lane] = of_rows && lane < count ? of_rows[lane] * unit : of_head;
   }
 
-  // Plans to fetch what the next block needs and this one does not: its queries, and rows of these tensors, of the width
-  // of keys and of values.
-  void look_ahead(const Queries &next, std::initializer_list<std::pair<const float *, int64_t>> tensors) {
+  // Plans to fetch what the next block needs and this one does not: its queries, and rows of keys in these tensors, each
+  // of so many bytes.
+  void look_ahead(const Queries &next, std::initializer_list<std::pair<const void *, int64_t>> tensors) {
     const int64_t next_group = next.group / call.share, position = call.offset + next.start;
     const Span within = call.document(call.documents_of(next.group), position);
     int64_t from = call.span(position, position + 1 - call.bucket, within).first;  // that it may see
@@ -127,8 +158,13 @@ struct Block {
     const int64_t end = std::min(end_of_keys() + next.start - start, call.n_k);  // if it sees as far as this block does
     ahead.left = 0;
     for (const auto &[x, width] : tensors)
-      ahead.add(x + (next_group * call.n_k + from) * width, std::min<int64_t>(end - from, 4 * KEYS), width, width);
-    ahead.add(call.q + (next.group * call.n_q + next.start) * d, next.end - next.start, d, d);
+      ahead.add((const char *)x + (next_group * call.n_k + from) * width, std::min<int64_t>(end - from, 4 * KEYS),
+                width, width);
+    plan(call.q, next.group * call.n_q + next.start, next.end - next.start, d, d);
+  }
+
+  void plan(const Numbers &of, int64_t row, int64_t rows, int64_t stride, int64_t width) {
+    ahead.add(of.at(row * stride), rows, stride * of.bytes(), width * of.bytes());
   }
 
   // About how many parts a product of the block with all of its keys has: see `matmul`.
@@ -148,8 +184,6 @@ struct Block {
   int64_t first_key() const { return first[0]; }
   int64_t end_of_keys() const { return last[count - 1] + 1; }
   int64_t first_row() const { return key_group * call.n_k + key; }
-  const float *k_rows() const { return call.k + first_row() * d; }
-  const float *v_rows() const { return call.v + first_row() * of_values.d; }
   int count_real() const { return real ? std::count(real + key, real + key + keys, true) : keys; }
 
   // Acts on one tile after the other: those of the prefix of each document in the block, then those of the spans.
@@ -158,17 +192,17 @@ struct Block {
     for (int lane = 0, end = 1; call.prefix && lane < count; lane = end++) {
       while (end < count && document[end] == document[lane]) ++end;
       for (int64_t tile = document[lane]; tile <= prefix_last[end - 1]; tile += KEYS)
-        if (read_prefix(tile, lane, end)) act();
+        if (read_prefix(tile, lane, end)) read_keys(), act();
     }
     // Tiles are counted from the diagonal, so that as few as possible are across it.
     const int64_t diagonal = last[0] + (last[0] == last[count - 1]);
     int64_t tile = first_key(), next = tile + (tile < diagonal ? (diagonal - tile - 1) % KEYS + 1 : KEYS);
     for (; tile < end_of_keys(); tile = next, next += KEYS)
-      if (read_tile(tile, next)) act();
+      if (read_tile(tile, next)) read_keys(), act();
   }
 
-  // Compares the order of keys of the tile from ... to - 1 with that of queries: returns false if none of these sees any,
-  // and sets `ordered` if some do not see all. `most` becomes the highest of the keys' numbers.
+  // Compares the order of keys of the tile from ... to - 1 with that of queries: returns false if none of these sees
+  // any, and sets `ordered` if some do not see all. `most` becomes the highest of the keys' numbers.
   bool compare_order(int from, int to, int32_t lowest, int32_t highest_of_all, int32_t &most) {
     int32_t least = most = order[key + from];
     for (int j = from + 1; j < to; ++j) least = std::min(least, order[key + j]), most = std::max(most, order[key + j]);
@@ -184,7 +218,9 @@ struct Block {
   // Leaves out of a piece the vectors at either end that see none of its keys by their order.
   void narrow(Piece &p) {
     if (!ordered) return;
-    const auto sees_none = [&](int v) { return !compare_order(p.key, p.end_key, lowest_own[v], highest_own[v], p.most); };
+    const auto sees_none = [&](int v) {
+      return !compare_order(p.key, p.end_key, lowest_own[v], highest_own[v], p.most);
+    };
     while (p.vector < p.end_vector && sees_none(p.vector)) ++p.vector;
     while (p.vector < p.end_vector && sees_none(p.end_vector - 1)) --p.end_vector;
   }
@@ -204,8 +240,8 @@ struct Block {
     return lane < end && count_real() && some_in_order(piece[0].most);
   }
 
-  // Reads the tile of spans with keys from ... to - 1, as far as there are any. Returns false if none is real, or if all
-  // come later in the order than every query.
+  // Reads the tile of spans with keys from ... to - 1, as far as there are any. Returns false if none is real, or if
+  // all come later in the order than every query.
   bool read_tile(int64_t from, int64_t to) {
     in_prefix = false, key = from, keys = std::min<int64_t>(to, end_of_keys()) - from;
     const int real_keys = count_real();

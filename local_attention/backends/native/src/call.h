@@ -1,7 +1,7 @@
 // The inputs and outputs of a call, and the functions that each width of vectors has: a part of native.cpp.
 
-// The tensors and the numbers of a call, in their order. `attention_names` exports these lists, and ../library.py compares
-// them with its own. A real number is passed as the bits of a double.
+// The tensors and the numbers of a call, in their order. `attention_names` exports these lists, and ../library.py
+// compares them with its own. A real number is passed as the bits of a double.
 #define INPUTS(_)                                                                                                 \
   _(q) _(k) _(v) _(mask) _(documents) _(order) _(bias) _(sinks) _(rel_pos_emb) _(rel_pos_query) _(seed) _(numbers)
 #define RESULTS(_) _(out) _(statistics) _(lse)
@@ -27,7 +27,6 @@ struct BackwardTo {
   enum : int { before = In::count - 1, RECEIVED(NAMED) GRADIENTS(NAMED) };
 };
 constexpr int INTEGER_COUNT = 0 INTEGERS(ONE), REAL_COUNT = 0 REALS(ONE);
-constexpr int RESULTS_COUNT = 0 RESULTS(ONE), GRADIENTS_COUNT = 0 GRADIENTS(ONE);
 
 // Dropout's hashes, as in backends/dropout.py.
 inline uint32_t mix(uint32_t x) {
@@ -46,6 +45,18 @@ inline uint32_t column_hash(int64_t key) { return mix((uint32_t)key ^ 0x5BD1E995
 inline void expect(bool right) {
   if (!right) throw std::invalid_argument("the tensors and the numbers of a call do not fit");
 }
+
+// Numbers of q, k, v, the output and their gradients, all of one type. Everything else is float32.
+enum class Type { FLOAT32, FLOAT16, BFLOAT16 };
+constexpr const char *TYPE_NAMES[] = {"float32", "float16", "bfloat16"};
+
+struct Numbers {
+  char *data;
+  Type type;
+
+  int64_t bytes() const { return type == Type::FLOAT32 ? 4 : 2; }
+  char *at(int64_t place) const { return data + place * bytes(); }
+};
 
 // The inputs and then the outputs of a call, as MindSpore describes them.
 struct Tensors {
@@ -72,6 +83,12 @@ struct Tensors {
     return (T *)data[x];
   }
   float *floats(int x, double size) const { return get<float>(x, "float32", size); }
+  Type type(int x) const {
+    for (Type found : {Type::FLOAT32, Type::FLOAT16, Type::BFLOAT16})
+      if (x < count && std::strcmp(types[x], TYPE_NAMES[(int)found]) == 0) return found;
+    throw std::invalid_argument("of no such type");
+  }
+  Numbers typed(int x, Type type, double size) const { return {get<char>(x, TYPE_NAMES[(int)type], size), type}; }
   const int64_t *numbers(int x, double size) const { return get<const int64_t>(x, "int64", size); }
 };
 
@@ -96,14 +113,14 @@ struct Queries {
 
 // One call: its tensors and its numbers.
 struct Call {
-  const float *q, *k, *v;    // (groups, n_q, head_dim), (kv_groups, n_k, head_dim), (kv_groups, n_k, value_dim)
+  Numbers q, k, v;           // (groups, n_q, head_dim), (kv_groups, n_k, head_dim), (kv_groups, n_k, value_dim)
   const bool *mask;          // (batch, n_k), true for a real key
   const int32_t *documents;  // (doc_batch, n_k, 2), the first and the last key of each key's document
   const int32_t *order;      // (order_batch, n_k): a query sees keys whose number is at most its own
-  const float *bias;         // (heads, period, columns) or, with a row for each query, (bias_batch, heads, n_q, columns)
+  const float *bias;         // (heads, period, columns), or a row for each query, (bias_batch, heads, n_q, columns)
   const float *sinks;        // (sink_heads) or, one for each query, (groups, n_q)
   const float *emb;          // (offsets, head_dim)
-  const float *emb_q;        // (groups, n_q, head_dim), what is multiplied by it: q, or the caller's own
+  const float *emb_q;        // (groups, n_q, head_dim), what is multiplied by it; null if that is q
   uint32_t seed;
 
   // Among them: `bias_rows` and `sink_rows`, whether these have a row for each query; `own_query`, whether embeddings
@@ -137,15 +154,16 @@ struct Call {
     kept_factor = (float)(1 / (1 - real.dropout));
     drop_below = (int32_t)((int64_t)(real.dropout * 4294967296.) - 2147483648LL);
     const double queries = (double)groups * n_q, keys = (double)kv_groups * n_k;
-    q = x.floats(In::q, queries * head_dim), k = x.floats(In::k, keys * head_dim);
-    v = x.floats(In::v, keys * value_dim);
+    const Type type = x.type(In::q);
+    q = x.typed(In::q, type, queries * head_dim), k = x.typed(In::k, type, keys * head_dim);
+    v = x.typed(In::v, type, keys * value_dim);
     mask = batch ? x.get<const bool>(In::mask, "bool", (double)batch * n_k) : nullptr;
     documents = doc_batch ? x.get<const int32_t>(In::documents, "int32", 2. * doc_batch * n_k) : nullptr;
     order = order_batch ? x.get<const int32_t>(In::order, "int32", (double)order_batch * n_k) : nullptr;
     bias = columns ? x.floats(In::bias, bias_numbers()) : nullptr;
     sinks = sink_rows ? x.floats(In::sinks, queries) : sink_heads ? x.floats(In::sinks, sink_heads) : nullptr;
     emb = offsets ? x.floats(In::rel_pos_emb, (double)offsets * head_dim) : nullptr;
-    emb_q = offsets && own_query ? x.floats(In::rel_pos_query, queries * head_dim) : q;
+    emb_q = offsets && own_query ? x.floats(In::rel_pos_query, queries * head_dim) : nullptr;
     seed = *x.get<const uint32_t>(In::seed, "int32", 1);
     // No query sees farther, and no sum of these overflows.
     const int64_t farthest = std::max(n_k, offset + n_q) + 1;
@@ -161,8 +179,8 @@ struct Call {
     for (int64_t number : {groups, kv_groups, n_q, n_k, head_dim, value_dim, bucket, bias_batch, heads, period, threads,
                            beside})
       expect(number > 0);
-    for (int64_t number : {spec_backward, prefix, offset, batch, doc_batch, order_batch, columns, bias_backward, offsets,
-                           sink_heads})
+    for (int64_t number : {spec_backward, prefix, offset, batch, doc_batch, order_batch, columns, bias_backward,
+                           offsets, sink_heads})
       expect(number >= 0);
     for (int64_t part : {kv_groups, bias_batch, beside, batch, doc_batch, order_batch, sink_heads})
       expect(part == 0 || groups % part == 0);
@@ -260,12 +278,15 @@ struct Heads {
 };
 
 struct Outputs {
-  float *out, *statistics, *lse;
+  Numbers out;
+  float *statistics, *lse;
 };
 
 struct Gradients {
-  const float *out, *statistics, *dout, *dlse;
-  float *dq, *dk, *dv, *dbias, *dsinks, *demb, *demb_q;
+  Numbers out, dout, dq, dk_to, dv_to;
+  const float *statistics, *dlse;
+  float *dbias, *dsinks, *demb, *demb_q;
+  float *dk, *dv;      // what those of keys and values are summed in: these tensors themselves, if they are float32
   float *dsink_parts;  // (groups, blocks of queries), for sinks of heads
 };
 

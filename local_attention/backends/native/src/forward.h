@@ -7,8 +7,9 @@ struct Forward : Scores {
 
   void forward(const Queries &block, const Queries &next, const Outputs &outputs) {
     read_block(block, false);
-    look_ahead(next, {{call.k, d}, {call.v, of_values.d}});
-    ahead.add(outputs.out + call.out_place(group, start), count, call.out_stride(), of_values.d);
+    look_ahead(next, {{call.k.data, d * call.k.bytes()}, {call.v.data, of_values.d * call.v.bytes()}});
+    ahead.add(outputs.out.at(call.out_place(group, start)), count, call.out_stride() * outputs.out.bytes(),
+              of_values.d * outputs.out.bytes());
     ahead.begin(2 * parts());
     careful = false;
     attend();
@@ -20,8 +21,7 @@ struct Forward : Scores {
       put(outputs.lse + at + lane, count - lane, near + log(load<Vec>(sum + lane)));
     }
     for (int64_t lane = 0; lane < vectors * WIDTH; ++lane) sum[lane] = sum[lane] == 0 ? 0 : 1 / sum[lane];
-    transpose(of_values.d, count, out_t, QUERIES, outputs.out + call.out_place(group, start), call.out_stride(), sum,
-              of_values.d);
+    write(out_t, of_values.d, (const float *)sum, outputs.out, call.out_place(group, start), call.out_stride());
     for (int64_t lane = 0; lane < count; ++lane) {
       outputs.statistics[2 * (at + lane)] = highest[lane] == -INFINITY ? 0 : highest[lane];
       outputs.statistics[2 * (at + lane) + 1] = halved() ? -sum[lane] : sum[lane];
@@ -46,7 +46,7 @@ struct Forward : Scores {
     over_keys([&] {
       score();
       call.dropping ? soften<true>() : soften<false>();
-      add_to_queries(scores, v_rows(), of_values, out_t);
+      add_to_queries(scores, v_rows, of_values, out_t);
     });
   }
 

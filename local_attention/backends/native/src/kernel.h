@@ -8,6 +8,7 @@
 namespace KERNEL {
 
 #include "vectors.h"
+#include "half.h"
 #include "block.h"
 #include "products.h"
 #include "scores.h"

@@ -17,10 +17,12 @@
 #include <memory>
 #include <stdexcept>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -73,7 +75,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #define END_TARGET PRAGMA(GCC pop_options)
 #endif
 
-WITH_TARGET("avx2,fma")
+WITH_TARGET("avx2,fma,f16c")
 #define KERNEL avx2
 #define VECTOR_BYTES 32
 #define REGISTERS 16
@@ -83,7 +85,7 @@ WITH_TARGET("avx2,fma")
 #undef REGISTERS
 END_TARGET
 
-WITH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+WITH_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define KERNEL avx512
 #define VECTOR_BYTES 64
 #define REGISTERS 32
@@ -101,7 +103,9 @@ int64_t highest_level() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+  unsigned leaf[4] = {};
+  __get_cpuid(1, &leaf[0], &leaf[1], &leaf[2], &leaf[3]);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (leaf[2] & bit_F16C)) return 1;
 #endif
   return 0;
 }

@@ -6,7 +6,7 @@ struct Scores : Products {
   // Computes the scores of the tile: products, scaled and capped, plus embeddings and bias. What is not seen, or hidden
   // by the bias, gets -inf.
   void score() {
-    products(k_rows(), d, q_t, scores);
+    products(k_rows, d, q_t, scores);
     if (call.emb) score_offsets();
     for (int i = 0; i < pieces; ++i)
       for (int v = piece[i].vector; v < piece[i].end_vector; ++v) {

@@ -68,18 +68,18 @@ void sum_rows(std::vector<float> &rows, int64_t count) {
     for (int64_t x = 0; x < size; ++x) rows[x] += rows[row * size + x];
 }
 
-// How a backward pass is divided. Gradients of keys are added up in place. No two threads may add to the same key, so the
-// queries are divided into chunks that are longer than a span. The chunks of even number have no key in common and come
-// first; then come those of odd number. A chunk is computed for all groups that share its keys. Only a prefix is seen
-// from far away: a chunk has its own sums for the prefix of a document that began before the chunk, and they are added at
-// the end.
+// How a backward pass is divided. Gradients of keys are added up in place. No two threads may add to the same key, so
+// the queries are divided into chunks that are longer than a span. The chunks of even number have no key in common and
+// come first; then come those of odd number. A chunk is computed for all groups that share its keys. Only a prefix is
+// seen from far away: a chunk has its own sums for the prefix of a document that began before the chunk, and they are
+// added at the end.
 //
 // Gradients of tensors that heads or batch entries share are summed by one owner each, in slices. The slices are summed
 // at the end. So the order of additions does not depend on which thread comes first. A bias with a row for each query
 // needs no sums of slices if a slice has whole chunks, of all batch entries: no other slice has these rows.
 struct Division {
   int64_t chunk, chunks, blocks;         // queries in a chunk; chunks of a group; its blocks of queries
-  int64_t heads_owned, owners, batch;    // owners for each entry of the bias's batch, and in all; key groups of an owner
+  int64_t heads_owned, owners, batch;    // owners for each entry of the bias's batch, in all; key groups of an owner
   int64_t slices;                        // of an owner's chunks of one parity
   bool by_rows;                          // whether a slice has rows of the bias that no other one has
   int64_t emb_size, prefix_size, owned;  // owned: an owner's part of the bias
@@ -142,6 +142,11 @@ bool run_backward(const Call &call, Gradients grads) {
   const auto bias_parts = uncleared(copies * bias_size);  // the first slice adds to dbias itself
   const auto prefix_parts = uncleared(call.kv_groups * chunks * division.prefix_size);
   std::vector<float> emb_parts(slices * owners * division.emb_size);
+  const bool turns = call.k.type != Type::FLOAT32;
+  const int64_t keys = call.kv_groups * call.n_k, k_size = keys * call.head_dim, v_size = keys * call.value_dim;
+  const auto sums = uncleared(turns ? k_size + v_size : 0);
+  grads.dk = turns ? sums.get() : (float *)grads.dk_to.data;
+  grads.dv = turns ? sums.get() + k_size : (float *)grads.dv_to.data;
   std::vector<float> sink_parts(call.sink_heads ? call.groups * blocks : 0);
   grads.dsink_parts = sink_parts.data();
 
@@ -182,6 +187,12 @@ bool run_backward(const Call &call, Gradients grads) {
     });
   }
   add_prefixes(call, grads, division, prefix_parts.get());
+  const int64_t shares = turns ? std::min(call.kv_groups, 4 * call.threads) : 0;
+  fine = fine && (!turns || in_parallel<Worker>(call, shares, [&](Worker &worker, int64_t share) {
+    const int64_t from = share * keys / shares, to = (share + 1) * keys / shares;
+    worker.write_keys(grads.dk, from, to, call.head_dim, grads.dk_to);
+    worker.write_keys(grads.dv, from, to, call.value_dim, grads.dv_to);
+  }));
   for (int64_t copy = 0; copy < copies; ++copy)
     for (int64_t x = 0; x < bias_size; ++x) grads.dbias[x] += bias_parts[copy * bias_size + x];
   for (int64_t head = 0; head < call.sink_heads; ++head) {

@@ -2,7 +2,7 @@
 
 constexpr int WIDTH = VECTOR_BYTES / 4;
 constexpr int QUERIES = BLOCK_QUERIES;
-constexpr int64_t CACHE_LINE = 16;  // floats
+constexpr int64_t CACHE_LINE = 64;
 constexpr float LOG2_E = 1.44269504f, LOG_2 = 0.69314718f;
 constexpr int COLUMNS = REGISTERS / 8;  // of 4 rows of sums: these fill half of the registers, and the factors the rest
 
@@ -111,14 +111,14 @@ INLINE void across(int v, int end, Act &&act) {
 // have to wait for all of them at once.
 struct Ahead {
   struct Rows {
-    const float *next;
-    int64_t count, stride, width;
+    const char *next;
+    int64_t count, stride, width;  // in bytes
   };
   Rows rows[8];
   int left = 0;
   int64_t all = 0, each = 0;  // rows in all, and at each part
 
-  void add(const float *first, int64_t count, int64_t stride, int64_t width) {
+  void add(const char *first, int64_t count, int64_t stride, int64_t width) {
     if (count > 0 && left < (int)std::size(rows)) rows[left++] = {first, count, stride, width}, all += count;
   }
 
