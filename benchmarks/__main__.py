@@ -14,8 +14,9 @@ The workloads:
   scaling    2k to 128k tokens
   train      a training step of a model of 20M weights
   decode     128 tokens after a prompt of 512, for one row and for 8
-  models     grouped heads, documents, softcap, sinks, a prefix and the log-sum-exp, each against our call without it;
-             grouped heads also against SDPA, documents also against compiled FlexAttention
+  models     grouped heads, documents, softcap, sinks, a prefix, the log-sum-exp, an order, narrow values and a bias for
+             each query, each against our call without it; grouped heads and that bias also against SDPA, documents also
+             against compiled FlexAttention
 """
 import argparse
 import json
@@ -251,8 +252,14 @@ def models(runner, backward):
     runner.windowed("8 heads on 2", dict(key_heads=8), key_heads=2, backward=backward)
     for option in ("softcap", "sinks", "prefix", "lse"):
         runner.windowed(f"with {option}", dict(options=()), options=[option], backward=backward)
+    runner.windowed("an order", dict(options=()), options=["order"], backward=backward)
+    wide = dict(shape=(2, 8, 2048, 128), backward=backward)
+    runner.windowed("values of 64, keys of 128", dict(width=128), width=64, **wide)
+    rows = dict(shape=(1, 8, 4096, 64), window=256, options=["bias of queries"], backward=backward)
+    runner.windowed("a bias for each query", dict(options=()), **rows)
     row = dict(shape=(1, 8, 8192, 64), options=["documents"], backward=backward)
     runner.windowed("documents in a row of 8,192", dict(options=()), **row)
+    runner.windowed("documents by their ends", dict(options=["documents"]), **{**row, "options": ["ends"]})
     if backward:
         runner.windowed("16 heads on 1, 16,384 tokens", dict(key_heads=16), repeat=3, shape=(1, 16, 16384, 64),
                         key_heads=1, backward=True)
@@ -261,6 +268,7 @@ def models(runner, backward):
                         key_heads=2, repeat=200)
     if runner.args.peer_python:
         runner.windowed("8 heads on 2", "sdpa", tolerance=1e-3, key_heads=2, backward=backward)
+        runner.windowed("a bias for each query", "sdpa", tolerance=1e-3, **rows)
         if not backward:
             runner.windowed("documents in a row of 8,192", "flex", tolerance=1e-3, **row)
 

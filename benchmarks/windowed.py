@@ -15,8 +15,15 @@ def inputs_of(spec):
     batch, heads, n, head_dim = spec["shape"]
     rng = np.random.default_rng(0)
     queries, keys = spec.get("queries", n), (batch, spec["key_heads"], n, head_dim)
-    shapes = ((batch, heads, queries, head_dim), keys, keys, (batch, heads, queries, head_dim))
+    width = spec.get("width", head_dim)  # of the values
+    shapes = ((batch, heads, queries, head_dim), keys, (*keys[:3], width), (batch, heads, queries, width))
     return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+
+def bias_of_queries(spec):
+    """Return a bias with a row for each query, `(1, heads, n, window)`."""
+    _, heads, n, _ = spec["shape"]
+    return np.random.default_rng(1).standard_normal((1, heads, n, spec["window"]), dtype=np.float32)
 
 
 def here(spec):
@@ -31,10 +38,18 @@ def here(spec):
     if "documents" in options:
         lengths = document_lengths(n)
         named["segment_ids"] = Tensor(np.tile(np.repeat(np.arange(len(lengths)), lengths), (batch, 1)).astype(np.int32))
+    if "ends" in options:  # the same documents
+        ends = np.cumsum(document_lengths(n))
+        named["cu_seqlens"] = Tensor(np.concatenate([[0], *(row * n + ends for row in range(batch))]).astype(np.int32))
     if "softcap" in options:
         named["softcap"] = 50.
+    if "order" in options:  # that of the positions: the same as causal
+        named["order"] = Tensor(np.tile(np.arange(n, dtype=np.int32), (batch, 1)))
+    if "bias of queries" in options:
+        named["attn_bias"] = Tensor(bias_of_queries(spec))
     sinks = Tensor(np.linspace(-1, 1, heads, dtype=np.float32)) if "sinks" in options else None
-    window = WindowSpec(1, spec["window"] - 1, 0, True, prefix=4 if "prefix" in options else 0)
+    causal, backward = "order" not in options, spec["window"] - 1
+    window = WindowSpec(1, backward, 0 if causal else backward, causal, prefix=4 if "prefix" in options else 0)
     return_lse, backend = "lse" in options, spec["backend"]
 
     def forward(q, k, v):
@@ -64,6 +79,9 @@ def peer(spec):
     i = torch.arange(n)
     if spec["name"] == "sdpa":
         mask = (i[:, None] >= i) & (i[:, None] - i < window)
+        if "bias of queries" in spec["options"]:  # the same numbers, written as n² of them
+            column = (i - i[:, None] + window - 1).clamp(0, window - 1).expand(*q.shape[:3], n)
+            mask = torch.from_numpy(bias_of_queries(spec)).gather(-1, column).masked_fill(~mask, float("-inf"))
 
         def attn(q, k, v):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

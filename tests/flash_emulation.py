@@ -59,16 +59,14 @@ def _compressed():
 
 def _scores(name, numbers, query, key, value, real_shift, unused, attn_mask):
     """Return the masked scores in float32, and k and v repeated."""
-    *unused, ends, key_ends = unused
+    *unused, ends, _ = unused
     assert all(x is None for x in unused)
     packed = ends is not None
-    if packed:  # (tokens, heads, d) becomes (1, heads, tokens, d)
-        assert ends is key_ends and numbers[-2] == "TND"
     dtypes = (query.dtype, key.dtype, value.dtype, None if real_shift is None else real_shift.dtype, attn_mask.dtype)
     _check(name, query.shape, key.shape, value.shape, dtypes, numbers,
            None if real_shift is None else real_shift.shape, attn_mask.shape)
     _, _, scale, pre_tokens, next_tokens, _, _, mode = numbers
-    if packed:
+    if packed:  # (tokens, heads, d) becomes (1, heads, tokens, d)
         query, key, value = (x.swapaxes(0, 1).expand_dims(0) for x in (query, key, value))
     share = query.shape[1] // key.shape[1]
     key, value = (ops.repeat_interleave(ops.cast(x, ms.float32), share, 1) for x in (key, value))
