@@ -40,7 +40,7 @@ def test_results_are_those_of_float32_rounded(name, dtype, mode):
     def in_halves(**named):
         typed = {}
         for word in shapes_of:
-            typed[word] = named[word].astype(dtype)
+            typed[word] = named[word] if word == "rel_pos_emb" else named[word].astype(dtype)
         out, lse = call(**typed)
         return out.astype(ms.float32), lse
     shapes_of = tuple(tensors)
