@@ -65,6 +65,28 @@ def test_sections_are_the_same_in_order(pair):
     assert levels[0] == levels[1], list(zip(english, chinese))
 
 
+def outline(lines):
+    """Return what a page consists of, in order: titles, items of lists, tables, code and paragraphs."""
+    kinds, fenced, before = [], False, ""
+    for line in lines:
+        fence = line.startswith("```")
+        if fence and not fenced:
+            kinds.append("code")
+        elif not fence and not fenced and line:
+            kind = ("title" if line.startswith("#") else "item" if line.startswith("- ") else
+                    "table" if line.startswith("|") else "text")
+            if kind in ("title", "item") or not before or (kind == "table" and not before.startswith("|")):
+                kinds.append(kind)
+        fenced ^= fence
+        before = "" if fence else line
+    return kinds
+
+
+def test_paragraphs_and_lists_are_the_same_in_order(pair):
+    english, chinese, _ = pair
+    assert outline(chinese) == outline(english)
+
+
 def test_code_is_the_same_letter_by_letter(pair):
     english, chinese = (parted(lines)[1] for lines in pair[:2])
     for ours, theirs in zip(chinese, english):
