@@ -244,8 +244,8 @@ def reorder_cache(cache, rows):
     it outside compiled functions.
 
     Args:
-        cache (tuple): The cache that a call of :class:`LocalMHA` or :class:`LocalTransformer` on `b` rows returned.
-        rows (Tensor): int32 or int64 :math:`(m,)`, each in [0, b), for any number `m` of rows.
+        cache (tuple): The cache that a call of `LocalMHA` or `LocalTransformer` on `b` rows returned.
+        rows (Tensor): int32 or int64 `(m,)`, each in [0, b), for any number `m` of rows.
 
     Returns:
         tuple, the cache for the next call, on `m` rows. In a global layer's part, the first axis of each Tensor must

@@ -81,13 +81,13 @@ def _checked(q_shape, spec, k_shape, v_width, dtype, device, options):
 
 def explain_attention(q_shape, spec, *, k_shape=None, v_width=None, dtype=None, device=None, options=()):
     r"""
-    Describe how :func:`windowed_attention` would compute a call, and what it costs. No tensor is made.
+    Describe how `windowed_attention` would compute a call, and what it costs. No tensor is made.
 
     Args:
-        q_shape (tuple): The shape of q, :math:`(b, h, n_q, d)`.
+        q_shape (tuple): The shape of q, `(b, h, n_q, d)`.
         spec (WindowSpec): Which keys a query sees.
-        k_shape (tuple): The shape of k, :math:`(b, h_{kv}, n_k, d)`; ``None`` is q's. Default: ``None`` .
-        v_width (int): The width of v; ``None`` is :math:`d`. Default: ``None`` .
+        k_shape (tuple): The shape of k, `(b, h_kv, n_k, d)`; ``None`` is q's. Default: ``None`` .
+        v_width (int): The width of v; ``None`` is `d`. Default: ``None`` .
         dtype (mindspore.dtype): Of q, k and v; ``None`` is float32. Default: ``None`` .
         device (str): ``"CPU"`` , ``"GPU"`` or ``"Ascend"`` , whether or not it is there; ``None`` is MindSpore's.
             Default: ``None`` .

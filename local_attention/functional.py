@@ -158,39 +158,39 @@ def windowed_attention(q, k, v, spec=None, *, mask=None, segment_ids=None, cu_se
                        sinks=None, scale=None, softcap=None, dropout_rate=0., seed=None, return_lse=False,
                        backend=None, **unknown):
     r"""
-    Attention in which every query sees the keys that a :class:`WindowSpec` shows it, in the terms of today's models.
+    Attention in which every query sees the keys that a `WindowSpec` shows it, in the terms of today's models.
 
     Cost and memory are linear in the sequence if the window does not grow with it. All options can be combined, except
     where an error says so.
 
     Args:
-        q (Tensor): :math:`(b, h, n_q, d)`, float32, float16 or bfloat16. The queries stand at the last :math:`n_q`
-            positions of the keys, as with a cache: :math:`n_q \le n_k`. Only if `spec` has no limit to either side and
-            is not causal (cross-attention) do positions mean nothing, and :math:`n_q` may be larger.
-        k (Tensor): :math:`(b, h_{kv}, n_k, d)` of the same dtype. :math:`h_{kv}` divides :math:`h`: query head
-            :math:`i` reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. Keys and values are not repeated in
+        q (Tensor): `(b, h, n_q, d)`, float32, float16 or bfloat16. The queries stand at the last `n_q`
+            positions of the keys, as with a cache: `n_q <= n_k`. Only if `spec` has no limit to either side and
+            is not causal (cross-attention) do positions mean nothing, and `n_q` may be larger.
+        k (Tensor): `(b, h_kv, n_k, d)` of the same dtype. `h_kv` divides `h`: query head
+            `i` reads key head `i // (h / h_kv)`. Keys and values are not repeated in
             memory.
-        v (Tensor): :math:`(b, h_{kv}, n_k, d_v)` of the same dtype, of any width :math:`d_v` (DeepSeek's MLA).
+        v (Tensor): `(b, h_kv, n_k, d_v)` of the same dtype, of any width `d_v` (DeepSeek's MLA).
         spec (WindowSpec): Which keys a query sees. It has no default.
-        mask (Tensor): Padding mask, bool :math:`(b, n_k)`, True = a real key. Default: ``None`` .
-        segment_ids (Tensor): int :math:`(b, n_k)`. Consecutive tokens with the same id are a document. The result is
+        mask (Tensor): Padding mask, bool `(b, n_k)`, True = a real key. Default: ``None`` .
+        segment_ids (Tensor): int `(b, n_k)`. Consecutive tokens with the same id are a document. The result is
             that of a separate call on each document: windows, rows of the bias and the prefix start anew. A negative
             id is padding: it sees nothing, and no query sees it. Default: ``None`` .
-        cu_seqlens (Tensor): int :math:`(m,)`, the same documents in flash-attention's words: 0, then the end of each
+        cu_seqlens (Tensor): int `(m,)`, the same documents in flash-attention's words: 0, then the end of each
             document, counted over the rows laid end to end. The end of each row is one of them. A number may be
-            repeated, so that `m` can stay the same. Needs :math:`n_q = n_k`. Default: ``None`` .
-        order (Tensor): int :math:`(b, n_k)`, in place of `causal`: of its span, a query sees the keys whose number is
+            repeated, so that `m` can stay the same. Needs `n_q = n_k`. Default: ``None`` .
+        order (Tensor): int `(b, n_k)`, in place of `causal`: of its span, a query sees the keys whose number is
             at most its own. Tokens with the same number see each other: those of an image or of a diffusion block
             inside a causal row, or of a prompt (prefix LM). A permutation is XLNet's order. Default: ``None`` .
-        attn_bias (Tensor): :math:`(h, bucket, backward + bucket + forward)`, added to the scores. The row is the place
+        attn_bias (Tensor): `(h, bucket, backward + bucket + forward)`, added to the scores. The row is the place
             of the query in its bucket, the column the place of the key in what the bucket sees. With a bucket of 1,
             there is a number for each offset. Or with a row for each query,
-            :math:`(b \text{ or } 1, h \text{ or } 1, n_q, backward + bucket + forward)`. -inf, anything below -1e29 and
+            `(b or 1, h or 1, n_q, backward + bucket + forward)`. -inf, anything below -1e29 and
             the lowest number of its dtype hide the key: no weight, no gradient. Default: ``None`` .
-        sinks (Tensor): :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no value
-            (gpt-oss); or one for each query, :math:`(b, h, n_q)`. -inf is no sink. Default: ``None`` .
-        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
-        softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
+        sinks (Tensor): `(h,)`, for each head a score that joins the softmax of all its queries and has no value
+            (gpt-oss); or one for each query, `(b, h, n_q)`. -inf is no sink. Default: ``None`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is `d ** -0.5`. Default: ``None`` .
+        softcap (float): Scaled products become `softcap * tanh(x / softcap)`, before bias and masks
             (Gemma 2). From 1e-30 to 1e30. Default: ``None`` .
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
         seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
@@ -199,11 +199,11 @@ def windowed_attention(q, k, v, spec=None, *, mask=None, segment_ids=None, cu_se
         backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
-        Tensor :math:`(b, h, n_q, d_v)` of the dtype of `q`. A query that sees no key gets zeros with zero gradient,
+        Tensor `(b, h, n_q, d_v)` of the dtype of `q`. A query that sees no key gets zeros with zero gradient,
         also with a sink.
 
         With `return_lse`, a tuple of this and the log-sum-exp of the scores in the softmax, including the sink, float32
-        :math:`(b, h, n_q)`. It is a natural logarithm, it is -inf for an empty softmax, and it has a gradient.
+        `(b, h, n_q)`. It is a natural logarithm, it is -inf for an empty softmax, and it has a gradient.
 
     Raises:
         TypeError: If an argument is of another type or dtype, or has a name not known here.
@@ -323,7 +323,7 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
                              dropout_rate=0., seed=None, *, rel_pos_query=None, scale=None, softcap=None, sinks=None,
                              segment_ids=None, return_lse=False, backend=None, **unknown):
     r"""
-    Attention in which query :math:`i` sees the keys :math:`i - left` to :math:`i + right - 1`, both included.
+    Attention in which query `i` sees the keys `i - left` to `i + right - 1`, both included.
 
     That is `window_size_left + window_size_right` keys. The query's own key is the first of the right ones: a
     `window_size_right` of 1 is causal, and with 0 the query does not see itself. `left=2, right=2` on 5 tokens:
@@ -339,32 +339,32 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
     Cost and memory are linear in the sequence.
 
     Args:
-        q, k, v (Tensor): :math:`(..., n, d)` of one shape and dtype: float32, float16 or bfloat16. k and v may have
+        q, k, v (Tensor): `(..., n, d)` of one shape and dtype: float32, float16 or bfloat16. k and v may have
             fewer heads, a divisor of q's, and v another width. The softmax is computed in float32.
-        mask (Tensor): Padding mask, bool, True = a real key. Its shape is :math:`(n)`; or :math:`(b, n)`, where `b`
-            divides the product of q's leading axes; or it has one axis less than q and broadcasts to :math:`(..., n)`.
+        mask (Tensor): Padding mask, bool, True = a real key. Its shape is `(n)`; or `(b, n)`, where `b`
+            divides the product of q's leading axes; or it has one axis less than q and broadcasts to `(..., n)`.
             Default: ``None`` .
-        rel_pos_emb (Tensor): :math:`(left + right, d)`. The product of row :math:`r` and the unscaled query is added to
-            the score of the key at offset :math:`r - left` from the query. Default: ``None`` .
+        rel_pos_emb (Tensor): `(left + right, d)`. The product of row `r` and the unscaled query is added to
+            the score of the key at offset `r - left` from the query. Default: ``None`` .
         window_size_left (int): Keys seen before the query. Default: ``128`` .
         window_size_right (int): Keys seen from the query on, including its own. Default: ``128`` .
         dropout_rate (float): Rate in [0, 1) at which attention weights are dropped. Default: ``0.`` .
         seed (Union[int, Tensor]): Determines which weights are dropped; ``None`` draws a seed from MindSpore's global
             one. Default: ``None`` .
         rel_pos_query (Tensor): Of q's shape and dtype, multiplied by `rel_pos_emb` in q's place, without a scale:
-            Transformer-XL and Conformer score :math:`q + u` against keys and :math:`q + v` against offsets. Default:
+            Transformer-XL and Conformer score `q + u` against keys and `q + v` against offsets. Default:
             ``None`` .
-        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
-        softcap (float): As in :func:`windowed_attention`. Default: ``None`` .
-        sinks (Tensor): :math:`(h,)`, as there; `h` is the third axis of q from the end. Or one for each query,
-            :math:`(..., n)`. Default: ``None`` .
-        segment_ids (Tensor): int :math:`(b, n)`, as there. Default: ``None`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is `d ** -0.5`. Default: ``None`` .
+        softcap (float): As in `windowed_attention`. Default: ``None`` .
+        sinks (Tensor): `(h,)`, as there; `h` is the third axis of q from the end. Or one for each query,
+            `(..., n)`. Default: ``None`` .
+        segment_ids (Tensor): int `(b, n)`, as there. Default: ``None`` .
         return_lse (bool): Whether the log-sum-exp is returned too. Default: ``False`` .
         backend (str): The name of a backend; ``None`` is the fastest one that can run the call. Default: ``None`` .
 
     Returns:
         Tensor of the shape of `q`, with the width of `v`, and of q's dtype. A query that sees no real key gets zeros,
-        with zero gradient. With `return_lse`, a tuple of this and the log-sum-exp, float32 :math:`(..., n)`.
+        with zero gradient. With `return_lse`, a tuple of this and the log-sum-exp, float32 `(..., n)`.
 
     Raises:
         TypeError: If an argument is of another type or dtype, or has a name not known here.

@@ -38,7 +38,7 @@ def top_k(logits, thres=0.9):
     Keep the largest logits, `max(1, int((1 - thres) * vocabulary))` of them, and set the others to -inf.
 
     Args:
-        logits (Tensor): float :math:`(..., vocabulary)`.
+        logits (Tensor): float `(..., vocabulary)`.
         thres (float): The share, in [0, 1], that is dropped. Default: ``0.9`` .
 
     Returns:

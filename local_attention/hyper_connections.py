@@ -42,7 +42,7 @@ def add_output(streams, out, beta):
 
 
 class _Norm(nn.Cell):
-    """Holds the weight of an RMSNorm, minus 1. :class:`HyperConnection` computes with it."""
+    """Holds the weight of an RMSNorm, minus 1. `HyperConnection` computes with it."""
 
     def __init__(self, dim):
         super().__init__()
@@ -53,25 +53,24 @@ class HyperConnection(Float32):
     r"""
     The weights with which a half of a layer reads from the residual streams, and writes back to them.
 
-    For each token, with its streams as rows :math:`H (s, d)` and RMSNorm of each row:
+    For each token, with its streams as rows `H (s, d)` and RMSNorm of each row:
 
-    .. math::
-        [\alpha, \beta] = \tanh(norm(H) [F_\alpha, f_\beta]) \cdot [c_\alpha, c_\beta] + [A, b]
+        [alpha, beta] = tanh(norm(H) @ [F_alpha, f_beta]) * [c_alpha, c_beta] + [A, b]
 
-    Column 0 of :math:`\alpha (s, 1 + s)` makes the input of the half, :math:`\alpha_0^T H`. The other columns make the
-    streams that bypass it, :math:`\alpha_{1 \dots s}^T H`. :math:`\beta (s)` is how much of the output is added to each
-    of these. Initially :math:`F, f` are 0, the input is one stream, drawn at random, and all streams get the output.
+    Column 0 of `alpha (s, 1 + s)` makes the input of the half, `alpha[:, 0].T @ H`. The other columns make the
+    streams that bypass it, `alpha[:, 1:].T @ H`. `beta (s)` is how much of the output is added to each
+    of these. Initially `F, f` are 0, the input is one stream, drawn at random, and all streams get the output.
 
     Args:
         count (int): Number of streams, s.
         dim (int): Size of a token's vector, d.
 
     Inputs:
-        - **streams** (Tensor) - :math:`(b, n, s, d)`.
+        - **streams** (Tensor) - `(b, n, s, d)`.
 
     Outputs:
-        The input of the half :math:`(b, n, d)`, the mixed streams :math:`(b, n, s, d)`, both of the dtype of `streams`,
-        and beta :math:`(b \cdot n, s, 1)`, which :func:`add_output` takes.
+        The input of the half `(b, n, d)`, the mixed streams `(b, n, s, d)`, both of the dtype of `streams`,
+        and beta `(b * n, s, 1)`, which `add_output` takes.
 
     Supported Platforms:
         ``CPU``; written for ``Ascend`` and ``GPU``, where it has not been run.

@@ -169,13 +169,13 @@ class LayerNorm(nn.Cell):
 
 class GEGLU(nn.Cell):
     r"""
-    The first half of the last axis, gated by GELU of the second: :math:`a \cdot GELU(g)` (Shazeer, 2020).
+    The first half of the last axis, gated by GELU of the second: `a * GELU(g)` (Shazeer, 2020).
 
     Inputs:
-        - **x** (Tensor) - :math:`(..., 2 d)`.
+        - **x** (Tensor) - `(..., 2 * d)`.
 
     Outputs:
-        Tensor of shape :math:`(..., d)`.
+        Tensor of shape `(..., d)`.
 
     Raises:
         TypeError: If `x` is not a Tensor of floats.
@@ -249,7 +249,7 @@ class FeedForward(nn.SequentialCell):
         dropout (float): Rate in [0, 1) at which activations are dropped in training. Default: ``0.`` .
 
     Inputs:
-        - **x** (Tensor) - :math:`(..., dim)`.
+        - **x** (Tensor) - `(..., dim)`.
 
     Outputs:
         Tensor of the shape of `x`.

@@ -60,10 +60,10 @@ class LocalAttention(Windowed):
     r"""
     Attention in which each query sees the keys of its own window of the sequence and of the windows beside it.
 
-    Query :math:`i` of window :math:`w = \lfloor i / W \rfloor` sees the keys from the start of window
-    :math:`w - look\_backward` to the end of window :math:`w + look\_forward`; with `exact_windowsize`, the keys
-    :math:`i - W \cdot look\_backward` to :math:`i + W \cdot look\_forward`, both included. When `causal`, it sees no
-    key after :math:`i`. ``print(attn.spec.show(16))`` draws the mask. Cost and memory are linear in the sequence.
+    Query `i` of window `w = i // W` sees the keys from the start of window
+    `w - look_backward` to the end of window `w + look_forward`; with `exact_windowsize`, the keys
+    `i - W * look_backward` to `i + W * look_forward`, both included. When `causal`, it sees no
+    key after `i`. ``print(attn.spec.show(16))`` draws the mask. Cost and memory are linear in the sequence.
 
     The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
 
@@ -79,46 +79,46 @@ class LocalAttention(Windowed):
         dim (int): Head dimension; it turns rotary position embedding on. Default: ``None`` .
         autopad (bool): Whether any sequence length is accepted, not only multiples of the window. Default: ``False`` .
         exact_windowsize (bool): Whether every query sees the same number of keys. Default: ``False`` .
-        scale (float): Multiplies the products of queries and keys; ``None`` is :math:`d^{-0.5}`. Default: ``None`` .
+        scale (float): Multiplies the products of queries and keys; ``None`` is `d ** -0.5`. Default: ``None`` .
         use_rotary_pos_emb (bool): Whether `dim` turns rotary embedding on. Default: ``True`` .
         use_xpos (bool): Whether rotary embedding, if it is on, is xpos. Default: ``False`` .
-        xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is :math:`\lfloor W/2 \rfloor`.
+        xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is `W // 2`.
             Default: ``None`` .
         prefix (int): How many positions at the start of a sequence every query sees, wherever its window is. When
             `causal`, a query sees none of them after itself. Default: ``0`` .
-        softcap (float): Scaled products become :math:`softcap \cdot \tanh(x / softcap)`, before bias and masks
+        softcap (float): Scaled products become `softcap * tanh(x / softcap)`, before bias and masks
             (Gemma 2); ``None`` caps nothing. Default: ``None`` .
-        backend (str): The name of a backend: ``"dense"`` , ``"blocked"`` , ``"native"`` or ``"ascend"`` ; ``None`` is
-            the fastest one that can run the call. Default: ``None`` .
+        backend (str): The name of a backend: ``"native"`` , ``"ascend"`` , ``"blocked"`` , ``"any_length"`` or
+            ``"dense"`` ; ``None`` is the fastest one that can run the call. Default: ``None`` .
         sequence_parallel (Union[bool, str]): Whether q, k, v, mask and output are this rank's slice of sequences that
             the ranks of a communication group hold together, in the order of the ranks. ``True`` is all ranks, a str
             the name of a group made by `mindspore.communication.create_group`. Neighbours exchange keys, values, mask
             and documents as far as spans reach, for as many heads as k has; backward, they exchange gradients.
             Documents then need `exact_windowsize` and exclude `attn_bias`. All ranks call it with slices of one
-            length `n`, a multiple of W (with `autopad` too) and at least :math:`W \cdot look\_backward` and
-            :math:`W \cdot look\_forward`. Two independent calls in one compiled function may run in different orders
+            length `n`, a multiple of W (with `autopad` too) and at least `W * look_backward` and
+            `W * look_forward`. Two independent calls in one compiled function may run in different orders
             on different ranks: put them into two functions. Default: ``False`` .
 
     Inputs:
-        - **q**, **k**, **v** (Tensor) - :math:`(..., n, d)` with any leading axes, heads fastest, of one shape and
+        - **q**, **k**, **v** (Tensor) - `(..., n, d)` with any leading axes, heads fastest, of one shape and
           dtype: float32, float16 or bfloat16. k and v may have fewer heads, a divisor of q's: query head `i` of `h`
-          reads key head :math:`\lfloor i / (h / h_{kv}) \rfloor`. v may have another width. The softmax is computed in
+          reads key head `i // (h / h_kv)`. v may have another width. The softmax is computed in
           float32.
-        - **mask** (Tensor) - Padding mask, bool :math:`(batch, n)`, True = a real key; `batch` divides the product of
+        - **mask** (Tensor) - Padding mask, bool `(batch, n)`, True = a real key; `batch` divides the product of
           the leading axes. Default: ``None`` .
         - **input_mask** (Tensor) - Another name of `mask`; if both are given, `mask` is used. Default: ``None`` .
-        - **attn_bias** (Tensor) - :math:`(h, W, W \cdot (1 + look\_backward + look\_forward))`, added to the scores.
+        - **attn_bias** (Tensor) - `(h, W, W * (1 + look_backward + look_forward))`, added to the scores.
           The row is the place of the query in its window, the column the place of the key in the window's span. With
-          `exact_windowsize` also :math:`(h, 1, W \cdot (look\_backward + look\_forward) + 1)`, a number for each
-          offset. Or with a row for each query, :math:`(batch \text{ or } 1, h \text{ or } 1, n, \ldots)`, and the same
+          `exact_windowsize` also `(h, 1, W * (look_backward + look_forward) + 1)`, a number for each
+          offset. Or with a row for each query, `(batch or 1, h or 1, n, ...)`, and the same
           columns. -inf, anything below -1e29 and the lowest number of its dtype hide the key. Default: ``None`` .
         - **window_size** (int) - W for this call; needs `use_xpos`. Default: ``None`` .
-        - **segment_ids** (Tensor) - int :math:`(batch, n)`. Consecutive tokens with the same id are a document. The
+        - **segment_ids** (Tensor) - int `(batch, n)`. Consecutive tokens with the same id are a document. The
           result is that of a separate call on each document. A negative id is padding: it sees nothing, and no query
           sees it. Default: ``None`` .
-        - **sinks** (Tensor) - :math:`(h,)`, for each head a score that joins the softmax of all its queries and has no
-          value (gpt-oss); or one for each query, :math:`(..., n)`. Default: ``None`` .
-        - **order** (Tensor) - int :math:`(batch, n)`, in place of `causal`: of its span, a query sees the keys whose
+        - **sinks** (Tensor) - `(h,)`, for each head a score that joins the softmax of all its queries and has no
+          value (gpt-oss); or one for each query, `(..., n)`. Default: ``None`` .
+        - **order** (Tensor) - int `(batch, n)`, in place of `causal`: of its span, a query sees the keys whose
           number is at most its own. Default: ``None`` .
 
     Outputs:

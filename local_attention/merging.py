@@ -27,12 +27,12 @@ def merge_attentions(outs, lses):
     r"""
     Merge pieces of attention, each over some of the keys, into attention over all of these keys.
 
-    With :math:`lse = \log \sum_i e^{lse_i}`, the output is :math:`\sum_i e^{lse_i - lse} out_i`. All pieces have the
+    With `lse = log(sum_i exp(lse_i))`, the output is `sum_i exp(lse_i - lse) * out_i`. All pieces have the
     same queries. No key may be in two pieces, and a sink only in one.
 
     Args:
-        outs (tuple[Tensor]): The output of each piece, :math:`(..., n, d)`.
-        lses (tuple[Tensor]): The log-sum-exp of each piece, :math:`(..., n)`. :func:`windowed_attention` returns both.
+        outs (tuple[Tensor]): The output of each piece, `(..., n, d)`.
+        lses (tuple[Tensor]): The log-sum-exp of each piece, `(..., n)`. `windowed_attention` returns both.
 
     Returns:
         Tuple of the output, of the dtype of `outs`, and the log-sum-exp, float32.

@@ -1,4 +1,4 @@
-"""A block of local attention: projections around :class:`LocalAttention`, and a learned bias of distances."""
+"""A block of local attention: projections around `LocalAttention`, and a learned bias of distances."""
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -69,7 +69,7 @@ class DynamicPositionBias(nn.Cell):
         - **after** (int) - Number of further keys after the last query. Default: ``0`` .
 
     Outputs:
-        Tensor of shape :math:`(heads, i, j + after)`; it depends on the distance alone, not on its sign.
+        Tensor of shape `(heads, i, j + after)`; it depends on the distance alone, not on its sign.
 
     Raises:
         TypeError: If an argument or input is not an int.
@@ -95,6 +95,7 @@ class DynamicPositionBias(nn.Cell):
         return checks.settings(self)
 
     def construct(self, i, j, after=0):
+        """Compute the bias of `i` queries and `j + after` keys. The class describes it."""
         distances, index = _distances(self.cls_name, i, j, after)
         return ops.gather(self.mlp(distances).swapaxes(0, 1), index, 1).reshape(-1, i, j + after)
 
@@ -225,25 +226,25 @@ class LocalMHA(_Heads):
             Default: ``None`` .
         gate_values_per_head (bool): Whether each head's output is multiplied by a gate, computed from the input.
             Default: ``False`` .
-        kv_heads (int): Heads of keys and values, a divisor of `heads`: query head :math:`i` reads key head
-            :math:`\lfloor i / (heads / kv\_heads) \rfloor`. ``None`` is `heads`. Default: ``None`` .
+        kv_heads (int): Heads of keys and values, a divisor of `heads`: query head `i` reads key head
+            `i // (heads / kv_heads)`. ``None`` is `heads`. Default: ``None`` .
         learned_sinks (bool): Whether each head has a learned score that joins the softmax of its queries and has no
-            value: a Parameter `sinks` :math:`(heads)`, initially zeros. Default: ``False`` .
-        kwargs (dict): Further arguments of :class:`LocalAttention`. With its `sequence_parallel`, inputs and output are
+            value: a Parameter `sinks` `(heads)`, initially zeros. Default: ``False`` .
+        kwargs (dict): Further arguments of `LocalAttention`. With its `sequence_parallel`, inputs and output are
             this rank's slice, and gradients of weights are this rank's part.
 
     Inputs:
-        - **x** (Tensor) - :math:`(b, n, dim)`, any `n`.
-        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Default: ``None`` .
-        - **attn_bias** (Tensor) - :math:`(heads, W, W \cdot (1 + look\_backward + look\_forward))`, as
-          :class:`LocalAttention` takes it; without a cache, also with a row for each token. Default: ``None`` .
+        - **x** (Tensor) - `(b, n, dim)`, any `n`.
+        - **mask** (Tensor) - Padding mask, bool `(b, n)`, True = a real token. Default: ``None`` .
+        - **attn_bias** (Tensor) - `(heads, W, W * (1 + look_backward + look_forward))`, as
+          `LocalAttention` takes it; without a cache, also with a row for each token. Default: ``None`` .
         - **cache** - The cache that an earlier call of a causal block without a mask returned. `x` holds the next
           tokens, one or more. The cache has the prefix and the last tokens; its size does not grow with the sequence.
           Default: ``None`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
+        - **segment_ids** (Tensor) - int `(b, n)`. Consecutive tokens with the same id are a document, computed as
           if it were alone; a negative id is padding. Not with a cache. Default: ``None`` .
-        - **order** (Tensor) - int :math:`(b, n)`, as :class:`LocalAttention` takes it. Not with a cache. Default:
+        - **order** (Tensor) - int `(b, n)`, as `LocalAttention` takes it. Not with a cache. Default:
           ``None`` .
 
     Outputs:
@@ -305,6 +306,7 @@ class LocalMHA(_Heads):
         return checks.settings(self)
 
     def construct(self, x, mask=None, attn_bias=None, cache=None, return_cache=False, segment_ids=None, *, order=None):
+        """Compute a block of attention on x. The class describes each input, under Inputs."""
         x, _, _ = self._checked(x, mask, attn_bias, cache, return_cache, segment_ids, order)
         if self.norm is not None:
             x = self.norm(x)

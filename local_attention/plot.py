@@ -15,8 +15,8 @@ from .stack import Stack
 
 def attention_weights(model, *inputs, **keywords):
     """
-    Return the attention weights of every :class:`LocalAttention` , :class:`MultiHeadLocalAttention` and
-    :class:`LocalSelfAttention` in a model, in one call of the model without dropout. In Graph mode, too, the
+    Return the attention weights of every `LocalAttention` , `MultiHeadLocalAttention` and
+    `LocalSelfAttention` in a model, in one call of the model without dropout. In Graph mode, too, the
     call is made outside of graphs.
 
     Args:
@@ -25,7 +25,7 @@ def attention_weights(model, *inputs, **keywords):
         keywords (dict): Its arguments by name, such as `mask` or `segment_ids`.
 
     Returns:
-        list of arrays :math:`(..., n, n)`, one for each call of such a Cell, in order. A row is one query and sums to
+        list of arrays `(..., n, n)`, one for each call of such a Cell, in order. A row is one query and sums to
         1, or to 0 if the query sees nothing.
 
     Raises:
@@ -136,7 +136,7 @@ def plot_mask(spec, n, axes=None, order=None):
         spec (WindowSpec): Which keys a query sees, for example `attn.spec`.
         n (int): Length of the sequence.
         axes (matplotlib.axes.Axes): Where to draw; ``None`` is a figure of its own. Default: ``None`` .
-        order (Sequence[int]): The number of each token, as :func:`windowed_attention` takes them. Default: ``None`` .
+        order (Sequence[int]): The number of each token, as `windowed_attention` takes them. Default: ``None`` .
 
     Returns:
         matplotlib.axes.Axes.

@@ -56,8 +56,8 @@ class SinusoidalEmbeddings(nn.Cell):
     r"""
     Angles and xpos scales of rotary position embedding.
 
-    Dimensions :math:`i` and :math:`i + dim/2` of a token at position :math:`t` turn together by
-    :math:`t \cdot theta^{-2i/dim}` radians.
+    Dimensions `i` and `i + dim/2` of a token at position `t` turn together by
+    `t * theta ** (-2i / dim)` radians.
 
     Args:
         dim (int): Head dimension, even.
@@ -67,11 +67,11 @@ class SinusoidalEmbeddings(nn.Cell):
         theta (float): Base of the wavelengths. Default: ``10000`` .
 
     Inputs:
-        - **x** (Tensor) - Any tensor of shape :math:`(..., n, d)`; only its `n` is used.
+        - **x** (Tensor) - Any tensor of shape `(..., n, d)`; only its `n` is used.
 
     Outputs:
-        Tuple of the angles, float32 :math:`(n, dim)`, and the scales, float32 :math:`(n, dim)` with xpos and ones of
-        shape :math:`(1,)` without.
+        Tuple of the angles, float32 `(n, dim)`, and the scales, float32 `(n, dim)` with xpos and ones of
+        shape `(1,)` without.
 
     Raises:
         TypeError: If an argument is of another type.

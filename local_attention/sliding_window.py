@@ -72,15 +72,15 @@ class MultiHeadLocalAttention(_Heads):
             Default: ``None`` .
 
     Inputs:
-        - **inputs_q** (Tensor) - :math:`(b, n, in\_features)`.
-        - **inputs_kv** (Tensor) - :math:`(b, n, in\_features)`.
-        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real key. Default: ``None`` .
+        - **inputs_q** (Tensor) - `(b, n, in_features)`.
+        - **inputs_kv** (Tensor) - `(b, n, in_features)`.
+        - **mask** (Tensor) - bool `(b, n)`, True = a real key. Default: ``None`` .
         - **seed** (Union[int, Tensor]) - What the weights dropped in training are a function of. Default: ``None`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document that sees no other,
+        - **segment_ids** (Tensor) - int `(b, n)`: consecutive tokens of one id are a document that sees no other,
           a negative id is padding. Default: ``None`` .
 
     Outputs:
-        Tensor of shape :math:`(b, n, out\_features)`.
+        Tensor of shape `(b, n, out_features)`.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
@@ -134,6 +134,7 @@ class MultiHeadLocalAttention(_Heads):
         return checks.settings(self)
 
     def construct(self, inputs_q, inputs_kv, mask=None, seed=None, segment_ids=None):
+        """Compute attention of one sequence to another. The class describes each input, under Inputs."""
         self._check("inputs_q", "inputs_kv", inputs_q, inputs_kv, mask, seed, segment_ids)
         return self.out(self._attend(self.query(inputs_q), self.key(inputs_kv), self.value(inputs_kv), mask, seed,
                                      segment_ids))
@@ -141,7 +142,7 @@ class MultiHeadLocalAttention(_Heads):
 
 class LocalSelfAttention(MultiHeadLocalAttention):
     r"""
-    Multi-head sliding-window self-attention: :class:`MultiHeadLocalAttention` of a sequence with itself.
+    Multi-head sliding-window self-attention: `MultiHeadLocalAttention` of a sequence with itself.
 
     Args:
         in_features (int): Size of the last axis of the input.
@@ -157,14 +158,14 @@ class LocalSelfAttention(MultiHeadLocalAttention):
             Default: ``None`` .
 
     Inputs:
-        - **x** (Tensor) - :math:`(b, n, in\_features)`.
-        - **mask** (Tensor) - bool :math:`(b, n)`, True = a real key. Default: ``None`` .
+        - **x** (Tensor) - `(b, n, in_features)`.
+        - **mask** (Tensor) - bool `(b, n)`, True = a real key. Default: ``None`` .
         - **seed** (Union[int, Tensor]) - What the weights dropped in training are a function of. Default: ``None`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`: consecutive tokens of one id are a document that sees no other,
+        - **segment_ids** (Tensor) - int `(b, n)`: consecutive tokens of one id are a document that sees no other,
           a negative id is padding. Default: ``None`` .
 
     Outputs:
-        Tensor of shape :math:`(b, n, out\_features)`.
+        Tensor of shape `(b, n, out_features)`.
 
     Raises:
         TypeError: If an argument or input is of another type or dtype, or an argument has a name not known here.
@@ -182,5 +183,6 @@ class LocalSelfAttention(MultiHeadLocalAttention):
     """
 
     def construct(self, x, mask=None, seed=None, segment_ids=None):
+        """Compute attention of a sequence to itself. The class describes each input, under Inputs."""
         self._check("x", "x", x, x, mask, seed, segment_ids)
         return self.out(self._attend(self.query(x), self.key(x), self.value(x), mask, seed, segment_ids))

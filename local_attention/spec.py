@@ -16,9 +16,9 @@ class WindowSpec:
     r"""
     The span of keys that each query of a sequence sees.
 
-    With :math:`start = \lfloor i / bucket \rfloor \cdot bucket`, query :math:`i` sees the keys from
-    :math:`start - backward` to :math:`start + bucket - 1 + forward`, both included, and the first `prefix` keys of the
-    sequence. When `causal`, it sees no key after :math:`i`. Keys outside the sequence do not exist.
+    With `start = i // bucket * bucket`, query `i` sees the keys from
+    `start - backward` to `start + bucket - 1 + forward`, both included, and the first `prefix` keys of the
+    sequence. When `causal`, it sees no key after `i`. Keys outside the sequence do not exist.
 
     Args:
         bucket (int): How many consecutive queries share a span. With 1, the span moves with the query.
@@ -85,7 +85,7 @@ class WindowSpec:
 
     def show(self, n, order=None):
         """Draw the mask of an `n`-token sequence: a row for each query, a column for each key. `order` are `n` ints, as
-        :func:`windowed_attention` takes them."""
+        `windowed_attention` takes them."""
         visible = self.drawn("WindowSpec.show", n, order)
         return "\n".join(" ".join("■" if seen else "·" for seen in row) for row in visible)
 

@@ -59,7 +59,7 @@ def _window_sizes(owner, given, depth, sequence_parallel):
 
 class LocalTransformer(Stack):
     r"""
-    A language model of local attention: embeddings, layers of :class:`LocalMHA` and :class:`FeedForward`, logits.
+    A language model of local attention: embeddings, layers of `LocalMHA` and `FeedForward`, logits.
 
     The arguments and results are those of the PyTorch package `local-attention` 1.11.2 by Phil Wang.
 
@@ -74,7 +74,7 @@ class LocalTransformer(Stack):
             it for a layer that sees all of `max_seq_len`, as far as `causal` allows. Default: ``512`` .
         dim_head (int): Dimension of a head. Default: ``64`` .
         heads (int): Number of heads. Default: ``8`` .
-        ff_mult (float): Width of the feed-forward, see :class:`FeedForward`. Default: ``4`` .
+        ff_mult (float): Width of the feed-forward, see `FeedForward`. Default: ``4`` .
         attn_dropout (float): Rate in [0, 1) at which attention weights are dropped in training. Default: ``0.`` .
         ff_dropout (float): The same for feed-forward activations. Default: ``0.`` .
         ignore_index (int): The label that the loss ignores. Default: ``-1`` .
@@ -82,39 +82,39 @@ class LocalTransformer(Stack):
         xpos_scale_base (float): The scale base of xpos, in positions; ``None`` is half the window. Default: ``None`` .
         use_dynamic_pos_bias (bool): Whether a learned bias of the distance, shared by all layers, replaces rotary
             embedding, including xpos. Default: ``False`` .
-        global_attn_layer (Cell): A Cell from vectors :math:`(b, n, dim)` to vectors of the same shape, for example
+        global_attn_layer (Cell): A Cell from vectors `(b, n, dim)` to vectors of the same shape, for example
             attention to all tokens or a memory. Copies of it, each with its own parameters and with a residual
             connection around it, stand before local layers. If its `construct` takes `mask`, it gets the model's. If
-            it takes `cache` and `return_cache` as :class:`LocalMHA` does, the model can decode with a cache; this
+            it takes `cache` and `return_cache` as `LocalMHA` does, the model can decode with a cache; this
             layer's part of the cache is a tuple of Tensors. Default: ``None`` .
         layers_insert_global_attn (tuple): The numbers, from 1 to `depth`, of the layers with such a copy before them;
             ``None`` is all of them. Default: ``None`` .
         num_residual_streams (int): Above 1, the residual connections become hyper-connections of that many streams
             (Zhu et al., 2024). Default: ``1`` .
-        kwargs (dict): Further arguments of :class:`LocalMHA` and :class:`LocalAttention`. With `sequence_parallel`
-            (see :class:`LocalAttention`), rank :math:`r` holds the tokens :math:`r n` to :math:`r n + n - 1`. Inputs
+        kwargs (dict): Further arguments of `LocalMHA` and `LocalAttention`. With `sequence_parallel`
+            (see `LocalAttention`), rank `r` holds the tokens `r * n` to `r * n + n - 1`. Inputs
             and outputs are that slice, and the loss is the mean over the labels of all ranks. Gradients averaged over
             the ranks are those of one process. A compiled step averages them by
-            :class:`local_attention.parallel.AverageGradients`; outside of one, `nn.DistributedGradReducer` works too.
+            `local_attention.parallel.AverageGradients`; outside of one, `nn.DistributedGradReducer` works too.
             There is no cache then, and no `generate`. Dropout of attention weights is that of one process with the
             same global seed; each rank draws the dropout of its feed-forward itself.
 
     Inputs:
-        - **x** (Tensor) - int :math:`(b, n)`, each in [0, `num_tokens`), or float :math:`(b, n, dim)` when `num_tokens`
+        - **x** (Tensor) - int `(b, n)`, each in [0, `num_tokens`), or float `(b, n, dim)` when `num_tokens`
           is ``None`` .
-        - **mask** (Tensor) - Padding mask, bool :math:`(b, n)`, True = a real token. Padding on the left shifts
+        - **mask** (Tensor) - Padding mask, bool `(b, n)`, True = a real token. Padding on the left shifts
           nothing: positions count from the first real token of a row, and of a document. Default: ``None`` .
         - **cache** - The cache that an earlier call of a causal model without a mask returned. `x` is the whole
           sequence so far, and only its new tokens are computed. Default: ``None`` .
         - **return_loss** (bool) - Whether the loss is returned. Default: ``False`` .
         - **return_cache** (bool) - Whether the cache for the next call is returned too. Default: ``False`` .
-        - **segment_ids** (Tensor) - int :math:`(b, n)`. Consecutive tokens with the same id are a document, computed as
+        - **segment_ids** (Tensor) - int `(b, n)`. Consecutive tokens with the same id are a document, computed as
           if it were alone: positions start anew, and the loss predicts no token from another document. A
           negative id is padding. Not with a cache, nor with a global layer whose `construct` does not take it.
           Default: ``None`` .
 
     Outputs:
-        Tensor, logits of shape :math:`(b, n, num\_tokens)`, or :math:`(b, n, dim)` when `num_tokens` is ``None`` .
+        Tensor, logits of shape `(b, n, num_tokens)`, or `(b, n, dim)` when `num_tokens` is ``None`` .
 
         With a cache, only the rows of the new tokens. With `return_cache`, a tuple of the output and the cache.
 
@@ -184,6 +184,7 @@ class LocalTransformer(Stack):
         return checks.settings(self)
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, segment_ids=None):
+        """Compute logits or the loss of x. The class describes each input, under Inputs."""
         x, b, n = self._checked(x, mask, cache, return_loss, return_cache, segment_ids)
         seen, layers, biases, labels = 0, None, (), None  # on Ascend no None may leave a graph
         if cache is not None:
@@ -219,26 +220,26 @@ class LocalTransformer(Stack):
         threads are right: one waits until the other has ended.
 
         Args:
-            prime (Tensor): The sequences to continue, int :math:`(b, n)`, `n` at least 1.
+            prime (Tensor): The sequences to continue, int `(b, n)`, `n` at least 1.
             seq_len (int): How many tokens to generate.
             temperature (float): Logits are divided by it before sampling; 0 takes the likeliest token.
                 Default: ``1.`` .
-            filter_thres (float): The share of the vocabulary that is never sampled, see :func:`top_k`.
+            filter_thres (float): The share of the vocabulary that is never sampled, see `top_k`.
                 Default: ``0.9`` .
             use_kv_cache (bool): Whether a causal model computes each token only once, as long as all tokens fit in
                 `max_seq_len`. The step is compiled once for a batch size. There is no cache if a global layer keeps
-                none, with rows of unequal length if it is not a :class:`LocalMHA`, or if windows keep more than 2**24
+                none, with rows of unequal length if it is not a `LocalMHA`, or if windows keep more than 2**24
                 tokens. Default: ``True`` .
-            mask (Tensor): bool :math:`(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
+            mask (Tensor): bool `(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
                 with padding before, after or both. Default: ``None`` .
             stop_token (int): A row ends with its first one. The rest of the row is filled with it, and the call ends
                 once all rows have ended. Default: ``None`` .
             callback (function): Called after each token with the number of tokens generated so far and the new ones, a
-                Tensor :math:`(b)` of the dtype of `prime`; if it returns ``True`` , the call ends. A callback of one
+                Tensor `(b)` of the dtype of `prime`; if it returns ``True`` , the call ends. A callback of one
                 argument gets the number alone, and whatever it returns is ignored. Default: ``None`` .
 
         Returns:
-            Tensor of shape :math:`(b, seq\_len)` and the dtype of `prime`: the new tokens; fewer columns if the call
+            Tensor of shape `(b, seq_len)` and the dtype of `prime`: the new tokens; fewer columns if the call
             ended before. `mindspore.set_seed` makes them reproducible.
 
         Raises:

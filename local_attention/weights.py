@@ -86,7 +86,7 @@ def load_torch_weights(cell, source, strict=True):
     model's by more than a rounding to half precision, they are loaded too, and a graph holds them as constants.
 
     Args:
-        cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
+        cell (Cell): `LocalMHA`, `LocalTransformer` or `DynamicPositionBias`.
         source (Union[Mapping, str, Path]): A mapping of names to arrays or tensors, of NumPy, MindSpore or PyTorch, or
             a path to a .safetensors, .npz, .pt or .pth file of one. It may be under a key ``state_dict`` or ``model`` .
             A prefix of all names, such as ``module.`` , ``_orig_mod.`` or the path to `cell` in a larger model, is
@@ -160,7 +160,7 @@ def export_torch_weights(cell):
     Parameter in two places, as in tied embeddings, has both names.
 
     Args:
-        cell (Cell): :class:`LocalMHA`, :class:`LocalTransformer` or :class:`DynamicPositionBias`.
+        cell (Cell): `LocalMHA`, `LocalTransformer` or `DynamicPositionBias`.
 
     Returns:
         dict of name -> NumPy array, copies; bfloat16 as float32.

@@ -270,6 +270,7 @@ class Windowed(nn.Cell):
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
                   sinks=None, order=None):
+        """Compute attention of q to k and v. The class describes each input, under Inputs."""
         if mask is None:
             mask = input_mask
         groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size)

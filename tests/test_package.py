@@ -1,6 +1,8 @@
 """The package as installed and imported."""
 import importlib
+import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -113,6 +115,17 @@ def test_printing_shows_settings():
     cell = local_attention.LocalSelfAttention(12, 3, window_size_left=5, dropout_rate=.5, use_rel_pos_emb=True)
     assert ("in_features=12, num_heads=3, qkv_features=12, out_features=12, window_size_left=5, window_size_right=128, "
             "dropout_rate=0.5, use_rel_pos_emb=True") in str(cell)
+
+
+@pytest.mark.parametrize("name", local_attention.__all__)
+def test_help_is_plain_text(name):
+    """In a terminal, nobody reads LaTeX or Sphinx's roles; and whoever asks for `construct` is told where to look."""
+    public = getattr(local_attention, name)
+    own = [public, *(vars(public).get(method) for method in ("explain", "generate", "recompute", "show"))]
+    for text in (inspect.getdoc(each) for each in own if each is not None):
+        assert not re.search(r":\w+:`|\\[a-z]|\^\{|_\{|\.\. math", text), text
+    if hasattr(public, "construct"):
+        assert "The class describes" in inspect.getdoc(public.construct)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ ZOOS = ("mindone", "mindnlp")
 
 def register(name="local_attention", zoos=None):
     r"""
-    Makes :func:`local_attention.windowed_attention` the attention of every model of a zoo that requests it by name.
+    Makes `local_attention.windowed_attention` the attention of every model of a zoo that requests it by name.
 
     A zoo has a table of attentions and one of masks. Each gets one entry. Nothing else in the zoo or in MindSpore
     changes.
@@ -28,7 +28,7 @@ def register(name="local_attention", zoos=None):
         ImportError: If a zoo that is named cannot be imported.
 
     Supported Platforms:
-        Those of the zoo and of :func:`local_attention.windowed_attention`.
+        Those of the zoo and of `local_attention.windowed_attention`.
 
     Examples:
         >>> from local_attention import zoo
