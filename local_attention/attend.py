@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from . import checks, settings
-from .backends import any_length, ascend, blocked, dense, native, shield
+from .backends import any_length, ascend, blocked, dense, native, portable, shield
 from .backends.spans import FAINT, FAR, HIDDEN
 from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
@@ -317,6 +317,7 @@ def run(prepared, q, k, v, tensors):
     query = tensors["rel_pos_query"]
     if not as_given:
         q, k, v = _in_float32(q), _in_float32(k), _in_float32(v)
+    shielded = shielded and not portable.exporting()
     if shielded:
         k, v = shield.whole(k, v)
     if not any_axes and len(shape) != 3:  # on CPU a reshape copies
@@ -365,7 +366,7 @@ def _hiding(bias):
     if bias is None:
         return None
     wide = ops.cast(bias, ms.float32)
-    return ops.masked_fill(wide, ops.less_equal(wide, -65504. if _narrow(bias) else FAINT), HIDDEN)
+    return portable.masked_fill(wide, ops.less_equal(wide, -65504. if _narrow(bias) else FAINT), HIDDEN)
 
 
 def _as_it_is(x):

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from . import checks
+from .backends import portable
 from .backends.spans import tanh as _tanh
 from .cells import Float32
 
@@ -96,7 +97,7 @@ class HyperConnection(Float32):
         b, n, count, dim = streams.shape
         rows = ops.cast(streams, ms.float32).reshape(-1, dim)
         squares = _matmul(ops.square(rows), ops.ones((dim, 1), ms.float32))
-        inverse = ops.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
+        inverse = portable.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
         gain = (self.norm.gamma + 1.) * dim ** 0.5  # the norm's, multiplied into a small matrix instead of many rows
         functions = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape(-1, 1)), 1) * gain.reshape(-1, 1)
         scales = ops.cat((ops.tile(self.dynamic_alpha_scale, (1 + count,)), self.dynamic_beta_scale))

@@ -9,6 +9,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .attend import draw_seed, new_salt
+from .backends import portable
 from .backends.native.library import FLOATS, INT32, INT64, custom
 from .backends.native.rows import made, row_numbers
 from .backends.any_length import unknown
@@ -194,12 +195,12 @@ class GEGLU(nn.Cell):
     def construct(self, x):
         shape, count, half = _halves(self.cls_name, checks.described(x))
         if unknown(shape):
-            return ops.mul(x[..., :half], ops.gelu(x[..., half:]))
+            return ops.mul(x[..., :half], portable.gelu(x[..., half:]))
         fused = _fused("geglu", x.shape)
         if fused is not None:
             return ops.cast(fused(ops.cast(x, ms.float32)), x.dtype)
         x, gate = take((count, 2), (1, 1), (1, 0))(x.reshape(-1, half))
-        return ops.mul(x, ops.gelu(gate)).reshape(shape)
+        return ops.mul(x, portable.gelu(gate)).reshape(shape)
 
 
 @constexpr

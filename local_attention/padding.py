@@ -6,13 +6,14 @@ from mindspore import nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .backends import portable
 from .backends.spans import document_bounds
 from .parallel.exchange import every_rank
 
 
 def _leading(mask):
     """Return 1 for each token of `mask (b, n)` before the first real one of its row, else 0."""
-    return ops.cast(ops.cumsum(ops.cast(mask, ms.int32), 1) == 0, ms.int32)
+    return ops.cast(portable.cumsum(ops.cast(mask, ms.int32), 1) == 0, ms.int32)
 
 
 def first_real(group, mask):
@@ -72,7 +73,8 @@ def orders(mask):
     first = _leading(mask).sum(1, keepdims=True)
     places = ops.arange(0, mask.shape[1], 1)[None]
     starts = ops.arange(0, mask.shape[0], 1)[:, None] * mask.shape[1]
-    return (places + first) % mask.shape[1] + starts, (places - first) % mask.shape[1] + starts
+    return (portable.remainder(places + first, mask.shape[1]) + starts,
+            portable.remainder(places - first, mask.shape[1]) + starts)
 
 
 def moved(x, order):
@@ -84,7 +86,7 @@ def without_leading(group, mask, segment_ids):
     """Return the mask, and ids of documents in which the tokens before the first real one of a document are no part of
     it: they are padding."""
     real = ops.cast(mask, ms.int32)
-    seen = ops.cumsum(real, 1)
+    seen = portable.cumsum(real, 1)
     start = document_bounds(segment_ids)[..., 0]
     seen = seen - ops.gather_elements(seen - real, 1, start)  # in the document so far
     if group is not None and group.size > 1:

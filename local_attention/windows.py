@@ -9,6 +9,7 @@ from mindspore.ops import constexpr
 
 from . import checks, parallel
 from .attend import Frame, attend, beside, draw_seed, sinks_by_head
+from .backends import portable
 from .backends.any_length import unknown
 from .backends.spans import bias_at, document_bounds
 from .cells import Float32
@@ -25,7 +26,7 @@ class _UnitScale(Float32):
     def construct(self, x, scale):
         x = ops.cast(x, ms.float32)
         squares = ops.matmul(ops.square(x), ops.ones((x.shape[1], 1), ms.float32))
-        factor = ops.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
+        factor = portable.rsqrt(ops.maximum(squares, 1e-24))  # as in PyTorch's normalize, the norm is at least 1e-12
         return ops.mul(x, ops.matmul(factor, scale.reshape(1, -1)))  # on CPU, a matmul is faster than broadcasting
 
 
@@ -195,7 +196,7 @@ def moving_bias(bias, windows, documents):
     places, columns = _moving(windows, n)
     if documents is not None:
         places = ops.arange(0, n, 1)[None] - documents[..., 0]
-        places = places % windows.size
+        places = portable.remainder(places, windows.size)
     rows = (ops.arange(0, n, 1) * windows.span).reshape(1, n, 1)
     entries = rows + places[..., None] + columns
     found = bias_at(bias, entries.reshape(entries.shape[0], -1))

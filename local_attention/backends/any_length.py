@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
-from . import PLAIN, Backend
+from . import PLAIN, Backend, portable
 from .dropout import keep_factors, seeded_rows
 from .spans import (FAINT, SELF_SCORE, bias_at, bias_entries, bounds_of, capped, finished, hashes, in_order, in_span,
                     offset_products, reach, repeated, softened, without_padding)
@@ -82,8 +82,8 @@ def run(constants, q, k, v, tensors):
             asks, _ = without_padding(asks, mask, documents, offset)
         q, mask = without_padding(q, mask, documents, offset)
     if mask is not None:
-        hidden = repeated(ops.logical_not(mask), key_groups)
-        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        hidden = repeated(portable.logical_not(mask), key_groups)
+        k, v = portable.masked_fill(k, hidden, 0.), portable.masked_fill(v, hidden, 0.)
 
     base = 0
     if rows is None:
@@ -123,7 +123,7 @@ def run(constants, q, k, v, tensors):
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
         scores = scores.reshape(-1, rows, width)
-        scores = ops.masked_fill(scores, ops.logical_and(queries[:, None] == keys[None], scores > FAINT), SELF_SCORE)
+        scores = portable.masked_fill(scores, ops.logical_and(queries[:, None] == keys[None], scores > FAINT), SELF_SCORE)
     seen = seen.reshape(-1, 1, blocks, 1, rows, width)
     weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
     if scoring.dropout > 0:

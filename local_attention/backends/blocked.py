@@ -10,7 +10,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ..cells import InFloat32, compiling, given
-from . import PLAIN, Backend, any_length
+from . import PLAIN, Backend, any_length, portable
 from .blocks import Layout, key_heads, schedule
 from .dropout import keep_factors
 from .spans import FAINT, HIDDEN, bounds_of, finished, merge_masks, real, repeated, sees_something, spans, tanh
@@ -67,13 +67,13 @@ def run(constants, q, k, v, tensors):
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
         queries = documents[:, problem.offset:problem.offset + problem.n_q]
-        q = _zeroed(q, _everywhere(repeated(ops.logical_not(real(queries)), q.shape[0]), q))
+        q = _zeroed(q, _everywhere(repeated(portable.logical_not(real(queries)), q.shape[0]), q))
         mask = merge_masks(mask, real(documents))
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
         first, after = low, ops.maximum(ops.add(high, 1), low)
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
-        hidden = repeated(ops.logical_not(mask), k.shape[0])
+        hidden = repeated(portable.logical_not(mask), k.shape[0])
         everywhere = _everywhere(hidden, k)
         k, v = _zeroed(k, everywhere), _zeroed(v, everywhere if v.shape == k.shape else _everywhere(hidden, v))
     if tensors["rel_pos_emb"] is None:
@@ -82,7 +82,7 @@ def run(constants, q, k, v, tensors):
         block_q, block_k, block_v = q, ops.mul(k, problem.scoring.scale), v
         emb = blocks.used(tensors["rel_pos_emb"], mask, low, high)
     if mask is not None and blocks.masked:
-        hidden = repeated(ops.logical_not(mask), k.shape[0])
+        hidden = repeated(portable.logical_not(mask), k.shape[0])
         veil = ops.mul(ops.cast(hidden, ms.float32), HIDDEN)
         if not blocks.broadcasts:
             block_q = ops.cat((block_q, ops.ones(q.shape[:-1] + (1,), ms.float32)), -1)
@@ -117,7 +117,7 @@ def run(constants, q, k, v, tensors):
         out = _times(out, ops.stop_gradient(seen))
     if not blocks.with_lse:
         return out, None
-    lse = ops.masked_fill(lse, seen == 0, float("-inf"))
+    lse = portable.masked_fill(lse, seen == 0, float("-inf"))
     return finished(problem, q, k, v, out, lse[..., 0], mask, tensors)
 
 
@@ -126,7 +126,7 @@ class _Zeroed(InFloat32):
     MindSpore's own gradient has one of the zero, too."""
 
     def construct(self, x, hidden):
-        return ops.masked_fill(x, hidden, 0.)
+        return portable.masked_fill(x, hidden, 0.)
 
     def bprop(self, x, hidden, out, dout):
         return ops.masked_fill(dout, hidden, 0.), hidden

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from ..plan import make_plan
 from ..spec import WindowSpec
+from . import portable
 from .dropout import column_hash, row_hash, seeded_rows
 from .spans import HIDDEN, SELF_SCORE, sees_something
 
@@ -161,7 +162,7 @@ class Layout(nn.Cell):
             after = ops.amax(ops.cast(ops.sub(high, self.positions), ms.float32))
             offsets = ops.cast(self.offsets, ms.float32)
             used = ops.logical_and(used, ops.logical_and(offsets >= ops.neg(before), offsets <= after))
-        return ops.masked_fill(emb, ops.expand_dims(ops.logical_not(used), 1), 0.)
+        return portable.masked_fill(emb, ops.expand_dims(portable.logical_not(used), 1), 0.)
 
     # ---- what documents hide: bounds of spans against places of keys, at one side of the span or at both
 

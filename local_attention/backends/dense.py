@@ -3,7 +3,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from . import PLAIN, Backend
+from . import PLAIN, Backend, portable
 from .dropout import keep_factors, seeded_rows
 from .spans import (FAINT, SELF_SCORE, bias_at, bias_entries, bounds_of, capped, hashes, in_order, in_prefix,
                     offset_products, softened, spans, with_sinks, without_padding)
@@ -62,7 +62,7 @@ def run(constants, q, k, v, tensors):
     if mask is not None:
         real = ops.cast(mask, ms.float32).reshape(-1, 1, problem.n_k)
         hidden = _per_group(real, k.shape[0]).swapaxes(1, 2) == 0
-        k, v = ops.masked_fill(k, hidden, 0.), ops.masked_fill(v, hidden, 0.)
+        k, v = portable.masked_fill(k, hidden, 0.), portable.masked_fill(v, hidden, 0.)
         seen = seen * _per_group(real, problem.groups)
     shape = (problem.groups, problem.n_q, problem.n_k)
     scores = capped(_by_key_head(q * scoring.scale, problem), k, scoring.softcap).reshape(shape)
@@ -77,7 +77,7 @@ def run(constants, q, k, v, tensors):
         by_offset = offset_products(asks, tensors["rel_pos_emb"]).reshape(problem.groups, -1)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
-        scores = ops.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)
+        scores = portable.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:
         weights = weights * keep_factors(seeded_rows(rows, tensors["seed"]), columns, scoring.dropout)

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from . import portable
 from .native.library import INT32, INT64, custom
 from .native.rows import made
 from .dropout import column_hash, keep_factors, row_hash, seeded_rows
@@ -58,11 +59,9 @@ def _found_bounds(segment_ids):
     after = ops.strided_slice(segment_ids, (0, 1), (0, 0), (1, 1), 1, 3)
     before = ops.strided_slice(segment_ids, (0, 0), (0, -1), (1, 1), 1, 1)
     changes = ops.cast(ops.not_equal(after, before), ms.int32)
-    number = ops.cumsum(ops.cat((ops.zeros((segment_ids.shape[0], 1), ms.int32), changes), 1), 1)
-    first = ops.cast(ops.searchsorted(number, number), ms.int32)
-    # one after this document; MindSpore 2.7.0 ignores `right=True`
-    end = ops.cast(ops.searchsorted(number, ops.add(number, 1)), ms.int32)
-    own = ops.sub(ops.cumsum(ops.ones_like(number), 1), 1)
+    changes = ops.cat((ops.zeros((segment_ids.shape[0], 1), ms.int32), changes), 1)
+    own = ops.sub(portable.cumsum(ops.ones_like(changes), 1), 1)
+    first, end = portable.run_bounds(changes, own)
     padding = ops.cast(ops.less(segment_ids, 0), ms.int32)
     first = ops.add(first, ops.mul(padding, ops.sub(own, first)))
     end = ops.add(end, ops.mul(padding, ops.sub(own, end)))
@@ -71,16 +70,16 @@ def _found_bounds(segment_ids):
 
 
 @constexpr
-def _counted(n, start):
-    return Tensor(np.arange(start, start + n, dtype=np.int32))
+def _numbered(batch, n):
+    """Return the number of each token among those of all rows, and that of its row's first."""
+    number = np.arange(batch * n, dtype=np.int32)
+    return Tensor(number), Tensor(number // n * n)
 
 
 def cu_bounds(cu_seqlens, batch, n):
     """Return `document_bounds` of documents given by their ends, counted over the rows laid end to end."""
-    ends = ops.cast(cu_seqlens, ms.int32)
-    after = _counted(batch * n, 1)  # the position after each
-    index = ops.clamp(ops.cast(ops.searchsorted(ends, after), ms.int32), 1, ends.shape[0] - 1)  # the first end there
-    row = ops.mul(ops.floor_divide(_counted(batch * n, 0), n), n)
+    ends, (number, row) = ops.cast(cu_seqlens, ms.int32), _numbered(batch, n)
+    index = ops.clamp(portable.count_up_to(ends, number), 1, ends.shape[0] - 1)  # the first end after each token
     first = ops.maximum(ops.sub(ops.gather(ends, ops.sub(index, 1), 0), row), 0)
     last = ops.minimum(ops.sub(ops.sub(ops.gather(ends, index, 0), row), 1), n - 1)
     return ops.stack((first, last), -1).reshape(batch, n, 2)
@@ -96,7 +95,7 @@ def spans(spec, positions, first, last):
     """Compute `WindowSpec.span` on tensors, cut at `first` and `last` of each position's document. Buckets count from
     its first."""
     place = positions - first
-    start = positions if spec.bucket == 1 else positions - place % spec.bucket
+    start = positions if spec.bucket == 1 else positions - portable.remainder(place, spec.bucket)
     low = ops.maximum(start - min(spec.backward, FAR), first)
     high = ops.minimum(start + min(spec.bucket - 1 + spec.forward, FAR), last)
     return low, ops.minimum(high, positions) if spec.causal else high
@@ -127,7 +126,7 @@ def bias_entries(problem, positions, keys, first, rows=None):
     """Compute `Problem.bias_index` on tensors; positions count from the first of each query's document. `rows` are the
     queries' own, for a bias that has one for each."""
     period, columns = problem.bias_period, problem.shape("bias")[-1]
-    place = (positions - first) % period
+    place = portable.remainder(positions - first, period)
     column = keys - (positions - place) + problem.spec.backward
     return (rows if problem.bias_rows else place) * columns + ops.clamp(column, 0, columns - 1)
 
@@ -158,7 +157,7 @@ def in_order(seen, order, positions, keys):
 def without_padding(q, mask, documents, offset):
     """Return q with zeros where queries are padding, whatever they hold, and a mask that hides padding too."""
     queries = documents[:, offset:offset + q.shape[1]]  # slices the bounds, because Ascend cannot slice bool
-    q = ops.masked_fill(q, repeated(ops.logical_not(real(queries)), q.shape[0]), 0.)
+    q = portable.masked_fill(q, repeated(portable.logical_not(real(queries)), q.shape[0]), 0.)
     return q, merge_masks(mask, real(documents))
 
 
@@ -174,7 +173,7 @@ def merge_masks(mask, other):
 def sees_something(mask, first, after):
     """Whether there is a real key at `first` or later, but before `after`, for each query: bool `(batch, n_q)`; places
     are `(n_q,)` or `(batch, n_q)`."""
-    count = ops.cumsum(ops.cast(mask, ms.float32), 1)
+    count = portable.cumsum(ops.cast(mask, ms.float32), 1)
     count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
     if len(first.shape) == 1:
         return ops.gather(count, after, 1) > ops.gather(count, first, 1)
@@ -216,7 +215,7 @@ def offset_products(q, emb):
     """Return the products of queries `(..., d)` and embeddings `(offsets, d)`. A NaN in an embedding makes its own
     products NaN, but not the gradient of a query that does not use it: 0 times NaN is NaN."""
     missing = ops.stop_gradient(ops.mul(emb, 0.))  # 0, or NaN
-    emb = ops.masked_fill(emb, ops.not_equal(missing, 0.), 0.)
+    emb = portable.masked_fill(emb, ops.not_equal(missing, 0.), 0.)
     return ops.add(ops.matmul(q, emb.T), missing.sum(-1))
 
 
@@ -226,12 +225,12 @@ def softened(scores, seen):
 
     Not `ops.softmax`: outside a graph, MindSpore keeps its gradient over a single key and reuses it for other lengths.
     """
-    scores = ops.masked_fill(scores, seen == 0, HIDDEN)
+    scores = portable.masked_fill(scores, seen == 0, HIDDEN)
     top = ops.stop_gradient(ops.amax(scores, -1, keepdims=True))
     weights = ops.exp(scores - top) * seen * ops.cast(top > FAINT, ms.float32)  # a bias may hide all that is seen
     total = weights.sum(-1, keepdims=True)
     nothing = ops.cast(total == 0, ms.float32)
-    lse = ops.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
+    lse = portable.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
     return weights / (total + nothing), lse[..., 0]
 
 
@@ -244,7 +243,7 @@ def merged(outs, lses):
     top = lses[0]
     for lse in lses[1:]:
         top = ops.maximum(top, lse)
-    top = ops.stop_gradient(ops.masked_fill(top, top == float("-inf"), 0.))
+    top = ops.stop_gradient(portable.masked_fill(top, top == float("-inf"), 0.))
     shares, total = [], 0.
     for lse in lses:
         share = ops.exp(lse - top)
@@ -254,7 +253,7 @@ def merged(outs, lses):
     out = 0.
     for index in range(len(outs)):
         out = out + ops.cast(outs[index], ms.float32) * (shares[index] / (total + nothing))[..., None]
-    return ops.cast(out, outs[0].dtype), ops.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
+    return ops.cast(out, outs[0].dtype), portable.masked_fill(top + ops.log(total + nothing), total == 0, float("-inf"))
 
 
 def finished(problem, q, k, v, out, lse, mask, tensors):
@@ -319,7 +318,7 @@ def _prefix(problem, q, k, v, mask, documents, order, seed):
     groups = key_groups * share
     scores = scores.reshape(groups, n_q, count)
     if scoring.hide_self:
-        scores = ops.masked_fill(scores, positions == keys, SELF_SCORE)
+        scores = portable.masked_fill(scores, positions == keys, SELF_SCORE)
     seen = ops.cast(seen, ms.float32)
     seen = ops.tile(ops.expand_dims(seen, 1), (1, groups // seen.shape[0], 1, 1)).reshape(groups, n_q, count)
     weights, lse = softened(scores, seen)

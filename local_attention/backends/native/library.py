@@ -17,6 +17,7 @@ HALVES = DataType.F16_Default, DataType.BF16_Default
 # What a call of attention takes and returns, in the kernel's order, and its numbers, which are sent in that order.
 INPUTS = {"q": FLOATS, "k": FLOATS, "v": FLOATS, "mask": BOOLS, "documents": INT32, "order": INT32, "bias": FLOATS,
           "sinks": FLOATS, "rel_pos_emb": FLOATS, "rel_pos_query": FLOATS, "seed": INT32, "numbers": INT64}
+EXPORTERS = {"mindspore.train.serialization": "MINDIR", "mindspore.onnx.onnx_export": "ONNX"}
 OF_Q = "q", "k", "v", "out", "dout", "dq", "dk", "dv"  # these may be of two bytes, all alike; other floats are float32
 RESULTS, RECEIVED = ("out", "statistics", "lse"), ("out", "statistics", "dout", "dlse")
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsinks", "drel_pos_emb", "drel_pos_query")
@@ -102,12 +103,14 @@ def machine_level():
 
 
 def exporting():
-    """Whether the caller is being exported, to machines without this library. A graph does not show it, but
-    `mindspore.export` is then among the callers."""
+    """Return the format that the caller is being exported to, for machines without this library, None if it is not. A
+    graph does not show it, but MindSpore's `export` is then among the callers."""
     frame = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != "mindspore.train.serialization":
+    while frame is not None and frame.f_globals.get("__name__") not in EXPORTERS:
         frame = frame.f_back
-    return frame is not None
+    if frame is None:
+        return None
+    return "ONNX" if frame.f_code.co_name == "_save_onnx" else EXPORTERS[frame.f_globals["__name__"]]
 
 
 def unavailable(device):
