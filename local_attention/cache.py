@@ -24,6 +24,7 @@ from mindspore.ops import constexpr
 from . import checks
 from .attend import Frame, attend, beside
 from .cells import Float32
+from .backends import portable
 from .backends.native.library import FLOATS, INT32, INT64, custom
 from .backends.native.rows import made, row_numbers
 from .backends.spans import HIDDEN
@@ -347,7 +348,7 @@ def _kept(x, m, prefix, rows):
     if prefix == 0:
         return _slice(x, (0, m, 0), (groups, total - m, head_dim))
     place, fed = _range(0, prefix)[None], rows[:, None]
-    place = ops.where(place < fed, place, ops.minimum(place - fed + (total - m), total - 1))
+    place = ops.where(place < fed, place, portable.minimum(place - fed + (total - m), total - 1))
     return _at(x, _beside(place, _range(prefix + m, total)[None]))
 
 
@@ -360,9 +361,9 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
     dtype, last = q.dtype, recent(windows) - 1
     ages = (_range(last, -1, -1) if ages is None else ages)[None]
     position = position[:, None]
-    place = position % windows.size  # the place of the query in its window
+    place = portable.remainder(position, windows.size)  # the place of the query in its window
     reach = last if windows.exact else windows.backward + place
-    unseen = ages > ops.minimum(position, reach)
+    unseen = ages > portable.minimum(position, reach)
     if windows.prefix > 0:
         unseen = ops.cat((_range(0, windows.prefix)[None] >= position - reach, unseen), 1)
     if attn.use_xpos:
@@ -371,8 +372,8 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
         k = attn.rel_pos.rotate(k, 0, (last // 2, -1))
     if attn_bias is not None:
         _, period, columns = attn_bias.shape
-        row = place % period
-        column = ops.clamp(row + windows.backward - ages, 0, columns - 1)
+        row = portable.remainder(place, period)
+        column = portable.clamp(row + windows.backward - ages, 0, columns - 1)
         attn_bias = ops.gather(attn_bias.reshape(attn_bias.shape[0], -1), row * columns + column, 1)
         attn_bias = attn_bias.swapaxes(0, 1).reshape(-1, last + 1)
     if position.shape[0] > 1 or attn_bias is not None:
@@ -410,12 +411,12 @@ def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     windows, m, total = attn.windows, q.shape[1], k.shape[1]
     dtype, prefix, kept = q.dtype, windows.prefix, total - windows.prefix - m
     before = -(-prefix // windows.size) * windows.size + windows.backward
-    index, place = _range(0, before + windows.size - 1 + m), position % windows.size
-    own = ops.minimum(position, before + place)  # the place of the first new token
-    last = index >= own - ops.minimum(ops.minimum(position, windows.backward + place), kept)
+    index, place = _range(0, before + windows.size - 1 + m), portable.remainder(position, windows.size)
+    own = portable.minimum(position, before + place)  # the place of the first new token
+    last = index >= own - portable.minimum(portable.minimum(position, windows.backward + place), kept)
     real = index < ops.where(last, own + m, prefix)
-    keys = ops.clamp(ops.where(last, index + (total - m - own), index), 0, total - 1)
-    q, k, v = ops.gather(q, ops.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
+    keys = portable.clamp(ops.where(last, index + (total - m - own), index), 0, total - 1)
+    q, k, v = ops.gather(q, portable.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
     tensors = beside(mask=ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn.seed())

@@ -5,6 +5,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks
+from .backends import portable
 from .backends.any_length import unknown
 from .cache import (MOST_KEPT, attend_cached, attend_in_place, capacity, check_form, checked_cache, entered,
                     first_cache, form, fused_entry)
@@ -46,13 +47,15 @@ def checked_block(owner, dim, x, mask, return_cache):
 
 @constexpr
 def _distances(owner, i, j, after):
-    """Return every distance, as a column, and the index of the distance of each query and key, flattened."""
+    """Return every distance, as a column; the index of the distance of each query and key, flattened; and where queries
+    and keys are."""
     checks.positive_int(owner, "i", i)
     if checks.positive_int(owner, "j", j) < i:
         raise checks.value_error(owner, "j", f"at least i ({i})", j)
     checks.non_negative_int(owner, "after", after)
     apart = np.abs(np.arange(j - i, j)[:, None] - np.arange(j + after))
-    return Tensor(np.arange(apart.max() + 1, dtype=np.float32)[:, None]), Tensor(apart.reshape(-1).astype(np.int32))
+    return (Tensor(np.arange(apart.max() + 1, dtype=np.float32)[:, None]), Tensor(apart.reshape(-1).astype(np.int32)),
+            Tensor(np.arange(j - i, j, dtype=np.int32)[:, None]), Tensor(np.arange(j + after, dtype=np.int32)[None]))
 
 
 class DynamicPositionBias(nn.Cell):
@@ -96,7 +99,9 @@ class DynamicPositionBias(nn.Cell):
 
     def construct(self, i, j, after=0):
         """Compute the bias of `i` queries and `j + after` keys. The class describes it."""
-        distances, index = _distances(self.cls_name, i, j, after)
+        distances, index, queries, keys = _distances(self.cls_name, i, j, after)
+        if portable.exporting():  # a file should hold no number for each pair
+            index = ops.abs(ops.sub(queries, keys)).reshape(-1)
         return ops.gather(self.mlp(distances).swapaxes(0, 1), index, 1).reshape(-1, i, j + after)
 
 

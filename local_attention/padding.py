@@ -19,7 +19,7 @@ def _leading(mask):
 def first_real(group, mask):
     """Return the place of each row's first real token in the whole sequence, `(b, 1)`; past its end if there is
     none."""
-    first = _leading(mask).sum(1, keepdims=True)
+    first = portable.count(_leading(mask))
     if group is None or group.size == 1:
         return first
     n = mask.shape[1]
@@ -70,9 +70,9 @@ none_leading = constexpr(lru_cache(maxsize=64)(_NoneLeading))
 def orders(mask):
     """Return two orders of the tokens of a batch, as `moved` takes them: one moves what comes before the first real
     token of each row behind all others, and one undoes this."""
-    first = _leading(mask).sum(1, keepdims=True)
-    places = ops.arange(0, mask.shape[1], 1)[None]
-    starts = ops.arange(0, mask.shape[0], 1)[:, None] * mask.shape[1]
+    first = portable.count(_leading(mask))
+    places = portable.arange(0, mask.shape[1], 1)[None]
+    starts = portable.arange(0, mask.shape[0], 1)[:, None] * mask.shape[1]
     return (portable.remainder(places + first, mask.shape[1]) + starts,
             portable.remainder(places - first, mask.shape[1]) + starts)
 

@@ -13,6 +13,7 @@ from mindspore.ops import constexpr
 
 from . import checks
 from .cells import Float32, InFloat32, last
+from .backends import portable
 from .backends.native.library import FLOATS, INT32, INT64, custom
 from .backends.native.rows import made, row_numbers
 from .backends.any_length import unknown
@@ -123,7 +124,7 @@ class SinusoidalEmbeddings(nn.Cell):
         `(first + step * r) / scale_base`.
         """
         power = None if xpos_power is None else (xpos_power[0] / self.scale_base, xpos_power[1] / self.scale_base)
-        if unknown(x.shape):
+        if unknown(x.shape) or portable.exporting():  # tables of x's shape would be larger than the weights
             return _rotation_of_any(self.frequencies, x.shape[-2], start, power)(x)
         far = start + x.shape[-2] >= 2**31  # the kernel's positions are int32
         fused = None if far or xpos_power is not None else _fused_rotation(self.frequencies)

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, padding, parallel
+from .backends import portable
 from .backends.any_length import unknown
 from .backends.spans import document_bounds
 from .cache import capacity, form
@@ -268,7 +269,7 @@ class Stack(nn.Cell):
         if segment_ids is not None:
             places = places - document_bounds(segment_ids)[..., 0]
         if first is not None:
-            places = ops.maximum(places - first, 0)
+            places = portable.maximum(places - first, 0)
         return self.token_emb(x) + self.pos_emb(places)
 
     def _biases(self):

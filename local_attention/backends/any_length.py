@@ -88,22 +88,23 @@ def run(constants, q, k, v, tensors):
     base = 0
     if rows is None:
         rows, blocks = offset + n_q, 1
-        queries, keys = ops.arange(0, offset + n_q, 1), ops.arange(0, n_k, 1)
+        queries, keys = portable.arange(0, offset + n_q, 1), portable.arange(0, n_k, 1)
     else:
         base = offset // unit * unit
         blocks = (offset - base + n_q + rows - 1) // rows
-    starts = base + ops.arange(0, blocks * rows, rows).reshape(-1, 1)
+    starts = base + portable.arange(0, blocks * rows, rows).reshape(-1, 1)
     positions, places = starts + queries[None], starts + keys[None]  # (blocks, rows) and (blocks, width)
     width = keys.shape[0]
-    taken, key_index = ops.clamp(positions - offset, 0, n_q - 1).reshape(-1), ops.clamp(places, 0, n_k - 1).reshape(-1)
+    taken, key_index = portable.clamp(positions - offset, 0, n_q - 1).reshape(-1), portable.clamp(places, 0, n_k - 1).reshape(-1)
 
     first, last = 0, n_k - 1
     if documents is not None:
-        first, last = bounds_of(documents, ops.clamp(positions, 0, n_k - 1).reshape(-1))
+        first, last = bounds_of(documents, portable.clamp(positions, 0, n_k - 1).reshape(-1))
         first, last = first.reshape(-1, blocks, rows), last.reshape(-1, blocks, rows)
     seen = in_span(spec, positions[None], places[None, :, None], first, last)
     if tensors["order"] is not None:
-        seen = in_order(seen, tensors["order"], ops.clamp(positions, 0, n_k - 1), ops.clamp(places, 0, n_k - 1))
+        seen = in_order(seen, tensors["order"], portable.clamp(positions, 0, n_k - 1),
+                        portable.clamp(places, 0, n_k - 1))
     if mask is not None:
         seen = ops.logical_and(seen, ops.gather(mask, key_index, 1).reshape(-1, blocks, 1, width))
     seen = ops.cast(seen, ms.float32)  # (batch, blocks, rows, width)
@@ -116,20 +117,21 @@ def run(constants, q, k, v, tensors):
         scores = _with_bias(problem, scores, bias, queries, keys, positions, places, first, offset)
     if rel_pos_emb is not None:
         offsets = rel_pos_emb.shape[0]
-        apart = ops.clamp(keys[None] - queries[:, None] + spec.backward, 0, offsets - 1)
+        apart = portable.clamp(keys[None] - queries[:, None] + spec.backward, 0, offsets - 1)
         index = (queries[:, None] * offsets + apart).reshape(-1)
         asks = blocked_q if asks is None else _blocked(asks, taken, share, blocks)
         by_offset = offset_products(asks.reshape(-1, head_dim), rel_pos_emb).reshape(-1, rows * offsets)
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
         scores = scores.reshape(-1, rows, width)
-        scores = portable.masked_fill(scores, ops.logical_and(queries[:, None] == keys[None], scores > FAINT), SELF_SCORE)
+        itself = ops.logical_and(queries[:, None] == keys[None], scores > FAINT)
+        scores = portable.masked_fill(scores, itself, SELF_SCORE)
     seen = seen.reshape(-1, 1, blocks, 1, rows, width)
     weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
     if scoring.dropout > 0:
         weights = weights * _kept(problem, tensors["seed"], taken, key_index, blocks, rows).reshape(weights.shape)
     out = ops.bmm(weights.reshape(-1, share * rows, width), blocked_v)
-    back = ops.arange(0, n_q, 1) + (offset - base)
+    back = portable.arange(0, n_q, 1) + (offset - base)
     out = _in_order(out.reshape(key_groups, blocks, share, rows * v_width), share, groups, v_width, back)
     lse = _in_order(lse.reshape(key_groups, blocks, share, rows), share, groups, 1, back)[..., 0]
     return finished(problem, q, k, v, out, lse, mask, tensors)
@@ -150,7 +152,7 @@ def _with_bias(problem, scores, bias, queries, keys, positions, places, first, o
     """Add a bias to scores `(key groups * blocks, share * rows, width)`."""
     share, blocks, rows, width = problem.per_key_head, positions.shape[0], queries.shape[0], keys.shape[0]
     if problem.bias_rows:
-        row = ops.clamp(positions - offset, 0, bias.shape[2] - 1)[None, ..., None]
+        row = portable.clamp(positions - offset, 0, bias.shape[2] - 1)[None, ..., None]
         first = 0 if not problem.has("documents") else first[..., None]
         entries = bias_entries(problem, positions[None, ..., None], places[None, :, None], first, row)
         entries = entries.reshape(-1, blocks * rows * width)

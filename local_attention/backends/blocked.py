@@ -63,7 +63,7 @@ def run(constants, q, k, v, tensors):
         return any_length.run(others, q, k, v, tensors)
     mask, documents, bias = tensors["mask"], tensors["documents"], tensors["bias"]
     low, high = None, None
-    tiles, emb, veil = blocks.masks, ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
+    tiles, emb, veil = blocks.tiles(), ops.zeros((1, q.shape[-1]), ms.float32), ops.zeros((1,), ms.float32)
     ends, places, first, after = veil, veil, blocks.first, blocks.after
     if documents is not None:
         queries = documents[:, problem.offset:problem.offset + problem.n_q]
@@ -71,7 +71,7 @@ def run(constants, q, k, v, tensors):
         mask = merge_masks(mask, real(documents))
         low, high = spans(problem.spec, blocks.positions, *bounds_of(documents, blocks.positions))
         ends, places = blocks.ends(low, high), blocks.places(mask)
-        first, after = low, ops.maximum(ops.add(high, 1), low)
+        first, after = low, portable.maximum(ops.add(high, 1), low)
     if mask is not None:  # masked keys become zeros, whatever they hold, and get a score that hides them
         hidden = repeated(portable.logical_not(mask), k.shape[0])
         everywhere = _everywhere(hidden, k)
@@ -90,7 +90,7 @@ def run(constants, q, k, v, tensors):
             emb = ops.cat((emb, ops.zeros((emb.shape[0], 1), ms.float32)), -1)
     by_head = key_heads(problem)
     if bias is not None:
-        bias = _gather(bias.reshape(problem.heads, -1), blocks.bias_index, 1)
+        bias = _gather(bias.reshape(problem.heads, -1), blocks.bias_places(), 1)
         tiles = blocks.plus_row(bias, tiles.reshape(-1))
         outer = k.shape[0] // by_head
         block_q, block_k = _swap(block_q, outer, by_head), _swap(block_k, outer, by_head)
@@ -276,7 +276,8 @@ class Blocks(Layout):
             slope, scores = ops.sub(1., ops.square(share)), ops.mul(share, self.softcap)
         if self.problem.has("rel_pos_emb"):
             by_offset = _matmul_transpose_b(query.reshape(-1, query.shape[-1]), emb)
-            by_offset = _offsets_to_keys(by_offset.reshape(-1, step.rows, emb.shape[0]), step)
+            by_offset = by_offset.reshape(-1, step.rows, emb.shape[0])
+            by_offset = self._shifted(by_offset, step) if portable.exporting() else _offsets_to_keys(by_offset, step)
             scores = ops.add(scores, by_offset.reshape(scores.shape))
         scores = self._plus(scores, row)
         return scores if veil is None else ops.add(scores, veil), slope

@@ -10,7 +10,7 @@ from ..plan import make_plan
 from ..spec import WindowSpec
 from . import portable
 from .dropout import column_hash, row_hash, seeded_rows
-from .spans import HIDDEN, SELF_SCORE, sees_something
+from .spans import HIDDEN, SELF_SCORE, bias_entries, sees_something
 
 SCORES_AT_ONCE = 2**21  # 8 MiB of float32: enough to keep a matmul busy, little compared with a long sequence
 GATHERED_AT_ONCE = 2**24  # elements of gathered keys; all of their gradients exist before they are summed
@@ -100,6 +100,7 @@ class Layout(nn.Cell):
         self.parts_of_entry = max(1, self.parts // max(1, problem.rows("documents")))
         sizes = [run.visible.size for run in self.runs]
         self.tile_ranges = tuple(zip(np.cumsum([0] + sizes).tolist(), sizes))
+        self.patterns = tuple(self._pattern(run) for run in self.runs)
         self.masks = Tensor(np.concatenate([self._mask(run).reshape(-1) for run in self.runs])[None])
 
         order = np.concatenate([run.queries.reshape(-1) for run in self.runs])
@@ -129,6 +130,42 @@ class Layout(nn.Cell):
             group, position = problem.frame.origin
             queries = np.arange(problem.n_q) + problem.offset
             self.row_hash = Tensor(row_hash(groups + group, queries + position)[..., None])
+
+    def tiles(self):
+        """Return `masks`; in an export computed where it runs, because a file should hold no number for each score."""
+        if not portable.exporting():
+            return self.masks
+        tiles = []
+        for queries, first, last, keys in self.patterns:
+            outside = ops.cast(ops.logical_or(ops.less(keys, first), ops.greater(keys, last)), ms.float32)
+            tile = ops.mul(outside, HIDDEN)
+            if self.problem.scoring.hide_self:
+                tile = ops.add(tile, ops.mul(ops.cast(ops.equal(queries, keys), ms.float32), SELF_SCORE))
+            tiles.append(tile.reshape(1, -1))
+        return self._cat(tiles, 1)
+
+    def bias_places(self):
+        """Return `bias_index`, in an export likewise."""
+        if not portable.exporting():
+            return self.bias_index
+        places = []
+        for queries, _, _, keys in self.patterns:
+            places.append(bias_entries(self.problem, queries, keys, 0).reshape(-1))
+        return self._cat(places, 0)
+
+    def _shifted(self, x, step):
+        """Return what blocked.py's `_offsets_to_keys` does, in an export: by an index in place of constants."""
+        offsets = x.shape[-1]
+        rows = portable.arange(0, step.rows, 1).reshape(-1, 1)
+        columns = portable.arange(0, step.width, 1).reshape(1, -1)
+        index = ops.add(ops.mul(rows, offsets), portable.clamp(columns - rows + step.shift, 0, offsets - 1))
+        return _gather(x.reshape(x.shape[0], -1), index.reshape(-1), 1).reshape(-1, step.rows, step.width)
+
+    def _pattern(self, run):
+        """Return positions of queries, the first and the last key of each, and keys, of a block."""
+        positions = run.queries[0] + self.problem.offset
+        columns = [_int32(x).reshape(-1, 1) for x in (positions, *planned(self.problem).span(positions))]
+        return *columns, _int32(run.keys[0]).reshape(1, -1)
 
     def _mask(self, run):
         mask = np.where(run.visible, 0, HIDDEN).astype(np.float32)

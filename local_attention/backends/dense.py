@@ -40,24 +40,32 @@ def _offset_index(problem, queries, keys):
     return Tensor((queries - problem.offset) * offsets + row)
 
 
+def _offset_places(queries, keys, spec):
+    """Compute `_offset_index` on tensors; both count from the first query."""
+    offsets = spec.backward + 1 + spec.forward
+    return (queries * offsets + portable.clamp(keys - queries + spec.backward, 0, offsets - 1))[0]
+
+
 def run(constants, q, k, v, tensors):
     """Compute `out[i] = sum_j softmax_j(score of q[i], k[j]) * v[j]` over the keys `j` that query `i` sees."""
     problem, queries, keys, seen, is_self, bias_index, offset_index, rows, columns = constants
     mask, documents, order, bias = tensors["mask"], tensors["documents"], tensors["order"], tensors["bias"]
-    spec, scoring, first, asks = problem.spec, problem.scoring, 0, tensors["rel_pos_query"]
+    spec, scoring, asks = problem.spec, problem.scoring, tensors["rel_pos_query"]
+    first, last, spans_are_made = 0, problem.n_k - 1, documents is not None or portable.exporting()
     if documents is not None:
         if asks is not None:
             asks, _ = without_padding(asks, mask, documents, problem.offset)
         q, mask = without_padding(q, mask, documents, problem.offset)
         first, last = bounds_of(documents, queries.reshape(-1))
         first, last = first.expand_dims(-1), last.expand_dims(-1)
+    if spans_are_made:  # a file should hold no number for each pair
         low, high = spans(spec, queries, first, last)
         seen = ops.logical_and(keys >= low, keys <= high)
         if spec.prefix > 0:
             seen = ops.logical_or(seen, in_prefix(spec, queries, keys, first, last))
     if order is not None:
-        seen = in_order(seen > 0 if documents is None else seen, order, queries.reshape(-1), keys.reshape(-1))
-    if documents is not None or order is not None:
+        seen = in_order(seen if spans_are_made else seen > 0, order, queries.reshape(-1), keys.reshape(-1))
+    if spans_are_made or order is not None:
         seen = _per_group(ops.cast(seen, ms.float32), problem.groups)
     if mask is not None:
         real = ops.cast(mask, ms.float32).reshape(-1, 1, problem.n_k)
@@ -67,7 +75,7 @@ def run(constants, q, k, v, tensors):
     shape = (problem.groups, problem.n_q, problem.n_k)
     scores = capped(_by_key_head(q * scoring.scale, problem), k, scoring.softcap).reshape(shape)
     if bias is not None:
-        if documents is not None:  # each batch entry has its own
+        if spans_are_made:  # each batch entry has its own
             bias_index = bias_entries(problem, queries, keys, first, queries - problem.offset)
         bias = bias_at(bias, bias_index.reshape(bias_index.shape[0], -1)).expand_dims(1)
         scores = scores.reshape(bias.shape[0], -1, bias.shape[2], problem.n_q * problem.n_k)
@@ -75,8 +83,12 @@ def run(constants, q, k, v, tensors):
     if tensors["rel_pos_emb"] is not None:
         asks = q if asks is None else asks
         by_offset = offset_products(asks, tensors["rel_pos_emb"]).reshape(problem.groups, -1)
+        if portable.exporting():
+            offset_index = _offset_places(queries - problem.offset, keys - problem.offset, spec)
         scores = scores + ops.gather(by_offset, offset_index, 1)
     if scoring.hide_self:
+        if portable.exporting():
+            is_self = ops.equal(queries, keys)
         scores = portable.masked_fill(scores, ops.logical_and(is_self, scores > FAINT), SELF_SCORE)
     weights, lse = softened(scores, seen)
     if scoring.dropout > 0:

@@ -7,7 +7,7 @@ grows faster than the sequence.
 import sys
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import Tensor, ops
 from mindspore.ops import constexpr
 
 from .native import library
@@ -35,8 +35,50 @@ def rsqrt(x):
 
 
 def remainder(x, divisor):
-    """Return what is left of integers, not negative."""
-    return x - x // divisor * divisor if exporting() else x % divisor
+    """Return the remainder of integers below 2**24, not negative."""
+    if not exporting():
+        return x % divisor
+    whole = ops.floor(_real_div(ops.cast(x, ms.float32), float(divisor)))
+    return ops.sub(x, ops.mul(ops.cast(whole, x.dtype), divisor))
+
+
+def maximum(x, y):
+    """Return the larger of integers."""
+    if not (exporting() and isinstance(x, Tensor)):
+        return ops.maximum(x, y)
+    y = ops.cast(y, x.dtype)
+    return ops.where(ops.greater(x, y), x, y)
+
+
+def minimum(x, y):
+    """Return the smaller of integers."""
+    if not (exporting() and isinstance(x, Tensor)):
+        return ops.minimum(x, y)
+    y = ops.cast(y, x.dtype)
+    return ops.where(ops.less(x, y), x, y)
+
+
+def clamp(x, low, high):
+    """Return integers, none below `low` or above `high`."""
+    return minimum(maximum(x, low), high) if exporting() else ops.clamp(x, low, high)
+
+
+def arange(start, stop, step):
+    """Return integers, in an export of the type of all others: ONNX compares no two types."""
+    numbers = ops.arange(start, stop, step)
+    return ops.cast(numbers, ms.int32) if exporting() else numbers
+
+
+def count(x):
+    """Return the sums of `x (b, n)`, which is 0 or 1, as a column."""
+    if exporting():
+        return ops.cast(ops.cast(x, ms.float32).sum(1, keepdims=True), ms.int32)
+    return x.sum(1, keepdims=True)
+
+
+def zeros_like(x):
+    """Return zeros of x's shape, or in an export, a zero that broadcasts to it."""
+    return ops.zeros((1,) * x.ndim, x.dtype) if exporting() else ops.zeros_like(x)
 
 
 def gelu(x):
@@ -64,8 +106,8 @@ def run_bounds(changes, own):
         n = changes.shape[1]
         nothing = ops.full((changes.shape[0], 1), n, dtype=changes.dtype)
         after = ops.add(ops.mul(changes, ops.sub(own, n)), n)  # n if another one's run does not begin here
-        return (running(ops.mul(changes, own), ops.maximum, 0),
-                running(ops.cat((after[:, 1:], nothing), 1), ops.minimum, n, backward=True))
+        return (running(ops.mul(changes, own), maximum, 0),
+                running(ops.cat((after[:, 1:], nothing), 1), minimum, n, backward=True))
     number = ops.cumsum(changes, 1)
     first = ops.cast(ops.searchsorted(number, number), ms.int32)
     # MindSpore 2.7.0 ignores `right=True`

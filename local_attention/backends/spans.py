@@ -96,9 +96,9 @@ def spans(spec, positions, first, last):
     its first."""
     place = positions - first
     start = positions if spec.bucket == 1 else positions - portable.remainder(place, spec.bucket)
-    low = ops.maximum(start - min(spec.backward, FAR), first)
-    high = ops.minimum(start + min(spec.bucket - 1 + spec.forward, FAR), last)
-    return low, ops.minimum(high, positions) if spec.causal else high
+    low = portable.maximum(start - min(spec.backward, FAR), first)
+    high = portable.minimum(start + min(spec.bucket - 1 + spec.forward, FAR), last)
+    return low, portable.minimum(high, positions) if spec.causal else high
 
 
 def in_span(spec, positions, keys, first, last):
@@ -118,8 +118,8 @@ def reach(problem):
 
 def in_prefix(spec, positions, keys, first, last):
     """Whether keys are in the prefix of the document that a query is in."""
-    end = ops.minimum(first + (min(spec.prefix, FAR) - 1), last)
-    return ops.logical_and(keys >= first, keys <= (ops.minimum(end, positions) if spec.causal else end))
+    end = portable.minimum(first + (min(spec.prefix, FAR) - 1), last)
+    return ops.logical_and(keys >= first, keys <= (portable.minimum(end, positions) if spec.causal else end))
 
 
 def bias_entries(problem, positions, keys, first, rows=None):
@@ -128,7 +128,7 @@ def bias_entries(problem, positions, keys, first, rows=None):
     period, columns = problem.bias_period, problem.shape("bias")[-1]
     place = portable.remainder(positions - first, period)
     column = keys - (positions - place) + problem.spec.backward
-    return (rows if problem.bias_rows else place) * columns + ops.clamp(column, 0, columns - 1)
+    return (rows if problem.bias_rows else place) * columns + portable.clamp(column, 0, columns - 1)
 
 
 def bias_at(bias, entries):
@@ -142,7 +142,7 @@ def bias_at(bias, entries):
     if batch == 1:
         return ops.gather(bias.reshape(heads, -1), entries.reshape(-1), 1).reshape(heads, rows, -1).swapaxes(0, 1)
     size = bias.shape[2] * bias.shape[3]
-    start = ops.arange(0, batch * heads * size, size).reshape(batch, heads, 1)
+    start = portable.arange(0, batch * heads * size, size).reshape(batch, heads, 1)
     return ops.gather(bias.reshape(-1), (start + entries.expand_dims(1)).reshape(-1), 0).reshape(batch, heads, -1)
 
 
@@ -177,7 +177,7 @@ def sees_something(mask, first, after):
     count = ops.cat((ops.zeros((count.shape[0], 1), ms.float32), count), 1)
     if len(first.shape) == 1:
         return ops.gather(count, after, 1) > ops.gather(count, first, 1)
-    rows = ops.arange(0, count.shape[0] * count.shape[1], count.shape[1]).reshape(-1, 1)
+    rows = portable.arange(0, count.shape[0] * count.shape[1], count.shape[1]).reshape(-1, 1)
     count = count.reshape(-1)
     found = ops.gather(count, (rows + after).reshape(-1), 0) > ops.gather(count, (rows + first).reshape(-1), 0)
     return found.reshape(first.shape)
@@ -276,7 +276,7 @@ def with_sinks(problem, out, lse, sinks):
         by_head = lse.reshape(-1, problem.rows("sinks"), lse.shape[-1])
         sinks = ops.zeros_like(by_head) + sinks.reshape(1, -1, 1)
     sinks = sinks.reshape(lse.shape)
-    return merged((out, ops.zeros_like(out)), (lse, sinks))
+    return merged((out, portable.zeros_like(out)), (lse, sinks))
 
 
 def _prefix(problem, q, k, v, mask, documents, order, seed):
@@ -285,8 +285,8 @@ def _prefix(problem, q, k, v, mask, documents, order, seed):
     n_q, n_k, key_groups = q.shape[1], k.shape[1], k.shape[0]
     offset = n_k - n_q if problem.offset is None else problem.offset
     count = spec.prefix if problem.n_k is None else min(spec.prefix, problem.n_k)
-    positions, first, last = ops.arange(0, n_q, 1) + offset, 0, n_k - 1
-    keys = ops.arange(0, count, 1).reshape(1, 1, -1)
+    positions, first, last = portable.arange(0, n_q, 1) + offset, 0, n_k - 1
+    keys = portable.arange(0, count, 1).reshape(1, 1, -1)
     if documents is not None:
         first, last = bounds_of(documents, positions)
         first, last = first.expand_dims(-1), last.expand_dims(-1)
@@ -294,7 +294,7 @@ def _prefix(problem, q, k, v, mask, documents, order, seed):
     positions = positions.reshape(1, -1, 1)
     low, high = spans(spec, positions, first, last)
     seen = ops.logical_and(in_prefix(spec, positions, keys, first, last), ops.logical_or(keys < low, keys > high))
-    index = ops.clamp(keys, 0, n_k - 1)  # (1, 1, count), or with documents (batch, n_q, count)
+    index = portable.clamp(keys, 0, n_k - 1)  # (1, 1, count), or with documents (batch, n_q, count)
     if order is not None and documents is None:
         seen = in_order(seen, order, positions.reshape(-1), index.reshape(-1))
     elif order is not None:
@@ -307,7 +307,7 @@ def _prefix(problem, q, k, v, mask, documents, order, seed):
             seen = ops.logical_and(seen, ops.expand_dims(ops.gather(mask, index.reshape(-1), 1), 1))
     else:
         batch = documents.shape[0]
-        rows = index[:, None] + (ops.arange(0, key_groups, 1) * n_k).reshape(batch, -1, 1, 1)
+        rows = index[:, None] + (portable.arange(0, key_groups, 1) * n_k).reshape(batch, -1, 1, 1)
         k = ops.gather(k.reshape(-1, head_dim), rows.reshape(-1), 0).reshape(-1, count, head_dim)
         v = ops.gather(v.reshape(-1, width), rows.reshape(-1), 0).reshape(-1, count, width)
         q = q.reshape(key_groups, share, n_q, head_dim).swapaxes(1, 2).reshape(-1, share, head_dim)
@@ -338,7 +338,7 @@ def _at_rows(x, index):
     batch, n = index.shape[0], x.shape[1]
     rows = index
     if x.shape[0] > 1:
-        rows = index + (ops.arange(0, batch, 1) * n).reshape((batch,) + (1,) * (len(index.shape) - 1))
+        rows = index + (portable.arange(0, batch, 1) * n).reshape((batch,) + (1,) * (len(index.shape) - 1))
     return ops.gather(x.reshape(-1), rows.reshape(-1), 0).reshape(index.shape)
 
 
