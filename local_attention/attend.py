@@ -196,6 +196,11 @@ def refusals(problem):
 
 def choose(problem, backend=None):
     """Return the name of the backend that runs a problem: the requested one, else the first that can."""
+    if native.exporting() == "ONNX":
+        for there, rule in ((problem.any_length, "known lengths, one length for a file"),
+                            (problem.scoring.dropout > 0, "no dropout, as in evaluation")):
+            if there:
+                raise ValueError(f"For 'attend', a call that is exported to ONNX must have {rule}.")
     backend = backend or settings.backend
     if backend is None:
         for name, able in BACKENDS.items():

@@ -5,6 +5,7 @@ from mindspore import nn
 from mindspore.common.initializer import Normal
 
 from . import checks, generation
+from .export import ExportableStep
 from .generation import eval_decorator, top_k  # noqa: F401 - where upstream has it
 from .layers import GEGLU, FeedForward, LayerNorm  # noqa: F401 - likewise
 from .local_attention import default, exists, l2norm  # noqa: F401 - likewise
@@ -249,3 +250,22 @@ class LocalTransformer(Stack):
         """
         return generation.generate(self, prime, seq_len, temperature, filter_thres, use_kv_cache, mask, stop_token,
                                    callback)
+
+    def exportable_step(self, batch=1):
+        """
+        Return a Cell of one decoded token, for a model whose graph generates elsewhere: `mindspore.export` writes it as
+        ONNX and as MINDIR. Export it in evaluation; it has the weights of this model, not copies.
+
+        Args:
+            batch (int): The number of rows. Default: ``1`` .
+
+        Returns:
+            :class:`local_attention.export.ExportableStep`, from `(token, position, *rings)` to `(logits, *rings)`. Its
+            method `rings` returns the rings to start from.
+
+        Raises:
+            TypeError: If `batch` is not an int.
+            ValueError: If `batch` is not positive, or the model has no tokens, is not causal, or has another global
+                layer than :class:`LocalMHA`.
+        """
+        return ExportableStep(self, batch)

@@ -95,7 +95,8 @@ def run(constants, q, k, v, tensors):
     starts = base + portable.arange(0, blocks * rows, rows).reshape(-1, 1)
     positions, places = starts + queries[None], starts + keys[None]  # (blocks, rows) and (blocks, width)
     width = keys.shape[0]
-    taken, key_index = portable.clamp(positions - offset, 0, n_q - 1).reshape(-1), portable.clamp(places, 0, n_k - 1).reshape(-1)
+    taken = portable.clamp(positions - offset, 0, n_q - 1).reshape(-1)
+    key_index = portable.clamp(places, 0, n_k - 1).reshape(-1)
 
     first, last = 0, n_k - 1
     if documents is not None:
@@ -124,8 +125,8 @@ def run(constants, q, k, v, tensors):
         scores = scores + ops.gather(by_offset, index, 1).reshape(-1, share * rows, width)
     if scoring.hide_self:
         scores = scores.reshape(-1, rows, width)
-        itself = ops.logical_and(queries[:, None] == keys[None], scores > FAINT)
-        scores = portable.masked_fill(scores, itself, SELF_SCORE)
+        own = ops.logical_and(queries[:, None] == keys[None], scores > FAINT)
+        scores = portable.masked_fill(scores, own, SELF_SCORE)
     seen = seen.reshape(-1, 1, blocks, 1, rows, width)
     weights, lse = softened(scores.reshape(seen.shape[0], -1, blocks, share, rows, width), seen)
     if scoring.dropout > 0:

@@ -154,7 +154,7 @@ class Layout(nn.Cell):
         return self._cat(places, 0)
 
     def _shifted(self, x, step):
-        """Return what blocked.py's `_offsets_to_keys` does, in an export: by an index in place of constants."""
+        """Compute `_offsets_to_keys` of blocked.py, in an export: by an index in place of constants."""
         offsets = x.shape[-1]
         rows = portable.arange(0, step.rows, 1).reshape(-1, 1)
         columns = portable.arange(0, step.width, 1).reshape(1, -1)
