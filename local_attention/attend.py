@@ -11,6 +11,7 @@ from mindspore.ops import constexpr
 
 from . import checks, settings
 from .backends import any_length, ascend, blocked, dense, native, portable, shield
+from .backends.native.library import exporting
 from .backends.spans import FAINT, FAR, HIDDEN
 from .cells import AsGiven, Float32, Once
 from .spec import Scoring, WindowSpec
@@ -196,7 +197,7 @@ def refusals(problem):
 
 def choose(problem, backend=None):
     """Return the name of the backend that runs a problem: the requested one, else the first that can."""
-    if native.exporting() == "ONNX":
+    if exporting() == "ONNX":
         for there, rule in ((problem.any_length, "known lengths, one length for a file"),
                             (problem.scoring.dropout > 0, "no dropout, as in evaluation")):
             if there:

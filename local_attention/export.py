@@ -27,7 +27,8 @@ def _check_call(owner, batch, wanted, token, position, rings):
             raise checks.value_error(owner, name, f"of shape {shape}", got[0])
     shapes = tuple(shape for shape, _ in rings)
     if shapes != wanted:
-        raise checks.value_error(owner, "rings", f"what 'rings' or the step before returned, of shapes {wanted}", shapes)
+        rule = f"what 'rings' or the step before returned, of shapes {wanted}"
+        raise checks.value_error(owner, "rings", rule, shapes)
 
 
 class ExportableStep(nn.Cell):
