@@ -12,6 +12,7 @@ from .gradients import AverageGradients
 from .groups import Group, group_of, sequence_group
 from .halo import with_halo
 from .loss import MeanOfRanks, next_tokens, without_last
+from .sharded import sharded
 
 __all__ = ["AverageGradients", "Group", "MeanOfRanks", "agreed", "group_of", "next_tokens", "places", "sequence_group",
-           "with_halo", "without_last"]
+           "sharded", "with_halo", "without_last"]
