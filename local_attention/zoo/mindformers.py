@@ -146,7 +146,7 @@ class CoreAttention(nn.Cell):
         super().__init__()
         for name, got in unused.items():
             if got is not None:
-                raise checks.value_error(OWNER, name, "None", got)
+                raise checks.value_error(OWNER, name, "None", checks.shown(got))
         _check_config(config)
         self.spec = spec_of(config, layer_number, window)
         self.layout, self.scale, self.dropout = config.input_layout, softmax_scale, float(config.attention_dropout)
