@@ -197,7 +197,8 @@ def test_layouts_of_mindformers():
     np.testing.assert_array_equal(cell(*flat).asnumpy(), wanted)
     ends = [5, 17, N, N, N + 20, 2 * N]
     cell = windows.CoreAttention(config_of(input_layout="TND"), 2, softmax_scale=.3)
-    found = cell(*(ops.transpose(x, (0, 2, 1, 3)).reshape(B * N, -1, D) for x in (q, k, v)), actual_seq_qlen=Tensor(ends))
+    given = [ops.transpose(x, (0, 2, 1, 3)).reshape(B * N, -1, D) for x in (q, k, v)]
+    found = cell(*given, actual_seq_qlen=Tensor(ends))
     ids = Tensor(np.searchsorted(ends, np.arange(B * N), "right").reshape(B, N).astype(np.int32))
     wanted = windowed_attention(q, k, v, WindowSpec.from_sliding_window(W), scale=.3, segment_ids=ids)
     np.testing.assert_allclose(found.asnumpy(), ops.transpose(wanted, (0, 2, 1, 3)).reshape(B * N, -1, D).asnumpy(),

@@ -1,7 +1,7 @@
 """Compiles training steps of mindformers in MindSpore's dry run, one for each way to be parallel, and checks that the
 attention of a rank has its share of rows, heads and queries, the keys that they see, and no collective but the halo.
 
-    python dry.py FOLDER [case ...]
+    python dry.py FOLDER [case ...]      with the folder `tests` in PYTHONPATH, for its stubs of devices
 """
 import json
 import math
@@ -12,11 +12,9 @@ import sys
 from pathlib import Path
 
 import graphs
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
 from devices import platforms
 
+HERE = Path(__file__).resolve().parent
 DEFAULTS = dict(dp=1, tp=1, cp=1, pp=1, n=4096, rows=2, window=1024, heads=8, kv_heads=4, width=64)
 CASES = {
     "dp 2": dict(dp=2), "dp 8": dict(dp=8, rows=8, n=2048), "tp 2": dict(tp=2), "tp 2, sp": dict(tp=2, sp=True),
@@ -34,9 +32,10 @@ def compiled(folder, environment, case, rank, ranks):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_"))}
     packages = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
-        [sys.executable, HERE / "step.py", folder, json.dumps(case)], cwd=environment["MS_OM_PATH"], text=True,
+        [sys.executable, HERE / "step.py", json.dumps(case)], cwd=environment["MS_OM_PATH"], text=True,
         env={**kept, **environment, "RANK_SIZE": str(ranks), "RANK_ID": str(rank), "DEVICE_ID": "0", "GLOG_v": "3",
-             "PYTHONPATH": packages, "MS_SUBMODULE_LOG_v": "{}"},
+             "PYTHONPATH": packages, "MS_SUBMODULE_LOG_v": "{}", "MS_DEV_SAVE_GRAPHS": "1",
+             "MS_DEV_SAVE_GRAPHS_PATH": str(folder)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     if "compiled" not in process.stdout.splitlines():
         raise RuntimeError(process.stdout[-3000:])
@@ -73,7 +72,8 @@ def check(name, folder, environment):
     if halo and max(size for _, size in exchanged) != halo or not halo and exchanged:
         wrong.append(f"a halo of {exchanged}, not {halo}")
     total = graphs.sent(folder)
-    return wrong, f"queries {calls[0][0] if calls else None}, keys {calls[0][1] if calls else None}, sent {total}", total
+    first = calls[0] if calls else (None, None)
+    return wrong, f"queries {first[0]}, keys {first[1]}, sent {total}", total
 
 
 def main(folder, names):

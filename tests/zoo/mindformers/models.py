@@ -46,7 +46,7 @@ def filled(model, scale=.3):
 
 
 def gpt(config, attention=None, spec=None, tied=False):
-    """Return a GPTModel in float32 with a Cell of attention, mindformers' own if it is None, or with the specs of its block."""
+    """Return a GPTModel in float32 with a Cell of attention, mindformers' own if it is None, or by a block's specs."""
     if spec is None:
         spec = get_gpt_decoder_block_spec(config)
         for layer in spec.layer_specs:

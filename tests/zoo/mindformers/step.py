@@ -1,21 +1,17 @@
 """Compiles one training step of a GPTModel of mindformers in semi-auto parallel, in MindSpore's dry run on Ascend.
 
-    python step.py FOLDER '{"dp": 2, ...}'      as rank RANK_ID of RANK_SIZE; FOLDER gets the graph and a step's order
+    python step.py '{"dp": 2, ...}'      as rank RANK_ID of RANK_SIZE; dry.py sets the environment
 """
 import json
 import logging
-import os
 import sys
-
-FOLDER, GIVEN = sys.argv[1], json.loads(sys.argv[2])
-os.environ.update(MS_DEV_SAVE_GRAPHS="1", MS_DEV_SAVE_GRAPHS_PATH=FOLDER)  # before mindspore
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, communication, nn
 
 CASE = {**dict(dp=1, tp=1, cp=1, pp=1, sp=False, shard_optimizer=False, packed=False, ours=True, n=4096, rows=2,
-               window=1024, heads=8, kv_heads=4, width=64), **GIVEN}
+               window=1024, heads=8, kv_heads=4, width=64), **json.loads(sys.argv[1])}
 VOCABULARY = 1024
 
 
