@@ -220,6 +220,11 @@ def segment_ids(owner, got, batch, n):
     return shape
 
 
+def axes(got):
+    """Return how many axes a tensor, as `described`, has; 0 for anything else, which is checked by its own rule."""
+    return len(got[0]) if isinstance(got, tuple) and len(got) == 2 and isinstance(got[0], tuple) else 0
+
+
 def sinks(owner, got, heads, queries):
     """Check the sinks, as `described`: one for each head, or one for each of its `queries`, `(b, heads, n)`."""
     shape = tensor(owner, "sinks", got, FLOATS)

@@ -261,9 +261,10 @@ def _checked_sliding(q, k, v, mask, rel_pos_emb, rel_pos_query, left, right, dro
         checks.tensor(owner, "rel_pos_emb", rel_pos_emb, checks.FLOATS, (left + right, head_dim),
                       f"of shape (window_size_left + window_size_right, d), {(left + right, head_dim)}")
     if rel_pos_query is not None:
+        got = checks.tensor(owner, "rel_pos_query", rel_pos_query, (checks.dtype_name(q[1]),), shape,
+                            f"of q's shape {shape}")
         if rel_pos_emb is None:
-            raise checks.value_error(owner, "rel_pos_query", "None without 'rel_pos_emb'", rel_pos_query[0])
-        checks.tensor(owner, "rel_pos_query", rel_pos_query, (checks.dtype_name(q[1]),), shape, f"of q's shape {shape}")
+            raise checks.value_error(owner, "rel_pos_query", "None without 'rel_pos_emb'", got)
     if sinks is not None:
         checks.sinks(owner, sinks, leading[-1] if leading else 1, shape[:-1])
     if segment_ids is not None:

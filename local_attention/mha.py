@@ -109,8 +109,7 @@ class DynamicPositionBias(nn.Cell):
 def not_cached(owner, has_order, attn_bias):
     """Refuse what a cached step could not repeat for its keys."""
     checks.together(owner, ("order", has_order), ("a cache", True))
-    of_queries = attn_bias is not None and len(attn_bias[0]) == 4
-    checks.together(owner, ("a bias for each query", of_queries), ("a cache", True))
+    checks.together(owner, ("a bias for each query", checks.axes(attn_bias) == 4), ("a cache", True))
 
 
 @constexpr

@@ -152,8 +152,8 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
         batch, *rest = checks.tensor(owner, "mask", mask, ("Bool",))
         if rest != [n] or batch == 0 or (known and groups % batch):
             raise checks.value_error(owner, "mask", f"of shape (batch, {n}), batch a divisor of {groups}", mask[0])
-    for name, there in (("order", order is not None), ("a bias for each query", attn_bias and len(attn_bias[0]) == 4),
-                        ("sinks of each query", sinks and len(sinks[0]) > 1)):
+    for name, there in (("order", order is not None), ("a bias for each query", checks.axes(attn_bias) == 4),
+                        ("sinks of each query", checks.axes(sinks) > 1)):
         checks.together(owner, (name, there), ("use_xpos", use_xpos))
     for name, there in (("order", order is not None), ("a width of v that is not q's", v[0][-1] != shape[-1])):
         checks.together(owner, (name, there), ("sequence_parallel", group is not None))

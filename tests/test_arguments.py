@@ -80,17 +80,17 @@ CALLS = {
     "from_streaming": (WindowSpec.from_streaming, dict(chunk=3, left=2, right=1), {}),
     "from_sinks": (WindowSpec.from_sinks, dict(window=3, keep=1), {}),
     "from_chunks": (WindowSpec.from_chunks, dict(chunk_size=3), {}),
-    "show": (WindowSpec(1, 2, 0, True).show, dict(n=3), {}),
+    "show": (WindowSpec(1, 2, 0, True).show, dict(n=3), dict(order={"None"})),
 
     "attention": (cell(LocalAttention, window_size=3), dict(q=FLOATS, k=FLOATS, v=FLOATS), dict(
         mask={"None"}, input_mask={"None"}, attn_bias={"None"}, window_size={"None"}, segment_ids={"None"},
-        sinks={"None"})),
+        sinks={"None"}, order={"None"})),
     "explain": (cell(LocalAttention, window_size=3).explain, dict(n=6), dict(
         dtype={"None"}, device={"None"})),
     "explain_attention": (explain_attention, dict(q_shape=(1, 2, 6, 4), spec=WindowSpec(1, 2, 0, True)), dict(
         k_shape={"None"}, v_width={"None"}, dtype={"None"}, device={"None"})),
     "block": (block(), dict(x=FLOATS), dict(
-        mask={"None"}, attn_bias={"None"}, cache={"None"}, segment_ids={"None"})),
+        mask={"None"}, attn_bias={"None"}, cache={"None"}, segment_ids={"None"}, order={"None"})),
     "model": (model(), dict(x=TOKENS), dict(mask={"None"}, cache={"None"}, segment_ids={"None"})),
     "generate": (model().generate, dict(prime=TOKENS, seq_len=1), dict(
         temperature={"float"}, mask={"None"}, stop_token={"None"}, callback={"None"})),
@@ -100,9 +100,10 @@ CALLS = {
     "cross": (cell(MultiHeadLocalAttention, **SLIDING), dict(inputs_q=FLOATS, inputs_kv=FLOATS), dict(
         mask={"None"}, seed={"None"}, segment_ids={"None"})),
     "sliding": (sliding_window_attention, dict(q=FLOATS, k=FLOATS, v=FLOATS), dict(
-        mask={"None"}, rel_pos_emb={"None"}, seed={"None"}, backend={"None"}, **OF_SCORES)),
+        mask={"None"}, rel_pos_emb={"None"}, rel_pos_query={"None"}, seed={"None"}, backend={"None"}, **OF_SCORES)),
     "windowed": (windowed_attention, dict(q=HEADS, k=HEADS, v=HEADS, spec=WindowSpec(1, 2, 0, True)), dict(
-        mask={"None"}, attn_bias={"None"}, seed={"None"}, backend={"None"}, **OF_SCORES)),
+        mask={"None"}, cu_seqlens={"None"}, order={"None"}, attn_bias={"None"}, seed={"None"}, backend={"None"},
+        **OF_SCORES)),
     "merge": (merge_attentions, dict(outs=(x(2, 3),), lses=(x(2),)), {}),
     "use_backend": (use_backend, {}, dict(backend={"None"})),
     "GEGLU": (cell(GEGLU), dict(x=FLOATS), {}),
@@ -112,7 +113,7 @@ CALLS = {
     "export_torch_weights": (export_torch_weights, dict(cell=block()), {}),
     "convert": (convert, dict(source="a.npz", target="b.ckpt"), {}),
     "attention_weights": (attention_weights, dict(model=block()), {}),
-    "plot_mask": (plot_mask, dict(spec=WindowSpec(1, 2, 0, True), n=3), dict(axes={"None"})),
+    "plot_mask": (plot_mask, dict(spec=WindowSpec(1, 2, 0, True), n=3), dict(axes={"None"}, order={"None"})),
     "plot_weights": (plot_weights, dict(weights=[np.ones((1, 3, 3))]), dict(names={"None"})),
 
     "max_neg_value": (max_neg_value, dict(tensor=FLOATS), dict(tensor={"Tensor"})),

@@ -240,7 +240,8 @@ CALLS = [
     (attention, (vectors(2, 10, 4),) * 3 + (mask(3, 10),), {}, ValueError,
      "'mask' must be of shape (batch, 10), batch a divisor of 2, but got (3, 10)."),
     (attention, (vectors(2, 10, 4),) * 3 + (None, None, vectors(2, 5, 10)), {}, ValueError,
-     "'attn_bias' must be of shape (heads, 5, 15), heads a divisor of 2, but got (2, 5, 10)."),
+     "'attn_bias' must be of shape (heads, 5, 15) or (batch, heads, 10, 15), heads a divisor of 2, but got "
+     "(2, 5, 10)."),
     (attention, (vectors(2, 10, 4),) * 3, {"window_size": 2}, ValueError,
      "'window_size' must be None in a call without 'use_xpos', but got 2."),
     (lambda: attention(dim=4, use_xpos=True), (vectors(2, 10, 4),) * 3, {"window_size": 0}, ValueError,
@@ -293,7 +294,8 @@ CALLS = [
     (block, (vectors(2, 7, 11), tokens(2, 7)), {}, TypeError, "'mask' must be a Tensor of bool, but got int32."),
     (block, (vectors(2, 7, 11), mask(1, 7)), {}, ValueError, "'mask' must be of shape (2, 7), but got (1, 7)."),
     (block, (vectors(2, 7, 11), None, vectors(3, 5, 9)), {}, ValueError,
-     "'attn_bias' must be of shape (heads, 5, 15) or (heads, 1, 11), heads a divisor of 6, but got (3, 5, 9)."),
+     "'attn_bias' must be of shape (heads, 5, 15) or (heads, 1, 11) or (batch, heads, 7, 15) or (batch, heads, 7, 11), "
+     "heads a divisor of 6, but got (3, 5, 9)."),
 
     (GEGLU, (vectors(2, 7),), {}, ValueError,
      "For 'GEGLU', 'x' must be of an even last axis, not empty, but got (2, 7)."),
