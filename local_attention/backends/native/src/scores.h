@@ -60,7 +60,7 @@ struct Scores : Products {
     for (int j = p.key; j < p.end_key; ++j) {
       float *at = scores + j * QUERIES + v * WIDTH;
       const Vec score = load<Vec>(at);
-      store(at, (itself == j) & (score > -INFINITY) ? all(SELF_SCORE * unit) : score);
+      store(at, ((itself == j) & (score > -INFINITY)) ? all(SELF_SCORE * unit) : score);
     }
   }
 
