@@ -182,6 +182,11 @@ def _checked(owner, windows, autopad, use_xpos, rotary_dim, group, dropout, back
 
 
 @constexpr
+def _no_order(there):
+    checks.together("LocalAttention", ("order", there), ("parallel.sharded", True))
+
+
+@constexpr
 def _moving(windows, n):
     """Return the places of n queries in their windows, `(1, n)`, and the columns of a bias of offsets."""
     return (Tensor((np.arange(n) % windows.size)[None].astype(np.int32)),
@@ -269,11 +274,20 @@ def _of_width(x, width):
 class Windowed(nn.Cell):
     """What LocalAttention does in a call. In a base class, so that MindSpore's O1 does not rewrite it (see `cells`)."""
 
+    operator = None  # of semi-auto parallel, which takes the inputs of a call: see `parallel.sharded`
+
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, *, segment_ids=None,
                   sinks=None, order=None):
         """Compute attention of q to k and v. The class describes each input, under Inputs."""
         if mask is None:
             mask = input_mask
+        if self.operator is not None:
+            _no_order(order is not None)
+            return self.operator(q, k, v, mask, attn_bias, segment_ids, sinks)
+        return self.attended(q, k, v, mask, attn_bias, segment_ids, sinks, window_size, order)
+
+    def attended(self, q, k, v, mask=None, attn_bias=None, segment_ids=None, sinks=None, window_size=None, order=None):
+        """Compute what a call returns; with an operator of semi-auto parallel, of the slices of a rank."""
         groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size)
         if self.must_agree and windows.backward + windows.forward > 0:
             k = parallel.agreed(
@@ -307,7 +321,7 @@ class Windowed(nn.Cell):
     @property
     def may_be_split(self):
         """Whether a call does no more than `construct` here: `layers.fused_heads` does a part of it elsewhere."""
-        return type(self).construct is Windowed.construct and not (
+        return type(self).construct is Windowed.construct and self.operator is None and not (
             self._forward_pre_hook or self._forward_hook or self._backward_pre_hook or self._backward_hook
             or self._recompute_cell)
 

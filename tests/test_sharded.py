@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from mindspore.parallel import Layout
 
-from local_attention import LocalAttention, WindowSpec, windowed_attention
+from local_attention import LocalAttention, LocalMHA, WindowSpec, windowed_attention
 from local_attention.parallel import Group, layouts, sharded
 from local_attention.zoo import mindformers as windows
 
@@ -77,6 +77,20 @@ def test_local_attention_with_a_mask_and_sinks():
     wanted = LocalAttention(W, **settings)(q, k, v, mask).asnumpy()
     four = layout, layout, layout, ONE("dp", "cp")
     np.testing.assert_array_equal(sharded(LocalAttention(W, **settings), four, (layout,))(q, k, v, mask), wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(learned_sinks=True, prenorm=True)], ids=str)
+def test_a_block_whose_attention_is_an_operator(settings):
+    block = LocalMHA(dim=D, window_size=W, heads=H, kv_heads=H_KV, dim_head=2, causal=True, **settings)
+    x = Tensor(np.random.default_rng(1).standard_normal((B, N, D)).astype(np.float32))
+    ids = Tensor(np.repeat([[0, 1, 2], [0, 0, 1]], N // 3, 1).astype(np.int32))
+    wanted, names = block(x, segment_ids=ids).asnumpy(), {"x": ONE("dp", "cp", "None"), "segment_ids": ONE("dp", "cp")}
+    made = sharded(block, names, (ONE("dp", "cp", "tp"),))
+    assert made is block and block.attn_fn.operator is not None
+    np.testing.assert_allclose(made(x, segment_ids=ids).asnumpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(ms.jit(made)(x, segment_ids=ids).asnumpy(), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="'in_layouts' must be a dict with a layout for each input of the call"):
+        made(x)
 
 
 # ---- slices
@@ -149,6 +163,10 @@ def qkv(q, k=None, v=None, **more):
     (PARTIAL, {"k": GOOD, "q": GOOD, "v": GOOD}, (GOOD,), ValueError, "layouts of q, k and v"),
     (PARTIAL, (GOOD,) * 3, (MANY("dp", "cp", "tp", "None"),), ValueError, "for the output, as q, sliced as"),
     (PARTIAL, (GOOD,) * 3, (GOOD,), ValueError, "before mindspore.communication.init()"),
+    (LocalMHA(dim=8, window_size=W), (MANY("dp", "cp", "None"),), (MANY("dp", "cp", "None"),), ValueError,
+     "along 'tp', 3 ranks would compute the same"),
+    (LocalMHA(dim=8, window_size=W), {"x": MANY("dp", "cp", "None"), "cache": MANY("dp", "cp")},
+     (MANY("dp", "cp", "tp"),), ValueError, "for inputs out of ('x', 'mask', 'attn_bias', 'segment_ids')"),
     (nn.Dense(2, 2), (MANY("dp", ("tp", "cp")),), (MANY("dp", ("tp", "cp")),), ValueError, "without Parameters"),
 ])
 def test_what_cannot_be_sharded(cell, given, out, kind, text):
@@ -161,8 +179,14 @@ def test_heads_of_keys_that_are_not_sliced():
     assert check([B, H, N, D], [B, 1, N, D], [B, 1, N, 3]) == [B, H, N, 3]
     with pytest.raises(ValueError, match="'in_layouts' must be of k sliced by heads like q"):
         check([B, H, N, D], [B, 2, N, D], [B, 2, N, D])
-    with pytest.raises(ValueError, match="divide the 6 heads of q and 2 of k"):
-        module._shape_of_attention(4, 4)([B, H, N, D], [B, 2, N, D], [B, 2, N, D])
+
+
+def test_what_cannot_be_sliced():
+    one = layouts.slices_of("test", "layout", MANY("dp", "tp", "None"))
+    module._check_parts([one] * 2, [[2, 3, 1], [4, 6, 5]])
+    for bad in ([2, 4, 1], [3, 3, 1], [2, 3]):
+        with pytest.raises(ValueError, match=r"'in_layouts' must be of axes that can be sliced, for input 1 of shape"):
+            module._check_parts([one] * 2, [[2, 3, 1], bad])
 
 
 def test_outside_of_a_graph_many_ranks_cannot_compute():

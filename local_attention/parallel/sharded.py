@@ -8,6 +8,7 @@ import functools
 
 from mindspore import communication, nn, ops
 from mindspore.ops import constexpr
+from mindspore.parallel import Layout
 
 from .. import checks
 from ..attend import Frame, attend, beside, draw_seed, new_salt
@@ -92,7 +93,7 @@ class _Attention(nn.Cell):
         mask, attn_bias = _at(given, self.places[3]), _at(given, self.places[4])
         segment_ids, sinks = _at(given, self.places[5]), _at(given, self.places[6])
         if self.options is None:
-            return self.attention(q, k, v, mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=sinks)
+            return self.attention.attended(q, k, v, mask, attn_bias, segment_ids, sinks)
         options = self.options
         seed = draw_seed(self.salt) if options["dropout_rate"] > 0 else None
         return windowed_slice(
@@ -158,7 +159,12 @@ class Operator(nn.Cell):
         super().__init__()
         self.call, self.in_layouts, self.out_layouts = call, in_layouts, out_layouts
         self.ranks = len(in_layouts[0].to_dict()["rank_list"])
-        self.morph = ops.Morph(_fixed(call, len(in_layouts)), shape, first)
+        slices = [slices_of(OWNER, "in_layouts", layout) for layout in in_layouts]
+
+        def checked(*shapes):
+            _check_parts(slices, shapes)
+            return shape(*shapes)
+        self.morph = ops.Morph(_fixed(call, len(in_layouts)), checked, first)
         self.morph.add_prim_attr("self_define_shard", True)
         self.morph.shard(in_layouts, out_layouts)
 
@@ -167,6 +173,15 @@ class Operator(nn.Cell):
             return self.morph(*given)
         _check_alone(self.ranks)
         return self.call(*given)
+
+
+def _check_parts(slices, shapes):
+    """Check that all inputs, of whole shapes, can be sliced."""
+    for number, (one, shape) in enumerate(zip(slices, shapes)):
+        parts = [one.count(axis) for axis in range(len(one.axes))]
+        if len(parts) != len(shape) or any(n % count for n, count in zip(shape, parts)):
+            raise checks.value_error(OWNER, "in_layouts", f"of axes that can be sliced, for input {number} of shape "
+                                     f"{tuple(shape)}", f"{tuple(parts)} parts")
 
 
 @constexpr
@@ -220,9 +235,6 @@ def _check_all_used(slices, out):
 def _shape_of_attention(heads, keys):
     """Return the function that checks the shapes of q, k, v, before they are sliced, and returns the output's."""
     def shape(q, k, v, *others):
-        if q[1] % heads or k[1] % (keys if keys > 1 else 1):
-            raise checks.value_error(OWNER, "in_layouts", f"of heads in parts that divide the {q[1]} heads of q and "
-                                     f"{k[1]} of k", f"{heads} and {keys} parts")
         if heads > 1 and keys == 1 and k[1] > 1:
             raise checks.value_error(OWNER, "in_layouts", "of k sliced by heads like q, unless k has one head, so "
                                      "that query heads find theirs", f"{k[1]} heads of k in one part")
@@ -250,17 +262,21 @@ def sharded(cell, in_layouts, out_layouts):
     Args:
         cell (Union[LocalAttention, functools.partial, Cell, function]): What to compute. A
             :class:`local_attention.LocalAttention`, which belongs to the new Cell then;
-            ``functools.partial(windowed_attention, spec=...)`` with its options; or any other function or Cell without
-            Parameters, whose output has the shape and dtype of its first input, and that needs no data of other ranks.
+            ``functools.partial(windowed_attention, spec=...)`` with its options; a
+            :class:`local_attention.LocalMHA` or :class:`local_attention.LocalTransformer`, each attention of which
+            becomes an operator, and which is returned itself; or any other function or Cell without Parameters, whose
+            output has the shape and dtype of its first input, and that needs no data of other ranks.
         in_layouts (Union[tuple[Layout], dict[str, Layout]]): A `mindspore.parallel.Layout` for each input, called with
             a name for each axis. A tuple is for `q`, `k`, `v` and `mask`; a dict has any of `mask`, `attn_bias`,
             `segment_ids` and `sinks` after the first three. q :math:`(b, h, n, d)` may be sliced by rows, heads and
             positions, k and v alike. If the layout of k does not slice the positions, every rank receives all keys;
-            otherwise it receives those that its outermost queries see.
-        out_layouts (tuple[Layout]): That of the output, sliced as q.
+            otherwise it receives those that its outermost queries see. For a block or a model: of `x`, sliced by rows
+            and positions, and in a dict also of `mask`, `attn_bias` and `segment_ids`.
+        out_layouts (tuple[Layout]): That of the output, sliced as q. For a block or a model, the last axis says how
+            heads are sliced.
 
     Inputs:
-        - Tensors, in the order of `in_layouts`, in a compiled function.
+        - Tensors, in the order of `in_layouts`, in a compiled function; those of a block or a model are its own.
 
     Outputs:
         Tensor, what `cell` returns for all of the data.
@@ -301,10 +317,64 @@ def sharded(cell, in_layouts, out_layouts):
         call = _Attention(cell, group, names)
         shape = _shape_of_attention(slices[0].count(1), slices[1].count(1))
         return Operator(call, layouts, tuple(out_layouts), shape)
+    if isinstance(cell, nn.Cell) and any(isinstance(one, Windowed) for _, one in cell.cells_and_names()):
+        return _within(cell, names, slices, out)
     if isinstance(cell, nn.Cell) and cell.parameters_dict():
         raise checks.value_error(OWNER, "cell", "without Parameters: shard the attention within it",
                                  next(iter(cell.parameters_dict())))
     return Operator(cell, layouts, tuple(out_layouts))
+
+
+class _Optional(nn.Cell):
+    """An Operator in a block, which gives it every input of an attention, or None for it."""
+
+    def __init__(self, operator, names):
+        super().__init__()
+        self.operator, self.names = operator, names
+        self.places = tuple(INPUTS.index(name) for name in names)
+
+    def construct(self, *given):
+        found = ()
+        for x in given:
+            found = found + (x is not None,)
+        _check_inputs(self.names, found)
+        some = ()
+        for place in self.places:
+            some = some + (given[place],)
+        return self.operator(*some)
+
+
+@constexpr
+def _check_inputs(names, there):
+    found = tuple(name for name, one in zip(INPUTS, there) if one)
+    if found != tuple(sorted(names, key=INPUTS.index)):
+        raise checks.value_error(OWNER, "in_layouts", f"a dict with a layout for each input of the call: its attention "
+                                 f"gets {', '.join(found)}", ", ".join(names))
+
+
+def _within(cell, names, slices, out):
+    """Make each attention within a Cell an operator. The vectors `(b, n, dim)` or tokens `(b, n)` of its first input
+    are sliced by rows and positions, and the last axis of its output says how heads are."""
+    from ..windows import Windowed
+    plan = Layout(tuple(size for _, size in slices[0].directions), tuple(name for name, _ in slices[0].directions),
+                  list(slices[0].ranks))
+
+    def of(*axes):
+        return plan(*(axis if len(axis) > 1 else axis[0] if axis else "None" for axis in axes))
+    rows, positions, heads = slices[0].axes[0], slices[0].axes[1], out.axes[-1] if len(out.axes) > 2 else ()
+    one, row = of(rows, heads, positions, ()), of(rows, positions)
+    known = {"mask": row, "attn_bias": of(heads, (), ()), "segment_ids": row}
+    for name in names[1:]:
+        if name not in known:
+            raise checks.value_error(OWNER, "in_layouts", f"for inputs out of {('x', *known)}", repr(name))
+    given = {"q": one, "k": one, "v": one, **{name: known[name] for name in known if name in names[1:]}}
+    for _, block in list(cell.cells_and_names()):
+        attention = getattr(block, "attn_fn", None)
+        if isinstance(attention, Windowed):
+            own = {**given, "sinks": of(heads)} if block.learned_sinks else given
+            # not a child of the attention, which is a child of the operator
+            vars(attention)["operator"] = _Optional(sharded(attention, own, (one,)), tuple(own))
+    return cell
 
 
 def _split(attention, group, slices):

@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import graphs
-from devices import platforms
+from devices import graphs, platforms
 
 HERE = Path(__file__).resolve().parent
 DEFAULTS = dict(dp=1, tp=1, cp=1, pp=1, n=4096, rows=2, window=1024, heads=8, kv_heads=4, width=64)

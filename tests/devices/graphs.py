@@ -24,14 +24,14 @@ def operators(folder):
     return found
 
 
-def attention(folder):
+def attention(folder, where="core_attention"):
     """Return the shapes of queries and keys of every forward call of the fused operator, and the collectives within
-    the attention as `(name, elements sent)`."""
+    the attention as `(name, elements sent)`; `where` is a pattern of its operators' scopes."""
     calls, sent = [], []
     for name, shapes, scope, collective in operators(folder):
         if name == "FlashAttentionScore":
             calls.append((shapes[0], shapes[1]))
-        if collective and "core_attention" in scope:
+        if collective and re.search(where, scope):
             sent.append((name, math.prod(shapes[0])))
     return calls, sent
 
