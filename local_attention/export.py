@@ -27,8 +27,7 @@ def _check_call(owner, batch, wanted, token, position, rings):
             raise checks.value_error(owner, name, f"of shape {shape}", got[0])
     shapes = tuple(shape for shape, _ in rings)
     if shapes != wanted:
-        rule = f"what 'rings' or the step before returned, of shapes {wanted}"
-        raise checks.value_error(owner, "rings", rule, shapes)
+        raise checks.value_error(owner, "rings", f"those of 'rings' or of the step before, {wanted}", shapes)
 
 
 class ExportableStep(nn.Cell):

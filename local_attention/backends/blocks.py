@@ -154,10 +154,9 @@ class Layout(nn.Cell):
         return self._cat(places, 0)
 
     def _shifted(self, x, step):
-        """Compute `_offsets_to_keys` of blocked.py, in an export: by an index in place of constants."""
+        """Compute `_offsets_to_keys` of blocked.py, in an export: by an index instead of constants."""
         offsets = x.shape[-1]
-        rows = portable.arange(0, step.rows, 1).reshape(-1, 1)
-        columns = portable.arange(0, step.width, 1).reshape(1, -1)
+        rows, columns = portable.arange(0, step.rows, 1)[:, None], portable.arange(0, step.width, 1)[None]
         index = ops.add(ops.mul(rows, offsets), portable.clamp(columns - rows + step.shift, 0, offsets - 1))
         return _gather(x.reshape(x.shape[0], -1), index.reshape(-1), 1).reshape(-1, step.rows, step.width)
 
