@@ -3,7 +3,7 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops import constexpr
 
-from . import checks, parallel
+from . import checks, parallel, settings
 from .attend import Frame, check_backend, new_salt, problem_of
 from .backends.spans import SELF_SCORE
 from .explanation import explain
@@ -161,6 +161,7 @@ class LocalAttention(Windowed):
         self.exact_windowsize = checks.boolean(owner, "exact_windowsize", exact_windowsize)
         self.prefix = checks.non_negative_int(owner, "prefix", prefix)
         self.softcap = checks.softcap(owner, softcap)
+        settings.keep_cores()
         self.windows = Windows(self.window_size, self.look_backward, self.look_forward, causal, exact_windowsize,
                                self.prefix)
         self.spec = self.windows.spec

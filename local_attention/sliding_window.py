@@ -3,7 +3,7 @@ from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import constexpr
 
-from . import checks
+from . import checks, settings
 from .attend import draw_seed, new_salt
 from .functional import check_seed, sliding_window_attention
 
@@ -119,6 +119,7 @@ class MultiHeadLocalAttention(_Heads):
                                                 num_heads if num_kv_heads is None else num_kv_heads)
         if num_heads % self.num_kv_heads:
             raise checks.value_error(owner, "num_kv_heads", f"a divisor of the {num_heads} heads", num_kv_heads)
+        settings.keep_cores()
         kv_features = qkv_features // num_heads * self.num_kv_heads
         self.query, self.key, self.value = (nn.Dense(in_features, features, has_bias=use_bias)
                                             for features in (qkv_features, kv_features, kv_features))
