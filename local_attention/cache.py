@@ -158,23 +158,45 @@ def clock_and_rows(position):
 
 class Rings(nn.Cell):
     """Each block's cache as two Parameters `(groups, capacity, d)`. Behind the first `prefix` places is a ring buffer
-    of `kept` places; the token of clock p is at its place p % kept."""
+    of `kept` places; the token of clock p is at its place p % kept. While a prompt is read in pieces, they are in the
+    order of a cache."""
 
-    def __init__(self, caches, prefix):
+    def __init__(self, forms, prefix):
         super().__init__()
         self.prefix = prefix
-        self.keys = ms.ParameterTuple([_ring(f"key{number}", cache[0]) for number, cache in enumerate(caches)])
-        self.values = ms.ParameterTuple([_ring(f"value{number}", cache[1]) for number, cache in enumerate(caches)])
+        self.keys = ms.ParameterTuple([_ring(f"key{number}", *form) for number, form in enumerate(forms)])
+        self.values = ms.ParameterTuple([_ring(f"value{number}", *form) for number, form in enumerate(forms)])
 
     def construct(self, fed, *caches):
         """Copy keys and values, of one cache after the other, into the rings, after `fed` tokens."""
         for number in range(len(self.keys)):
-            kept = self.keys[number].shape[1] - self.prefix
-            order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
-            order = _behind(self.prefix, order)
-            ops.assign(self.keys[number], ops.gather(caches[2 * number], order, 1))
-            ops.assign(self.values[number], ops.gather(caches[2 * number + 1], order, 1))
+            self.enter(number, fed, caches[2 * number], caches[2 * number + 1])
         return fed
+
+    def enter(self, number, fed, keys, values):
+        kept = self.keys[number].shape[1] - self.prefix
+        order = (_range(kept, 2 * kept) - fed % kept) % kept  # the last token, last in a cache, is fed - 1
+        order = _behind(self.prefix, order)
+        ops.assign(self.keys[number], ops.gather(keys, order, 1))
+        ops.assign(self.values[number], ops.gather(values, order, 1))
+
+    def enter_pieces(self, attentions, fed, shifts):
+        """Turn the order of a cache into that of rings, and if rows have unequal lengths, keys by `shifts (b,)`, so
+        that all have the clock of the longest row."""
+        for number in range(len(self.keys)):
+            keys = self.keys[number]
+            if shifts is not None:
+                keys = shifted(attentions[number], keys, shifts)
+            self.enter(number, fed, keys, self.values[number])
+        return fed
+
+
+def shifted(attn, keys, shifts):
+    """Rotate the kept keys of each row by a number of positions, `(b,)`."""
+    if attn.rel_pos is None or attn.use_xpos:
+        return keys
+    shifts = _of_heads(shifts[:, None], keys.shape[0])[:, :, None]
+    return ops.cast(attn.rel_pos.rotate_rows(ops.cast(keys, ms.float32), shifts), keys.dtype)
 
 
 def _behind(prefix, order):
@@ -182,8 +204,8 @@ def _behind(prefix, order):
     return ops.cat((_range(0, prefix), order + prefix)) if prefix > 0 else order
 
 
-def _ring(name, like):
-    return ms.Parameter(ops.zeros(like.shape, like.dtype), name=name, requires_grad=False)
+def _ring(name, shape, dtype):
+    return ms.Parameter(ops.zeros(shape, dtype), name=name, requires_grad=False)
 
 
 class _Entry(Float32):
@@ -347,9 +369,49 @@ def _kept(x, m, prefix, rows):
     groups, total, head_dim = x.shape
     if prefix == 0:
         return _slice(x, (0, m, 0), (groups, total - m, head_dim))
-    place, fed = _range(0, prefix)[None], rows[:, None]
-    place = ops.where(place < fed, place, portable.minimum(place - fed + (total - m), total - 1))
-    return _at(x, _beside(place, _range(prefix + m, total)[None]))
+    return _at(x, _beside(_first_places(prefix, rows, total, m), _range(prefix + m, total)[None]))
+
+
+def _first_places(prefix, fed, total, m):
+    """Return where the tokens of the prefix are, `(rows, prefix)`, among those kept and `m` new ones behind them."""
+    place, fed = _range(0, prefix)[None], fed[:, None]
+    return ops.where(place < fed, place, portable.minimum(place - fed + (total - m), total - 1))
+
+
+def attend_piece(attn, q, k, v, cache, attn_bias=None, sinks=None):
+    """Compute what `attend_cached` does, for a piece of a prompt. Its cache is keys and values, oldest first; the
+    position of the first token; and how many tokens of each row are real, `(b,)`. The others come last."""
+    m, prefix = k.shape[1], attn.windows.prefix
+    old_k, old_v, clock, counts = cache
+    q, k = rotated(attn, q, clock), as_kept(attn, k, clock)
+    k, v = ops.cat((old_k, k), 1), ops.cat((old_v, v), 1)
+    last = _range(prefix, k.shape[1] - m)[None] + counts[:, None]
+    if prefix > 0:
+        last = ops.cat((_first_places(prefix, ops.tile(clock, counts.shape), k.shape[1], m), last), 1)
+    if span_moves(attn) and attn_bias is None:
+        out = _appended(attn, q, k, v, clock, sinks)
+    else:
+        out = _next_tokens(attn, q, k, v, clock, attn_bias, sinks)
+    return out, (_at(k, last), _at(v, last), clock, counts)
+
+
+def span_moves(attn):
+    """Whether each query sees, of the kept keys, those up to a distance, and nothing else depends on their places."""
+    return (attn.windows.exact or attn.sees_all) and attn.windows.prefix == 0 and not attn.use_xpos
+
+
+def _appended(attn, q, k, v, position, sinks):
+    """Compute attention of the last tokens to themselves and to the kept ones before them."""
+    m, total, dtype = q.shape[1], k.shape[1], q.dtype
+    real = _range(total - m, -m, -1)[None] <= position
+    spec, scoring, frame = _moving_span(attn, recent(attn.windows) - 1, total - m, q.shape[-1], dtype, False)
+    tensors = beside(mask=real, sinks=sinks, seed=attn.seed())
+    return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, attn.backend), dtype)
+
+
+def _moving_span(attn, backward, offset, head_dim, dtype, bias_is_constant):
+    return _numbers(backward, offset, head_dim ** -0.5 if attn.scale is None else attn.scale, attn.softcap,
+                    attn.shared_qk, attn.dropout if attn.training else 0., dtype, bias_is_constant)
 
 
 def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
@@ -378,9 +440,7 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
         attn_bias = attn_bias.swapaxes(0, 1).reshape(-1, last + 1)
     if position.shape[0] > 1 or attn_bias is not None:
         unseen = _of_heads(unseen, groups if position.shape[0] > 1 else attn_bias.shape[0])
-    spec, scoring, frame = _one_query(
-        k.shape[1] - 1, q.shape[-1] ** -0.5 if attn.scale is None else attn.scale, attn.softcap, attn.shared_qk,
-        attn.dropout if attn.training else 0., dtype, attn_bias is None)
+    spec, scoring, frame = _moving_span(attn, k.shape[1] - 1, k.shape[1] - 1, q.shape[-1], dtype, attn_bias is None)
     tensors = beside(bias=_hide(unseen, attn_bias), sinks=sinks, seed=attn.seed())
     out = attend(q, k, v, spec, scoring, tensors, frame, attn.backend)
     return ops.cast(out, dtype)
@@ -398,10 +458,10 @@ _hide = _Hide()
 
 
 @constexpr
-def _one_query(last, scale, softcap, hide_self, dropout, dtype, bias_is_constant):
-    """Return the numbers of a call of one query that sees all keys, with its own key last."""
-    return (WindowSpec(bucket=1, backward=last, forward=0, causal=True), Scoring(scale, softcap, hide_self, dropout),
-            Frame(last, dtype=dtype, bias_is_constant=bias_is_constant))
+def _numbers(backward, offset, scale, softcap, hide_self, dropout, dtype, bias_is_constant):
+    """Return the numbers of a call of queries behind `offset` keys, each of which sees itself and `backward` before."""
+    return (WindowSpec(bucket=1, backward=backward, forward=0, causal=True),
+            Scoring(scale, softcap, hide_self, dropout), Frame(offset, dtype=dtype, bias_is_constant=bias_is_constant))
 
 
 def _next_tokens(attn, q, k, v, position, attn_bias, sinks):

@@ -13,6 +13,7 @@ from mindspore.ops import constexpr
 
 from . import checks, settings
 from .cache import MOST_KEPT, Rings, clock_and_rows
+from .decoding import end_of, of_model, piece_of, pieces_of, prompt_logits, reads_in_pieces, ring_forms, step_of
 
 # MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {
@@ -161,48 +162,6 @@ def as_array(logits):
     return (logits if logits.dtype == ms.float32 else ops.cast(logits, ms.float32)).asnumpy()
 
 
-def prompt_logits(model, tokens, places, mask, position, cached):
-    """Compute a prompt: return the logits of one token of each row, which is at `places`, and if `cached`, the caches
-    of all layers and the biases. A `position` in the form of caches is needed for rows of unequal length.
-
-    It is a call of the model but for the logits: with many words, those of a long prompt take more memory than all
-    else.
-    """
-    b, n = tokens.shape
-    layers, biases = None, ()
-    if position is not None:
-        layers = ((position,),) * model.cached_cells
-    if model.bias_distances:
-        biases = model._biases()
-    x = model._embedded(tokens, None, None, b, 0, n)
-    x, layers = model._through_layers(x, mask, biases, layers, cached)
-    logits = model.to_logits(ops.gather(x.reshape(-1, model.dim), places, 0))
-    return logits.reshape(b, model.num_tokens), layers, biases
-
-
-def next_logits(model, token, position, rings, sizes, *flat):
-    """Compute a step of decoding: return the logits after `token (b, 1)` at a `position`, in the form of caches, and
-    the caches of global layers. `flat` has the model's biases, then the caches of global layers.
-
-    All are flat, because a tuple that is passed to a compiled function is a constant of it: every token would compile
-    anew.
-    """
-    clock, rows = clock_and_rows(position)
-    layers, start = [], len(model.bias_distances)
-    biases = flat[:start]
-    for number in range(len(model.layers)):
-        layers.append((rings.keys[number], rings.values[number], clock, rows))
-    for size in sizes:
-        layers.append(flat[start:start + size])
-        start += size
-    x = model.token_emb(token) + model.pos_emb(rows[:, None])
-    x, layers = model._through_layers(x, None, biases, layers, True)
-    flat = []
-    for layer in layers[len(model.layers):]:
-        flat += list(layer)
-    return (model.to_logits(x)[:, 0], *flat)
-
-
 @cache
 def _compound(kind):
     return issubclass(kind, (nn.Cell, Tensor, tuple, list, dict))
@@ -252,6 +211,7 @@ class Steps:
 
     def __init__(self):
         self.state, self.steps, self.prompts, self.rings, self.level = None, {}, {}, {}, 0
+        self.in_pieces = False
 
     def __deepcopy__(self, memo):
         return Steps()
@@ -270,6 +230,7 @@ class Steps:
         if self.state is None or state != self.state:
             check_names(model)
             self.state, self.steps, self.prompts = state, {}, {}
+            self.in_pieces = reads_in_pieces(model)
 
     def prompt(self, model, cached):
         """Return `prompt_logits`, compiled in Graph mode."""
@@ -278,7 +239,7 @@ class Steps:
         if ms.get_context("mode") == ms.GRAPH_MODE:
             self.forget_the_past(model)
             if cached not in self.prompts:
-                self.prompts[cached] = of_model(model, prompt)
+                self.prompts[cached] = _compiled(of_model(model, prompt))
             return self.prompts[cached]
 
         def call(*args):
@@ -290,15 +251,43 @@ class Steps:
         """Return `next_logits`, compiled at its first call, with its rings filled with the caches of a prompt."""
         self.forget_the_past(model)
         local, others = layers[:len(model.layers)], layers[len(model.layers):]
-        prefix = model.windows.prefix
-        kind = self.level, prefix, tuple((cache[0].shape, checks.dtype_name(cache[0].dtype)) for cache in local)
-        if kind not in self.rings:
-            self.rings[kind] = filled_rings(local, prefix)
-        rings, fill = self.rings[kind]
-        if kind not in self.steps:
-            self.steps[kind] = compiled_step(model, rings, tuple(len(cache) for cache in others))
+        kind, (rings, fill) = self._rings(model, tuple((cache[0].shape, cache[0].dtype) for cache in local))
         fill(clock_and_rows(local[0][2])[0], *[x for keys, values, _ in local for x in (keys, values)])
-        return self.steps[kind]
+        return self._made(kind, lambda: step_of(model, rings, tuple(len(cache) for cache in others)))
+
+    def after_pieces(self, model, tokens, lengths):
+        """Read prompts, the first `lengths` of `tokens (b, n)`; return the logits after them, the biases, and what
+        `after` returns."""
+        rows, longest, even = len(lengths), lengths.max(), (lengths == lengths[0]).all()
+        kind, (rings, _) = self._rings(model, ring_forms(model, rows))
+        logits, start = np.zeros((rows, model.num_tokens), np.float32), 0
+        for size in pieces_of(longest):
+            part = np.zeros((rows, size), np.int32)
+            part[:, :min(size, longest - start)] = tokens[:, start:min(start + size, longest)]
+            counts = np.clip(lengths - start, 0, size).astype(np.int32)
+            piece = self._made((kind, size), lambda: piece_of(model, rings), self.prompts)
+            found, *biases = piece(Tensor(part), Tensor(np.array([start], np.int32)), Tensor(counts))
+            start += size
+            end = (counts > 0) & (lengths <= start)
+            if end.any():
+                logits[end] = as_array(found)[end]
+        shifts = () if even else (Tensor((longest - lengths).astype(np.int32)),)
+        self._made((kind, even), lambda: end_of(model, rings, even), self.prompts)(
+            Tensor(np.array([longest], np.int32)), *shifts)
+        return logits, biases, self._made(kind, lambda: step_of(model, rings, ()))
+
+    def _rings(self, model, forms):
+        """Return a kind of rings, such rings, and the function that fills them."""
+        kind = self.level, model.windows.prefix, tuple((shape, checks.dtype_name(dtype)) for shape, dtype in forms)
+        if kind not in self.rings:
+            self.rings[kind] = filled_rings(forms, model.windows.prefix)
+        return kind, self.rings[kind]
+
+    def _made(self, kind, make, made=None):
+        made = self.steps if made is None else made
+        if kind not in made:
+            made[kind] = _compiled(make())
+        return made[kind]
 
 
 _numbers = numbers()
@@ -310,27 +299,13 @@ def _compiled(function):
     return ms.jit(function)
 
 
-def filled_rings(caches, prefix):
-    """Return rings for such caches, and a function that fills them."""
-    rings = Rings(caches, prefix)
+def filled_rings(forms, prefix):
+    """Return rings of these shapes and dtypes, and a function that fills them."""
+    rings = Rings(forms, prefix)
 
     def fill(*caches):
         return rings(*caches)
     return rings, _compiled(fill)
-
-
-def compiled_step(model, rings, sizes):
-    """Return `next_logits` with its rings; `sizes` are the numbers of tensors in the caches of global layers."""
-    def step(token, position, *flat):
-        return next_logits(model, token, position, rings, sizes, *flat)
-    return of_model(model, step)
-
-
-def of_model(model, function):
-    """Compile a function around a model."""
-    if hasattr(model, "amp_strategy"):  # set by `amp` at "auto"; MindSpore applies it to the model's own calls
-        function.amp_strategy = model.amp_strategy
-    return _compiled(function)
 
 
 def precision(model):
@@ -386,6 +361,8 @@ def each_logits(model, tokens, lengths, cached):
     next token of each row behind its `lengths` first ones."""
     rows, even = np.arange(len(lengths)), (lengths == lengths[0]).all()
     step, biases, flat = None, (), []
+    if cached:
+        model.steps.forget_the_past(model)
     for count in numbers():
         ends = lengths + count
         longest = ends.max()
@@ -393,8 +370,11 @@ def each_logits(model, tokens, lengths, cached):
             yield whole_logits(model, tokens, ends)
         elif step is not None:
             position = Tensor(np.array([longest - 1, *(ends - 1)], np.int32))
-            logits, *flat = step(Tensor(tokens[rows, ends - 1][:, None]), position, *biases, *flat)
+            logits, *flat = step(Tensor(tokens[rows, ends - 1]), position, *biases, *flat)
             yield as_array(logits)
+        elif model.steps.in_pieces:
+            logits, biases, step = model.steps.after_pieces(model, tokens, ends)
+            yield logits
         else:
             position = None if even else Tensor(np.array([longest, *ends], np.int32))
             logits, layers, biases = model.steps.prompt(model, True)(

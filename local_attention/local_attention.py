@@ -174,6 +174,7 @@ class LocalAttention(Windowed):
         self.backend = check_backend(owner, backend)
         self.sequence_parallel = sequence_parallel
         self.group = parallel.sequence_group(owner, sequence_parallel)
+        self.sees_all = False  # whether it is in a model with no sequence that is longer than a window
         self.must_agree = self.group is not None  # unless the ranks have agreed on a whole model's call
 
         for other in (("use_xpos", use_xpos), ("sequence_parallel", self.group)):

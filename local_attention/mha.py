@@ -7,8 +7,8 @@ from mindspore.ops import constexpr
 from . import checks
 from .backends import portable
 from .backends.any_length import unknown
-from .cache import (MOST_KEPT, attend_cached, attend_in_place, capacity, check_form, checked_cache, entered,
-                    first_cache, form, fused_entry)
+from .cache import (MOST_KEPT, attend_cached, attend_in_place, attend_piece, capacity, check_form, checked_cache,
+                    entered, first_cache, form, fused_entry)
 from .layers import LayerNorm, fused_heads, reorder, take
 from .local_attention import LocalAttention, l2norm
 
@@ -128,7 +128,10 @@ class _Heads(nn.Cell):
     """What LocalMHA does between projections, in a base class, which MindSpore's O1 does not rewrite (see `cells`)."""
 
     def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids, order):
-        """Check a call; return x, its batch and length. They are used, because a graph drops unused checks."""
+        """Check a call; return x, its batch and length. They are used, because a graph drops unused checks. A step of
+        decoding may leave out the axis of tokens."""
+        if len(x.shape) == 2 and cache is not None and len(cache) == 4:
+            return x, x.shape[0], 1
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
             check_form(self.cls_name, form(cache), b, self.attn_fn.windows, checks.described(attn_bias))
@@ -141,7 +144,11 @@ class _Heads(nn.Cell):
         return x, b, n
 
     def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
-        """Compute attention of the projection, `(b, n, heads * d)`, and the next cache."""
+        """Compute attention of the projection, `(b, n, heads * d)`, and the next cache. In a step of decoding, both may
+        be without the axis of n."""
+        without_axis = len(qkv.shape) == 2
+        if without_axis:
+            qkv = qkv.reshape(qkv.shape[0], 1, -1)
         b, n, _ = qkv.shape
         if unknown((b, n)):
             return self._attend_any_length(qkv, mask, attn_bias, segment_ids, order), cache
@@ -152,13 +159,15 @@ class _Heads(nn.Cell):
                 return self.attn_fn.attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, order,
                                                  qkv.dtype), None
         entry = None
-        if cache is not None and len(cache) == 4 and not self.qk_rmsnorm:
+        if cache is not None and len(cache) == 4 and n == 1 and not self.qk_rmsnorm:
             entry = fused_entry(self.attn_fn, qkv.dtype)
         if entry is not None:
             out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
         else:
             out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids, order)
-        return reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head)).reshape(b, n, -1), cache
+        if n > 1:
+            out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
+        return out.reshape((b, -1) if without_axis else (b, n, -1)), cache
 
     def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Compute the same; the output has heads before positions."""
@@ -179,7 +188,9 @@ class _Heads(nn.Cell):
             shape = (b * self.kv_heads, n, self.dim_head)
             checked_cache(self.cls_name, form(cache), b, self.kv_heads, self.attn_fn.windows, self.dim_head, k.dtype)
             q, k, v = q.reshape(b * self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape)
-            if len(cache) == 3:
+            if n > 1 and len(cache) == 4:
+                out, cache = attend_piece(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
+            elif len(cache) == 3:
                 out, cache = attend_cached(self.attn_fn, q, k, v, cache, attn_bias, self.sinks)
             else:
                 q, cache = entered(self.attn_fn, q, k, v, cache)
@@ -199,14 +210,14 @@ class _Heads(nn.Cell):
 
     def _gated(self, out, gates):
         """Multiply each head's output `(b, n, heads * d)` by its gate, which is `(b, n, heads)` before the sigmoid."""
-        b, n, _ = out.shape
-        gates = ops.sigmoid(gates)
-        if unknown((b, n)):
+        shape, gates = out.shape, ops.sigmoid(gates)
+        if unknown(shape[:-1]):
+            b, n, _ = shape
             out = ops.mul(out.reshape(b, n, self.heads, self.dim_head), gates[..., None])
         else:
             gates = ops.matmul(gates.reshape(-1, 1), ops.ones((1, self.dim_head), gates.dtype))
             out = ops.mul(out.reshape(-1, self.dim_head), gates)
-        return out.reshape(b, n, self.heads * self.dim_head)
+        return out.reshape(shape[:-1] + (self.heads * self.dim_head,))
 
 
 class LocalMHA(_Heads):

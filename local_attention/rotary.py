@@ -142,6 +142,10 @@ class SinusoidalEmbeddings(nn.Cell):
             return _rotation(_rounded(self.frequencies), x.shape, position, None)(x)
         return _rotation_at(self.frequencies, x.shape[1])(x, position)
 
+    def rotate_rows(self, x, positions):
+        """Rotate `x (g, n, dim)`, float32, all tokens of a row by its position, int32 `(g, 1, 1)`."""
+        return _rotation_at(self.frequencies, 1)(x, positions)
+
 
 def _xpos_base(dim):
     """Return the bases of xpos's scales, float64 `(dim / 2,)`, in (0, 1); their exponents depend on the position."""

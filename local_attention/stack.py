@@ -165,10 +165,10 @@ class Stack(nn.Cell):
         self.causal, self.windows, self.group = first.causal, first.windows, first.group
         self.most_kept = max(capacity(attn.attn_fn.windows) for attn, _ in self.layers)
         for attn, _ in self.layers:
-            attn.attn_fn.must_agree = False
+            attn.attn_fn.must_agree, attn.attn_fn.sees_all = False, attn.window_size >= self.max_seq_len
         # whether tokens may move by any number of places, all alike, without a change of what they see
         self.moves_freely = global_attn_layer is None and self.windows.prefix == 0 and all(
-            attn.attn_fn.windows.exact or attn.window_size >= self.max_seq_len for attn, _ in self.layers)
+            attn.attn_fn.windows.exact or attn.attn_fn.sees_all for attn, _ in self.layers)
         # whether a call with a mask, and without documents, moves tokens
         self.moves_tokens = not self.moves_freely and (self.group is None or self.group.size == 1)
         # for each layer, where its global layer's cache is among all caches, after those of local blocks; 0 without one

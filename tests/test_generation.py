@@ -7,7 +7,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from local_attention import LocalMHA, LocalTransformer, export_torch_weights, generation, load_torch_weights
+from local_attention import LocalMHA, LocalTransformer, decoding, export_torch_weights, generation, load_torch_weights
 
 W, TOKENS, LONGEST, COUNT = 5, 31, 20, 12
 MODEL = dict(num_tokens=TOKENS, dim=20, depth=2, heads=3, dim_head=10, local_attn_window_size=W, max_seq_len=LONGEST)
@@ -79,8 +79,10 @@ def ragged(lengths, pads, width):
     dict(global_attn_layer=full(), layers_insert_global_attn=(2,)),
     dict(global_attn_layer=Mean()), dict(global_attn_layer=MeanOfAll()), dict(global_attn_layer=Remembering())],
     ids=lambda settings: ",".join(settings) or "exact")
-def test_each_row_is_continued_as_if_it_were_alone(settings):
-    """Padding left, right and on both sides; lengths around windows and caches; also past `max_seq_len`."""
+def test_each_row_is_continued_as_if_it_were_alone(settings, monkeypatch):
+    """Padding left, right and on both sides; lengths around windows and caches; also past `max_seq_len`. The prompts
+    are read in a piece of 12 tokens and one of 5, and some rows end in the first."""
+    monkeypatch.setattr(decoding, "PIECES", (12, 5))
     cell = model(**settings)
     prime, mask = ragged([1, 9, 4, 13], [3, 2, 0, 0], 13)
     with_cache, without = (greedy(cell, prime, COUNT, mask=Tensor(mask), use_kv_cache=use) for use in (True, False))
@@ -117,10 +119,11 @@ def test_ragged_and_even_prompts_share_one_compiled_step():
     calls.clear()
     prime, mask = ragged([1, 11, 8], [3, 0, 0], 11)
     greedy(cell, prime, 9, mask=Tensor(mask))
-    assert len(calls) == 2  # the prompt, and the compilation of the step
+    assert len(calls) == 2  # the compilations of a piece of a prompt and of the step
     greedy(cell, prime, 9)
     greedy(cell, prime[:, :4], 9, mask=Tensor(mask[:, 2:6]))
-    assert len(calls) == 4
+    greedy(cell, prime[:, :1], 9)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("row, message", [
