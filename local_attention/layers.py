@@ -103,6 +103,11 @@ def fused_heads(attn, heads, kv_heads):
                         () if attn.rel_pos is None else attn.rel_pos.frequencies)
 
 
+def split_alone(heads, kv_heads):
+    """Return a Cell that splits projected heads and rotates nothing, None if the kernel cannot run."""
+    return _fused_heads(heads, kv_heads, 0, ())
+
+
 class _FusedLayerNorm(InFloat32):
     """Runs the kernel and its gradient, float32 in and out."""
 

@@ -9,7 +9,7 @@ from .backends import portable
 from .backends.any_length import unknown
 from .cache import (MOST_KEPT, attend_cached, attend_in_place, attend_piece, capacity, check_form, checked_cache,
                     entered, first_cache, form, fused_entry)
-from .layers import LayerNorm, fused_heads, reorder, take
+from .layers import LayerNorm, fused_heads, reorder, split_alone, take
 from .local_attention import LocalAttention, l2norm
 
 
@@ -173,7 +173,11 @@ class _Heads(nn.Cell):
         """Compute the same; the output has heads before positions."""
         b, n, _ = qkv.shape
         sizes = self.heads, self.kv_heads, self.kv_heads
-        q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
+        split = split_alone(self.heads, self.kv_heads) if n > 1 and cache is not None and len(cache) == 4 else None
+        if split is None:
+            q, k, v = take((b, n, self.heads + 2 * self.kv_heads), sizes, (0, 2, 1))(qkv.reshape(-1, self.dim_head))
+        else:  # a piece of a prompt, in float32
+            q, k, v = split(qkv)
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         if cache is None or len(cache) == 1:
