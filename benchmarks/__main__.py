@@ -14,6 +14,7 @@ The workloads:
   scaling    2k to 128k tokens
   train      a training step of a model of 20M weights
   decode     128 tokens after a prompt of 512, for one row and for 8
+  first      one token after prompts of 128, 512 and 1,024
   models     grouped heads, documents, softcap, sinks, a prefix, the log-sum-exp, an order, narrow values and a bias for
              each query, each against our call without it; grouped heads and that bias also against SDPA, documents also
              against compiled FlexAttention
@@ -273,11 +274,26 @@ def models(runner, backward):
             runner.windowed("documents in a row of 8,192", "flex", tolerance=1e-3, **row)
 
 
+def where_it_runs():
+    """Return a line of the processor, its instruction set, the versions, and the variable that the sides get."""
+    from importlib.metadata import version
+
+    from local_attention import settings
+    from local_attention.backends import native
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    level = "no kernel" if native.unavailable("CPU") else settings.LEVELS[native.machine_level()]
+    return (f"{names[0] if names else platform.machine()}, {level}, {len(os.sched_getaffinity(0))} cores, float32; "
+            f"MindSpore {version('mindspore')}, Python {platform.python_version()}; MS_DEV_HOST_BLOCKING_RUN=1 "
+            "in every process here")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+",
-                        choices=("attention", "long", "options", "sliding", "scaling", "train", "decode", "models"))
+                        choices=("attention", "long", "options", "sliding", "scaling", "train", "decode", "first",
+                                 "models"))
     parser.add_argument("--peer-python", help="the Python of an environment with torch and the peers")
     parser.add_argument("--peers", default="lucidrains,flex,sdpa",
                         help="the peers of `attention`, separated by commas (default: %(default)s)")
@@ -291,9 +307,7 @@ def main():
     args = parser.parse_args()
     if args.peer_python is None and not set(args.workloads) <= {"options", "models"}:
         parser.error("--peer-python is needed for every workload but `options` and `models`")
-    from importlib.metadata import version
-    print(f"MindSpore {version('mindspore')}, Python {platform.python_version()}, "
-          f"{len(os.sched_getaffinity(0))} cores, float32")
+    print(where_it_runs())
     peers = args.peers.split(",")
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(args, folder)
@@ -318,6 +332,9 @@ def main():
                 scaling(runner)
             elif workload == "train":
                 runner.model("training step", 1e-2, args.repeat, kind="train", batch=(2, 1025))
+            elif workload == "first":
+                for prompt in (128, 512, 1024):
+                    runner.model(f"one token after {prompt}", None, 7, kind="decode", rows=1, prompt=prompt, new=1)
             elif workload == "decode":
                 for rows, name in ((1, "128 tokens after 512"), (8, "the same for 8 rows at once")):
                     runner.model(name, None, 7,  # checked by our uncached tokens: the peer's cache errs
