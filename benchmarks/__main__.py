@@ -45,11 +45,15 @@ WINDOWED = dict(kind="windowed", shape=(2, 8, 2048, 64), key_heads=8, window=512
 class Side:
     """A process that makes calls when told to, and says how long they took."""
 
+    plain = False  # whether the variable is left as it is
+
     def __init__(self, python, folder, **spec):
         self.name, self.output = spec["name"], pathlib.Path(folder) / f"{spec['name']}-{len(os.listdir(folder))}.npz"
         spec = {**spec, "outputs": str(self.output)}
         # see docs/performance.md, "What to set": threads that wait by spinning take cores from others
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "MS_DEV_HOST_BLOCKING_RUN": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}
+        if not self.plain:
+            environment["MS_DEV_HOST_BLOCKING_RUN"] = "1"
         if python != sys.executable:
             del environment["PYTHONPATH"]  # the peer's package has our import name
         errors = self.output.with_suffix(".err")
@@ -283,9 +287,10 @@ def where_it_runs():
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     level = "no kernel" if native.unavailable("CPU") else settings.LEVELS[native.machine_level()]
+    variable = os.environ.get("MS_DEV_HOST_BLOCKING_RUN", "not set") if Side.plain else "1"
     return (f"{names[0] if names else platform.machine()}, {level}, {len(os.sched_getaffinity(0))} cores, float32; "
-            f"MindSpore {version('mindspore')}, Python {platform.python_version()}; MS_DEV_HOST_BLOCKING_RUN=1 "
-            "in every process here")
+            f"MindSpore {version('mindspore')}, Python {platform.python_version()}; "
+            f"MS_DEV_HOST_BLOCKING_RUN {variable}")
 
 
 def main():
@@ -300,6 +305,7 @@ def main():
     parser.add_argument("--mode", choices=("graph", "pynative"), default="graph",
                         help="the mode of this package (default: %(default)s)")
     parser.add_argument("--backend", help="the backend of this package (default: its own choice)")
+    parser.add_argument("--plain", action="store_true", help="do not set MS_DEV_HOST_BLOCKING_RUN, as a plain program")
     parser.add_argument("--repeat", type=int, default=15,
                         help="calls of each side, where a workload has no number of its own (default: %(default)s)")
     parser.add_argument("--plot", help="with `scaling`: a .png file for time and memory against the sequence length")
@@ -307,6 +313,7 @@ def main():
     args = parser.parse_args()
     if args.peer_python is None and not set(args.workloads) <= {"options", "models"}:
         parser.error("--peer-python is needed for every workload but `options` and `models`")
+    Side.plain = args.plain
     print(where_it_runs())
     peers = args.peers.split(",")
     with tempfile.TemporaryDirectory() as folder:

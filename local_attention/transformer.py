@@ -228,9 +228,10 @@ class LocalTransformer(Stack):
             filter_thres (float): The share of the vocabulary that is never sampled, see `top_k`.
                 Default: ``0.9`` .
             use_kv_cache (bool): Whether a causal model computes each token only once, as long as all tokens fit in
-                `max_seq_len`. The step is compiled once for a batch size. There is no cache if a global layer keeps
-                none, with rows of unequal length if it is not a `LocalMHA`, or if windows keep more than 2**24
-                tokens. Default: ``True`` .
+                `max_seq_len`. The step is compiled once for a batch size. In float32, and if the Cells are this
+                package's and MindSpore's, prompts of all lengths are read by one or two more compiled functions, in
+                pieces of 512 and 128 tokens. There is no cache if a global layer keeps none, with rows of unequal
+                length if it is not a `LocalMHA`, or if windows keep more than 2**24 tokens. Default: ``True`` .
             mask (Tensor): bool `(b, n)`, True = a real token of `prime`. The real tokens of a row are contiguous,
                 with padding before, after or both. Default: ``None`` .
             stop_token (int): A row ends with its first one. The rest of the row is filled with it, and the call ends

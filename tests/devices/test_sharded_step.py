@@ -1,4 +1,4 @@
-"""In semi-auto parallel, a rank's attention has its share of rows, heads and positions, and sends nothing but the halo."""
+"""In semi-auto parallel, a rank's attention has its share of rows, heads and positions, and sends the halo alone."""
 import os
 import subprocess
 import sys
