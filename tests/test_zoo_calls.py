@@ -214,7 +214,6 @@ def test_a_table_of_a_models_own(name, package, zoos, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.parametrize("name, given", [
-    ("position_bias", Tensor(np.zeros((1, H, N, N)))), ("sinks", Tensor(np.zeros((B, H, N, 1)))),
     ("indices", Tensor([1])), ("block_indices", Tensor([1])), ("use_top_left_mask", True), ("scores", 0.)])
 def test_what_is_not_known_is_refused_by_name(name, given):
     refused(f"For 'local_attention', '{name}' must be None", **{name: given})
@@ -227,8 +226,8 @@ def test_what_is_not_known_in_a_graph():
 
     @ms.jit
     def jitted(q, k, v, bias):
-        return layer(q, k, v, None, position_bias=bias)
-    with pytest.raises(ValueError, match="'position_bias' must be None"):
+        return layer(q, k, v, None, block_indices=bias)
+    with pytest.raises(ValueError, match="'block_indices' must be None"):
         jitted(*tensors(), Tensor(np.zeros((1, H, N, N), np.float32)))
 
 
@@ -249,6 +248,67 @@ def test_what_is_not_known_of_a_mask():
 def test_a_padding_mask_of_int32():
     real = padding("right")
     same(module(), tensors(), Tensor(real.astype(np.int32)), wanted(tensors(), FULL, key_mask=real), real)
+
+
+# ---- biases and sinks of each query
+
+
+@pytest.mark.parametrize("n_q", [N, 3])
+def test_position_bias(n_q):
+    bias = np.random.default_rng(0).standard_normal((1, H, n_q, N)).astype(np.float32)
+    inputs, real = tensors(n_q, N), padding("left")
+    q, k, v = (x.asnumpy() for x in inputs)
+    k, v = (x.repeat(H // KV, 1) for x in (k, v))
+    seen = SLIDING.visible(np.arange(N - n_q, N), np.arange(N)) & real[:, None, None]
+    scores = np.where(seen, q @ k.swapaxes(2, 3) * D ** -0.5 + bias, -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
+    right = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-9) @ v).swapaxes(1, 2)
+    same(module(), inputs, Tensor(real), right, sliding_window=W, position_bias=Tensor(bias))
+    unused = [inputs[0], *(Tensor(np.pad(x.asnumpy(), ((0, 0), (0, 0), (0, 7), (0, 0)))) for x in inputs[1:])]
+    mask = translation.positions(B, Tensor(np.arange(N - n_q, N)), N + 7, attention_mask=Tensor(real))
+    longer = Tensor(np.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 7))))
+    same(module(), unused, mask, right, sliding_window=W, position_bias=longer)
+
+
+def test_position_bias_refused():
+    bias = Tensor(np.zeros((1, H, N, N), np.float32))
+    refused("'position_bias' must be None in a layer without a window", position_bias=bias)
+    refused("'position_bias' must be None", layer=module(config=dict(attention_chunk_size=W)), position_bias=bias)
+    refused("'position_bias' must be of shape .*29, 29., but", sliding_window=W, position_bias=bias[:, :, 1:])
+
+
+def test_a_layer_with_a_bias_and_sinks_in_a_graph():
+    layer, (q, k, v) = Windowed(config(sliding_window=W), 0), tensors()
+    rng = np.random.default_rng(1)
+    bias, sinks = (Tensor(rng.standard_normal(shape).astype(np.float32)) for shape in ((1, H, N, N), (B, H, N, 1)))
+
+    @ms.jit
+    def jitted(q, k, v, bias, sinks):
+        return layer(q, k, v, None, position_bias=bias, sinks=sinks)
+    np.testing.assert_allclose(jitted(q, k, v, bias, sinks).asnumpy(),
+                               layer(q, k, v, None, position_bias=bias, sinks=sinks).asnumpy(), atol=2e-6)
+
+
+def test_sinks_of_queries():
+    sinks = np.random.default_rng(2).standard_normal((B, H, N)).astype(np.float32)
+    zero = [Tensor(np.zeros((B, heads, N, 1), np.float32)) for heads in (H, KV)]
+    ones = Tensor(np.ones((B, KV, N, 1), np.float32))
+    count = np.minimum(np.arange(N) + 1, W)
+    right = (count / (count + np.exp(sinks))).swapaxes(1, 2)[..., None]
+    for given in (Tensor(sinks), Tensor(sinks[..., None])):
+        out, _ = translation.attention(module(), *zero, ones, None, sliding_window=W, sinks=given)
+        np.testing.assert_allclose(out.asnumpy(), right, atol=2e-6)
+    refused("'sinks' must be of shape", sinks=Tensor(sinks[:, :, 1:]))
+    refused("'sinks'.*'s_aux'", sinks=Tensor(sinks), s_aux=Tensor(sinks[0, :, 0]))
+
+
+@pytest.mark.parametrize("n_q", [1, N])
+def test_values_of_another_width(n_q):
+    """DeepSeek-V3's are narrower than its keys."""
+    q, k, v = tensors(n_q, N)
+    wide, _ = translation.attention(module(), q, k, v, None)
+    narrow, _ = translation.attention(module(), q, k, v[..., :D - 2], None)
+    np.testing.assert_allclose(narrow.asnumpy(), wide.asnumpy()[..., :D - 2], atol=2e-6)
 
 
 # ---- documents of the flash collator

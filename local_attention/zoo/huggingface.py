@@ -12,11 +12,9 @@ from mindspore.ops import constexpr
 
 from .. import checks
 from ..functional import windowed_attention
-from ..spec import WindowSpec
+from ..spec import NO_LIMIT, WindowSpec
 from .masks import HIDDEN, UNUSED, four_axes, places_of
 from .words import OWNER, Layer, compiling, in_graph, once, values
-
-BOTH_WAYS = WindowSpec.from_flash((-1, -1))
 
 
 # What reaches a layer and changes neither a score nor a mask, and why. Other names that are not known raise an error.
@@ -48,7 +46,7 @@ HARMLESS = {
 
 def attention(module, query, key, value, attention_mask=None, dropout=0., scaling=None, softcap=None, s_aux=None,
               position_ids=None, is_causal=None, head_mask=None, output_attentions=None, cu_seq_lens_q=None,
-              cu_seq_lens_k=None, **kwargs):
+              cu_seq_lens_k=None, position_bias=None, sinks=None, **kwargs):
     """The entry of a zoo's table of attentions. Return the output `(b, n_q, h, d)`, and None for the weights."""
     _check(output_attentions, head_mask is not None, _given(kwargs))
     _check_graph(attention_mask is not None, cu_seq_lens_q is not None, cu_seq_lens_k is not None)
@@ -63,10 +61,12 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
                                                 cu_seq_lens_q, cu_seq_lens_k)
         if used < n_k:  # the queries belong to the last keys in use
             key, value = key[:, :, :used], value[:, :, :used]
-    if _fewer_keys(spec, n_q, key.shape[2]):  # hidden ones fill them up
-        mask, key, value = _filled(mask, key, n_q), _longer(key, n_q), _longer(value, n_q)
-    out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, sinks=s_aux,
-                             scale=layer.scale, softcap=layer.softcap, dropout_rate=layer.dropout_rate)
+    bias = None
+    if position_bias is not None:
+        bias = _bias_of_queries(position_bias, _columns(spec, position_bias.shape, query.shape, n_k, key.shape[2]))
+    out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, attn_bias=bias,
+                             sinks=_sinks(s_aux, sinks, query.shape), scale=layer.scale, softcap=layer.softcap,
+                             dropout_rate=layer.dropout_rate)
     return ops.transpose(out, (0, 2, 1, 3)), None
 
 
@@ -120,28 +120,42 @@ def _refusal(label, known, name):
     return refused
 
 
-# ---- more queries than keys, as in attention to the tokens of an encoder
+# ---- biases and sinks of each query
 
 
 @constexpr
-def _fewer_keys(spec, n_q, n_k):
-    return n_k < n_q and spec == BOTH_WAYS
+def _columns(spec, shape, queries, n_k, used):
+    """Return, of a bias with a column for each of `n_k` keys, the columns in what each query sees, end to end for all
+    queries, as an int Tensor. Only the first `used` keys are in use."""
+    batch, heads, n_q, _ = queries
+    if NO_LIMIT in (spec.backward, spec.forward) or spec.bucket > 1:
+        raise checks.value_error(OWNER, "position_bias", "None in a layer without a window around each query", shape)
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (n_q, n_k):
+        raise checks.value_error(OWNER, "position_bias", f"of shape (b or 1, h or 1, n_q, n_k), "
+                                 f"{(batch, heads, n_q, n_k)}", shape)
+    rows = np.arange(n_q)[:, None]
+    keys = used - n_q + rows + np.arange(-spec.backward, spec.forward + 1)
+    return Tensor((rows * n_k + keys.clip(0, n_k - 1)).reshape(-1), ms.int32)  # what does not exist is never seen
+
+
+def _bias_of_queries(bias, columns):
+    batch, heads, n_q, n_k = bias.shape
+    return ops.gather(bias.reshape(batch, heads, n_q * n_k), columns, 2).reshape(batch, heads, n_q, -1)
+
+
+def _sinks(s_aux, sinks, shape):
+    """Return the sinks of heads, or those of queries `(b, h, n_q)`, which some models have as `(b, h, n_q, 1)`."""
+    if sinks is None:
+        return s_aux
+    _check_sinks(s_aux is not None, sinks.shape, shape[:3])
+    return sinks.reshape(sinks.shape[:3])
 
 
 @constexpr
-def _real(batch, n_k, n_q):
-    return Tensor(np.tile(np.arange(n_q) < n_k, (batch, 1)))
-
-
-def _filled(mask, key, n_q):
-    real = _real(key.shape[0], key.shape[2], n_q)
-    if mask is None:
-        return real
-    return ops.cat((mask, real[:, key.shape[2]:]), 1)
-
-
-def _longer(x, n):
-    return ops.cat((x, ops.zeros((*x.shape[:2], n - x.shape[2], x.shape[3]), x.dtype)), 2)
+def _check_sinks(two, got, shape):
+    checks.together(OWNER, ("sinks", True), ("s_aux", two))
+    if tuple(got) not in ((shape[1],), tuple(shape), (*shape, 1)):
+        raise checks.value_error(OWNER, "sinks", f"of shape (h,), (b, h, n_q) or (b, h, n_q, 1), {(*shape, 1)}", got)
 
 
 # ---- the window
