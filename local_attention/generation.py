@@ -12,8 +12,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from . import checks, settings
-from .cache import MOST_KEPT, Rings, clock_and_rows
+from .cache import MOST_KEPT, clock_and_rows
 from .decoding import end_of, of_model, piece_of, pieces_of, prompt_logits, reads_in_pieces, ring_forms, step_of
+from .rings import Rings
 
 # MindSpore's notes of a Cell's calls: from the beginning, and once it has compiled the Cell in Graph mode.
 BOOKKEEPING = frozenset(vars(nn.Cell())) - {"mixed_precision_type"} | {

@@ -7,10 +7,10 @@ from mindspore.ops import constexpr
 from . import checks
 from .backends import portable
 from .backends.any_length import unknown
-from .cache import (MOST_KEPT, attend_cached, attend_in_place, attend_piece, capacity, check_form, checked_cache,
-                    entered, first_cache, form, fused_entry)
+from .cache import MOST_KEPT, attend_cached, attend_piece, capacity, check_form, checked_cache, first_cache, form
 from .layers import LayerNorm, fused_heads, reorder, split_alone, take
 from .local_attention import LocalAttention, l2norm
+from .rings import attend_in_place, entered, fused_entry
 
 
 @constexpr

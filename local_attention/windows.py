@@ -71,15 +71,16 @@ class Windows:
         rows = 1 if self.exact else self.size
         return rows, self.backward + rows, self.forward
 
-    def bias_rule(self, shape, n):
+    def bias_rule(self, shape, n=None):
         """Return the allowed shapes of a bias in words, and whether `shape` is one of them, apart from its heads: a row
-        for each place in a window, a single row for a span that moves, or a row for each of n queries."""
+        for each place in a window, a single row for a span that moves, or, if `n` is given, a row for each of n
+        queries."""
         shapes = [(self.size, self.span)]
         if self.exact:
             shapes.append((1, self.backward + 1 + self.forward))
-        of_queries = [(n, columns) for _, columns in shapes]
+        of_queries = [] if n is None else [(n, columns) for _, columns in shapes]
         words = ([f"(heads, {rows}, {columns})" for rows, columns in shapes]
-                 + [f"(batch, heads, {n}, {columns})" for _, columns in shapes])
+                 + [f"(batch, heads, {n}, {columns})" for _, columns in of_queries])
         return " or ".join(words), (len(shape) == 3 and tuple(shape[1:]) in shapes
                                     or len(shape) == 4 and tuple(shape[2:]) in of_queries)
 
