@@ -373,5 +373,5 @@ def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
     tensors = beside(mask=ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn.seed())
-    out = attn.attend_prepared(q, k, v, windows, tensors, dtype=dtype)
+    out = attn._attend_prepared(q, k, v, windows, tensors, dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

@@ -156,7 +156,7 @@ class _Heads(nn.Cell):
             split = fused_heads(self.attn_fn, self.heads, self.kv_heads)
             if split is not None:
                 q, k, v = split(ops.cast(qkv, ms.float32))
-                return self.attn_fn.attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, order,
+                return self.attn_fn._attend_split(q, k, v, mask, attn_bias, segment_ids, self.sinks, order,
                                                  qkv.dtype), None
         entry = None
         if cache is not None and len(cache) == 4 and n == 1 and not self.qk_rmsnorm:

@@ -113,8 +113,9 @@ def _of_values(cell, given):
             return cell(**{**given, "v": v})
         return attend, given["v"]
     q, k = (given["x"],) * 2 if "x" in given else (given["inputs_q"], given["inputs_kv"])
-    return functools.partial(cell.attend, cell.heads(cell.query(q)), cell.heads(cell.key(k)), mask=given.get("mask"),
-                             segment_ids=given.get("segment_ids")), cell.heads(cell.value(k))
+    return functools.partial(
+        cell._of_heads, cell._heads(cell.query(q)), cell._heads(cell.key(k)), mask=given.get("mask"),
+        segment_ids=given.get("segment_ids")), cell._heads(cell.value(k))
 
 
 def _weights(attend, v):

@@ -37,10 +37,10 @@ class _Heads(nn.Cell):
 
     def _attend(self, q, k, v, mask, seed, segment_ids):
         """Compute attention of projected inputs, `(b, n, heads * d)`."""
-        out = self.attend(self.heads(q), self.heads(k), self.heads(v), mask, seed, segment_ids)
+        out = self._of_heads(self._heads(q), self._heads(k), self._heads(v), mask, seed, segment_ids)
         return out.swapaxes(1, 2).reshape(q.shape)
 
-    def attend(self, q, k, v, mask=None, seed=None, segment_ids=None):
+    def _of_heads(self, q, k, v, mask=None, seed=None, segment_ids=None):
         """Compute attention of `(b, heads, n, d)`."""
         rate = self.dropout_rate if self.training else 0.
         if rate > 0 and seed is None:
@@ -48,7 +48,7 @@ class _Heads(nn.Cell):
         return sliding_window_attention(q, k, v, mask, self.rel_pos_emb, self.window_size_left, self.window_size_right,
                                         rate, seed, segment_ids=segment_ids)
 
-    def heads(self, x):
+    def _heads(self, x):
         head_dim = self.qkv_features // self.num_heads
         return x.reshape(x.shape[0], x.shape[1], x.shape[2] // head_dim, head_dim).swapaxes(1, 2)
 

@@ -316,7 +316,7 @@ class Windowed(nn.Cell):
             q = self.rel_pos.rotate(q, offset + windows.forward)  # relative to k, at the end of the span
             k = self.rel_pos.rotate(k)
         tensors = self._tensors(windows, mask, attn_bias, segment_ids, sinks, order)
-        out = ops.cast(self.attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
+        out = ops.cast(self._attend_prepared(q, k, v, windows, tensors, offset, dtype), dtype)
         return out.reshape(shape) if flat else out
 
     @property
@@ -339,7 +339,7 @@ class Windowed(nn.Cell):
             checks.described(v), checks.described(mask), checks.described(attn_bias), checks.described(segment_ids),
             checks.described(sinks), window_size, checks.described(order))
 
-    def attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, order, dtype):
+    def _attend_split(self, q, k, v, mask, attn_bias, segment_ids, sinks, order, dtype):
         """Compute what `construct` does, for rotated heads `(b, heads, n, d)` in float32, as `(b, n, heads * d)` of
         `dtype`."""
         _, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order)
@@ -347,7 +347,7 @@ class Windowed(nn.Cell):
         spec, scoring, frame = self._numbers_of(windows, q.shape[-1], dtype=dtype, tokens_first=True)
         return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, self.backend), dtype)
 
-    def attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
+    def _attend_prepared(self, q, k, v, windows, tensors, offset=0, dtype=None):
         """Compute attention of `q, k, v (..., n, d)`, already normalised and rotated. Only xpos rotates here, in
         windows, and takes `(groups, n, d)`.
 

@@ -125,6 +125,9 @@ def test_help_is_plain_text(name):
     for text in (inspect.getdoc(each) for each in own if each is not None):
         assert not re.search(r":\w+:`|\\[a-z]|\^\{|_\{|\.\. math", text), text
     if hasattr(public, "construct"):
+        ours = {method for base in public.__mro__ if base.__module__.startswith("local_attention")
+                for method, value in vars(base).items() if callable(value) and not method.startswith("_")}
+        assert ours <= {"construct", "explain", "extend_repr", "exportable_step", "generate", "recompute", "seed"}
         assert "The class describes" in inspect.getdoc(public.construct)
 
 

@@ -43,7 +43,7 @@ def test_weights_of_sliding_windows(cls):
     seen = WindowSpec(1, 3, 1, False).visible(np.arange(17), np.arange(17)) & mask[:, None, None]
     assert (weights[~np.broadcast_to(seen, weights.shape)] == 0).all()
     np.testing.assert_allclose(weights.sum(-1), np.broadcast_to(seen.any(-1), (2, 3, 17)), atol=1e-5)
-    values = attn.heads(attn.value(inputs[-1])).asnumpy()
+    values = attn._heads(attn.value(inputs[-1])).asnumpy()
     wanted = attn.out(Tensor((weights @ values).swapaxes(1, 2).reshape(2, 17, 6)))
     found = attn.set_train(False)(*inputs, Tensor(mask))
     np.testing.assert_allclose(found.asnumpy(), wanted.asnumpy(), atol=1e-5)
