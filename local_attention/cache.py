@@ -298,7 +298,7 @@ def _appended(attn, q, k, v, position, sinks):
     m, total, dtype = q.shape[1], k.shape[1], q.dtype
     real = _range(total - m, -m, -1)[None] <= position
     spec, scoring, frame = _moving_span(attn, recent(attn.windows) - 1, total - m, q.shape[-1], dtype, False)
-    tensors = beside(mask=real, sinks=sinks, seed=attn.seed())
+    tensors = beside(mask=real, sinks=sinks, seed=attn._seed())
     return ops.cast(attend(q, k, v, spec, scoring, tensors, frame, attn.backend), dtype)
 
 
@@ -334,7 +334,7 @@ def _next_token(attn, q, k, v, position, attn_bias, sinks, ages=None):
     if position.shape[0] > 1 or attn_bias is not None:
         unseen = _of_heads(unseen, groups if position.shape[0] > 1 else attn_bias.shape[0])
     spec, scoring, frame = _moving_span(attn, k.shape[1] - 1, k.shape[1] - 1, q.shape[-1], dtype, attn_bias is None)
-    tensors = beside(bias=_hide(unseen, attn_bias), sinks=sinks, seed=attn.seed())
+    tensors = beside(bias=_hide(unseen, attn_bias), sinks=sinks, seed=attn._seed())
     out = attend(q, k, v, spec, scoring, tensors, frame, attn.backend)
     return ops.cast(out, dtype)
 
@@ -372,6 +372,6 @@ def _next_tokens(attn, q, k, v, position, attn_bias, sinks):
     q, k, v = ops.gather(q, portable.clamp(index - own, 0, m - 1), 1), ops.gather(k, keys, 1), ops.gather(v, keys, 1)
     if attn.use_xpos:
         q, k, v = ops.cast(q, ms.float32), ops.cast(k, ms.float32), ops.cast(v, ms.float32)
-    tensors = beside(mask=ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn.seed())
+    tensors = beside(mask=ops.expand_dims(real, 0), bias=attn_bias, sinks=sinks, seed=attn._seed())
     out = attn._attend_prepared(q, k, v, windows, tensors, dtype=dtype)
     return ops.cast(ops.gather(out, own + _range(0, m), 1), dtype)

@@ -330,7 +330,7 @@ class Windowed(nn.Cell):
         documents = None if segment_ids is None else document_bounds(segment_ids)
         order = None if order is None else ops.cast(order, ms.int32)
         return beside(mask=mask, documents=documents, order=order, bias=moving_bias(attn_bias, windows, documents),
-                      sinks=sinks, seed=self.seed())
+                      sinks=sinks, seed=self._seed())
 
     def _by_the_rules(self, q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size=None):
         return _checked(
@@ -371,7 +371,7 @@ class Windowed(nn.Cell):
         out = attend(q, k, v, spec, scoring, tensors, frame, self.backend)
         return unfold(out, groups, n) if self.use_xpos else out
 
-    def seed(self):
+    def _seed(self):
         """Return the seed of what a call drops, None if it drops nothing."""
         return draw_seed(self.salt) if self.training and self.dropout > 0 else None
 

@@ -127,7 +127,7 @@ def test_help_is_plain_text(name):
     if hasattr(public, "construct"):
         ours = {method for base in public.__mro__ if base.__module__.startswith("local_attention")
                 for method, value in vars(base).items() if callable(value) and not method.startswith("_")}
-        assert ours <= {"construct", "explain", "extend_repr", "exportable_step", "generate", "recompute", "seed"}
+        assert ours <= {"construct", "explain", "extend_repr", "exportable_step", "generate", "recompute"}
         assert "The class describes" in inspect.getdoc(public.construct)
 
 
