@@ -285,9 +285,9 @@ class Windowed(nn.Cell):
         if self.operator is not None:
             _no_order(order is not None)
             return self.operator(q, k, v, mask, attn_bias, segment_ids, sinks)
-        return self.attended(q, k, v, mask, attn_bias, segment_ids, sinks, window_size, order)
+        return self._attended(q, k, v, mask, attn_bias, segment_ids, sinks, window_size, order)
 
-    def attended(self, q, k, v, mask=None, attn_bias=None, segment_ids=None, sinks=None, window_size=None, order=None):
+    def _attended(self, q, k, v, mask=None, attn_bias=None, segment_ids=None, sinks=None, window_size=None, order=None):
         """Compute what a call returns; with an operator of semi-auto parallel, of the slices of a rank."""
         groups, windows = self._by_the_rules(q, k, v, mask, attn_bias, segment_ids, sinks, order, window_size)
         if self.must_agree and windows.backward + windows.forward > 0:

@@ -233,7 +233,7 @@ def test_greedy_tokens_are_the_same_with_and_without_a_cache(settings):
     assert len(compiled) - full_calls == 1 + 1 + past_the_end  # the prompt, the compilation of the step, and the rest
     before = len(compiled)
     short = model.generate(prime[:, :1], 20, temperature=0).asnumpy()
-    assert len(compiled) - before <= 1  # the prompt, where it is not read in pieces, which are compiled already
+    assert len(compiled) - before <= 1  # the prompt, where it is not read in compiled pieces
     np.testing.assert_array_equal(short, model.generate(prime[:, :1], 20, temperature=0, use_kv_cache=False).asnumpy())
 
 

@@ -93,7 +93,7 @@ class _Attention(nn.Cell):
         mask, attn_bias = _at(given, self.places[3]), _at(given, self.places[4])
         segment_ids, sinks = _at(given, self.places[5]), _at(given, self.places[6])
         if self.options is None:
-            return self.attention.attended(q, k, v, mask, attn_bias, segment_ids, sinks)
+            return self.attention._attended(q, k, v, mask, attn_bias, segment_ids, sinks)
         options = self.options
         seed = draw_seed(self.salt) if options["dropout_rate"] > 0 else None
         return windowed_slice(
