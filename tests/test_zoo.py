@@ -216,8 +216,9 @@ def test_packed():
     for given in (ids[None], ids[None].repeat(B, 0)):
         same(module(), tensors(), None, right, sliding_window=W, position_ids=Tensor(given))
     packed = Tensor(documents)  # as a zoo's mask knows of them, where its layers are handed no `position_ids`
-    for seen, spec, options in ((lambda q, k: k <= q, SLIDING, {}),
-                                (lambda q, k: k > -1, WindowSpec.from_flash((W - 1, W - 1)), dict(is_causal=False))):
+    for seen, spec, options in (
+            (lambda q, k: both_of(k <= q, k > q - W), SLIDING, {}), (lambda q, k: k <= q, FULL, {}),
+            (lambda q, k: (q - k).abs() < W, WindowSpec.from_flash(W - 1), dict(is_causal=False))):
         for batch in (lambda b: b, lambda b: slice(None)):  # mindnlp's is of all rows, whichever is asked for
             mask = translation.positions(
                 B, Tensor(np.arange(N)), N, allow_is_causal_skip=False,
@@ -273,10 +274,9 @@ def test_refused():
     refused(r"got one of shape \(2, 4, 29, 29\) for 29 queries", Tensor(causal(real, FULL).repeat(H, 1)))
     image = causal(real, FULL)
     image[:, :, 8:12, 8:12] = 0
-    refused("in row 0, query 1[12] sees key [89]", Tensor(image))
-    prefix = causal(real, FULL)
-    prefix[..., :5] = 0
-    refused("'attention_mask' must be causal, the layer's window and padding, but got one in which", Tensor(prefix))
+    refused("in row 0, query 1[12] sees key [89]", Tensor(image), sliding_window=W)  # and no window
+    image[:, :, 8, 11] = LOW
+    refused("'attention_mask' must be causal, .* but got one in which", Tensor(image))
     refused("in row 0, query 5 does not see key 0", Tensor(causal(real, SLIDING)))  # of a layer without a window
     documents = causal(real, FULL)
     documents[:, :, 10:, :10] = LOW
@@ -292,11 +292,52 @@ def test_what_a_model_adds_to_its_mask():
 
     def ask(function):
         return translation.positions(B, places, N, mask_function=function, allow_is_causal_skip=False)
-    assert ask(lambda b, h, q, k: k <= q) is None
-    assert ask(lambda b, h, q, k: True) is None
-    assert ask(lambda b, h, q, k: (k <= q)[None]) is None  # as mindnlp has it
-    with pytest.raises(ValueError, match="query 12 sees key 13 and others see none after theirs"):
-        ask(lambda b, h, q, k: either(k <= q, image[q] * image[k] > 0))
+    both_ways, layer = WindowSpec.from_flash(-1), module(config=dict(sliding_window=W))
+    for function, spec in ((lambda b, h, q, k: k <= q, FULL), (lambda b, h, q, k: True, both_ways),
+                           (lambda b, h, q, k: (k <= q)[None], FULL)):  # the last as mindnlp has it
+        same(layer, tensors(), ask(function), wanted(tensors(), spec))  # whatever window the config has
+    with pytest.raises(ValueError, match="shows WindowSpec.*in which, in row 0, query 12 does not see key 15; the config"
+                       "'s sliding_window is None"):
+        ask(lambda b, h, q, k: either(k <= q, both_of(image[q] * image[k] > 0, k < q + 2)))
+
+
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("rule", ["(window and causal) or block", "window and (causal or block)"])
+@pytest.mark.parametrize("n_q", [N, 20])
+def test_images(size, rule, n_q):
+    """Tokens of an image see each other, also where the window is shorter; the second row has another image."""
+    ids = np.stack([(np.arange(N) - shift) // size for shift in (12, 14)])
+    ids = np.where((ids == 0) | (ids == 1), ids, -1 - np.arange(N))
+    q, k = np.arange(N)[:, None], np.arange(N)
+    block, window = ids[:, :, None] == ids[:, None], k > q - W
+    seen = window & (k <= q) | block if rule.startswith("(") else window & ((k <= q) | block)
+    function = Tensor(seen)
+    mask = translation.positions(B, kv_length=N, q_length=n_q, q_offset=N - n_q, allow_is_causal_skip=False,
+                                 mask_function=lambda b, h, q, k: function[b, q, k])
+    inputs = tensors(n_q, N)
+    right = by_mask(inputs, seen[:, -n_q:])
+    same(module(), inputs, mask, right, sliding_window=W)
+    if n_q == N:
+        same(module(), inputs, Tensor(np.where(seen, 0, LOW).astype(np.float32)[:, None]), right, sliding_window=W)
+
+
+def by_mask(inputs, seen):
+    q, k, v = (x.asnumpy() for x in inputs)
+    k, v = (x.repeat(H // KV, 1) for x in (k, v))
+    scores = np.where(seen[:, None], q @ k.swapaxes(2, 3) * D ** -0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2)
+
+
+def test_a_window_that_is_none():
+    """Chunks, where nothing but the mask function says so, and keys with gaps."""
+    function = Tensor(WindowSpec.from_chunks(W).visible(np.arange(N), np.arange(N)))
+    mask = translation.positions(B, kv_length=N, q_length=N, mask_function=lambda b, h, q, k: function[q, k])
+    same(module(), tensors(), mask, wanted(tensors(), WindowSpec.from_chunks(W)))
+    with pytest.raises(ValueError, match="sliding_window is 7"):
+        translation.positions(B, kv_length=N, q_length=N, allow_is_causal_skip=False,
+                              config=types.SimpleNamespace(sliding_window=7),
+                              mask_function=lambda b, h, q, k: both_of(k <= q, k > q - 3 - q % 2))
 
 
 def either(one, other):

@@ -14,6 +14,7 @@ from .. import checks
 from ..functional import windowed_attention
 from ..spec import NO_LIMIT, WindowSpec
 from .masks import HIDDEN, UNUSED, four_axes, places_of
+from .shown import Shown
 from .words import OWNER, Layer, compiling, in_graph, once, values
 
 
@@ -53,18 +54,19 @@ def attention(module, query, key, value, attention_mask=None, dropout=0., scalin
     layer = _layer(module, getattr(module, "layer_idx", None), is_causal, "sliding_window" in kwargs,
                    kwargs.get("sliding_window", None), scaling, softcap, dropout)
     spec, n_q, n_k = layer.spec, query.shape[2], key.shape[2]
-    mask = segment_ids = None
+    mask = segment_ids = order = bias = None
     if compiling():
         segment_ids = _documents_in_graph(position_ids, query.shape[0], n_q, n_k)
     else:
-        spec, used, mask, segment_ids = _hidden(module, spec, query.shape[0], n_q, n_k, attention_mask, position_ids,
-                                                cu_seq_lens_q, cu_seq_lens_k)
+        shown, used, mask, segment_ids = _hidden(module, spec, query.shape[0], n_q, n_k, attention_mask, position_ids,
+                                                 cu_seq_lens_q, cu_seq_lens_k)
+        spec, order, bias = shown.spec, _tensor(shown.order), _tensor(shown.bias)
         if used < n_k:  # the queries belong to the last keys in use
             key, value = key[:, :, :used], value[:, :, :used]
-    bias = None
     if position_bias is not None:
-        bias = _bias_of_queries(position_bias, _columns(spec, position_bias.shape, query.shape, n_k, key.shape[2]))
-    out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, attn_bias=bias,
+        added = _bias_of_queries(position_bias, _columns(spec, position_bias.shape, query.shape, n_k, key.shape[2]))
+        bias = added if bias is None else added + bias
+    out = windowed_attention(query, key, value, spec, mask=mask, segment_ids=segment_ids, order=order, attn_bias=bias,
                              sinks=_sinks(s_aux, sinks, query.shape), scale=layer.scale, softcap=layer.softcap,
                              dropout_rate=layer.dropout_rate)
     return ops.transpose(out, (0, 2, 1, 3)), None
@@ -194,10 +196,12 @@ def _configured(config, layer, kind):
 
 
 def _hidden(module, spec, batch, n_q, n_k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k):
-    """Return the layer's WindowSpec, the number of keys in use, and the `mask` and the `segment_ids` of the call."""
-    places = documents = None
+    """Return what the layer or its mask shows, the number of keys in use, and the `mask` and the `segment_ids` of the
+    call."""
+    shown, places, documents = Shown(spec), None, None
     if attention_mask is not None:
-        spec, places, documents = _read(module, attention_mask, spec, n_q, n_k)
+        shown, places, documents = _read(module, attention_mask, spec, n_q, n_k)
+        spec = shown.spec
         n_k = int((places != UNUSED).any(0).sum())
         places = places[:, :n_k]
     real = None if places is None or (places >= 0).all() else places >= 0
@@ -208,27 +212,33 @@ def _hidden(module, spec, batch, n_q, n_k, attention_mask, position_ids, cu_seq_
     if documents is None and spec == WindowSpec.from_chunks(spec.bucket) and spec.bucket > 1 and places is not None:
         documents = places // spec.bucket  # chunks begin at a row's first real token, not at its first key
     if documents is None:
-        return spec, n_k, None if real is None else Tensor(real), None
-    return spec, n_k, None, Tensor(np.where(True if real is None else real, documents, HIDDEN).astype(np.int32))
+        return shown, n_k, None if real is None else Tensor(real), None
+    return shown, n_k, None, Tensor(np.where(True if real is None else real, documents, HIDDEN).astype(np.int32))
+
+
+def _tensor(array):
+    return None if array is None else Tensor(array if array.dtype == np.float32 else array.astype(np.int32))
 
 
 def _read(module, mask, spec, n_q, n_k):
-    """Read a mask of any source. Return the layer's WindowSpec, the position of each key, and the numbers of documents
-    or None; both are NumPy arrays."""
+    """Read a mask of any source. Return what it shows, the position of each key, and the numbers of documents or None;
+    the last two are NumPy arrays."""
     made = getattr(mask, "_made_by_local_attention", None)
-    if made is None:
-        found = once(mask, module)
-        made = values(mask, found)
+    if made is not None:
+        places, documents = (made, None) if made.ndim == 2 else (made[:, 0], made[:, 1])
+        return mask._shown_by_mask or Shown(spec), places[:, -n_k:], documents
+    found = once(mask, module)
+    made = values(mask, found)
     if made.ndim != 4:
         places, documents = places_of(made)
-        return spec, places[:, -n_k:], documents
+        return Shown(spec), places[:, -n_k:], documents
     size = getattr(getattr(module, "config", None), "sliding_window", None)
     configured = WindowSpec.from_sliding_window(int(size)) if spec.causal and size else None
     asked = spec, configured, n_q, n_k
     if asked not in found:
         found[asked] = four_axes(made, spec, n_q, n_k, configured)
-    places, spec = found[asked]
-    return spec, places, None
+    places, shown = found[asked]
+    return shown, places, None
 
 
 def _of_positions(module, position_ids, real, batch, n_q, n_k):

@@ -8,10 +8,12 @@ from mindspore import Tensor
 
 from .. import checks
 from ..spec import NO_LIMIT, WindowSpec
-from .words import OWNER
+from .shown import Pairs, Shown, of_one_query
+from .words import OWNER, compiling
 
 HIDDEN, UNUSED = -1, -2
-EVERYWHERE = "causal, or of both directions, everywhere"
+BOTH_WAYS = WindowSpec.from_flash(-1)
+EVERYWHERE = "one window, and blocks whose tokens see each other,"
 LAYERS = "causal, the layer's window and padding"
 # What reaches `positions` and says nothing that the mask function and the layers do not say, and why
 HARMLESS = {
@@ -26,35 +28,44 @@ HARMLESS = {
 ROWS = 128  # rows of a mask that are compared at once
 
 
-def positions(batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, attention_mask=None,
-              allow_is_causal_skip=True, **kwargs):
+def positions(batch_size, cache_position=None, kv_length=None, kv_offset=0, mask_function=None, attention_mask=None,
+              allow_is_causal_skip=True, q_length=None, q_offset=0, **kwargs):
     """The entry of a zoo's table of masks. In place of an n² mask, return the position of each key among its row's real
     tokens, `(b, kv_length)`.
 
     It is `HIDDEN` for padding and `UNUSED` for places of a cache that are not filled yet. With packed documents, the
-    shape is `(b, 2, kv_length)`, and the second row has the number of each key's document. Return None if each position
-    is the key's index and there are no documents.
+    shape is `(b, 2, kv_length)`, and the second row has the number of each key's document. With it goes what the mask
+    function shows, as `_shown_by_mask`. Return None if each position is the key's index and there is nothing else.
+
+    The queries are those at `cache_position` up to transformers 4.57, and `q_length` from `q_offset` on in 5.
     """
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
             raise checks.value_error(OWNER, name, "None: what it means for a mask is not known here", "one")
-    n_q, kv_length, kv_offset = cache_position.shape[0], int(kv_length), int(kv_offset)
+    n_q = q_length if cache_position is None else cache_position.shape[0]
+    kv_length, kv_offset = int(kv_length), int(kv_offset)
+    if allow_is_causal_skip and attention_mask is None and kv_length == n_q and compiling():
+        return None  # a graph cannot ask
     keys = kv_offset + np.arange(kv_length)
     real, first = _padding(attention_mask, batch_size, keys)
     read = mask_function is not None and not allow_is_causal_skip
-    used, documents = kv_length, None
+    used, documents, shown = kv_length, None, None
+    if cache_position is None:
+        queries = int(q_offset) + np.arange(n_q)
+    else:
+        queries = cache_position.asnumpy() if read or kv_length != n_q else keys
     if read or kv_length > n_q:
-        queries = cache_position.asnumpy()
         used = min(kv_length, int(queries[-1]) + 1 - kv_offset)
-    if read:
-        real, used, documents = _as_shown(partial(_shown, mask_function, batch_size), queries, keys, real, used)
-    if documents is None and kv_offset == 0 and used == kv_length and real.all():
+    if mask_function is not None:
+        real, used, documents, shown = _as_shown(partial(_shown, mask_function, batch_size), queries, keys, real, used,
+                                                 read, kwargs.get("config"))
+    if documents is None and kv_offset == 0 and used == kv_length and real.all() and shown is None:
         return None
     places = np.where(real, keys - first, HIDDEN)
     places[:, used:] = UNUSED
     made = (places if documents is None else np.stack([places, documents], 1)).astype(np.int32)
     mask = Tensor(made)
-    mask._made_by_local_attention = made  # no layer has to read it
+    mask._made_by_local_attention, mask._shown_by_mask = made, shown  # no layer has to read it
     return mask
 
 
@@ -68,48 +79,56 @@ def _padding(mask, batch, keys):
     return np.pad(real, ((0, 0), (0, max(0, keys[-1] + 1 - real.shape[1]))))[:, keys], first
 
 
-def _as_shown(show, queries, keys, real, used):
-    """Ask a mask function about a few pairs. Return which keys are real, how many are in use, and the number of each
-    key's document or None.
+def _as_shown(show, queries, keys, real, used, read, config):
+    """Ask a mask function about some pairs. Return which keys are real, how many are in use, the number of each key's
+    document or None, and what it shows beside that.
 
-    The keys after the queries are in use if they are seen: then they are an encoder's, and all queries see the same. A
-    model may add more to its mask, such as images whose tokens see each other: that raises a ValueError.
+    The keys after the queries are in use if they are seen: then they are an encoder's, and all queries see the same.
+    Without `read`, there is neither padding nor a document that the mask function alone knows of.
     """
     if len(queries) == 1:
-        real = real & show(queries, keys)
-        return real, len(keys) if real[:, used:].any() else used, None
+        seen = real & show(queries, keys)
+        if seen[:, used:].any():
+            return seen, len(keys), None, Shown(BOTH_WAYS)
+        return seen, used, None, of_one_query(seen[:, :used], real[:, :used])
     own = np.array_equal(queries, keys)
-    if own:
+    if read and own:
         real = real & show(keys, keys)
-    else:
+    elif read:
         seen = show(queries[:1], keys)
         if keys[-1] < queries[-1] or (seen & real)[:, keys > queries[0]].any():
             differ = np.argwhere((seen != show(queries[-1:], keys)) & real)
             if len(differ):
                 raise _refused(EVERYWHERE, f"one in which one of the queries {queries[0]} and {queries[-1]} sees key "
                                f"{keys[differ[0, 1]]} and the other does not")
-            return real & seen, len(keys), None
+            return real & seen, len(keys), None, Shown(BOTH_WAYS)
         known = keys <= queries[-1]  # a key that its own query does not see is padding
         real = real & np.where(known, show(np.minimum(keys, queries[-1]), np.minimum(keys, queries[-1])), True)
-    starts = _starts(show, queries, real[:, queries - keys[0]])
-    return real, used, np.cumsum(starts, 1) if own and starts.any() else None
+    documents, ahead = None, np.zeros((len(real), used), bool)
+    if read:
+        starts, seen_before = _starts(show, queries, real[:, queries - keys[0]])
+        ahead[:, queries - keys[0]] = seen_before
+        documents = np.cumsum(starts, 1) if own and starts.any() else None
+    pairs = Pairs(lambda q, k: show(keys[q], keys[k]), used - len(queries), real[:, :used], documents, ahead)
+    shown, wrong = pairs.read()
+    if wrong is not None and own and not read:  # chunks are documents, too
+        return _as_shown(show, queries, keys, real, used, True, config)
+    if wrong is not None:
+        row, query, key, sees = wrong
+        raise _refused(EVERYWHERE, f"one that shows {shown.spec}, and in which, in row {row}, query {keys[query]} "
+                       f"{'sees' if sees else 'does not see'} key {keys[0] + key}; the config's sliding_window is "
+                       f"{getattr(config, 'sliding_window', None)}")
+    return real, used, documents, shown
 
 
 def _starts(show, queries, real):
     """Return whether a document starts at a query, `(b, n_q)`: there, a real query does not see the real key before it.
-
-    A model of both directions shows every query the next key of its document; a causal one shows none.
-    """
+    Return, too, whether that key's query sees this one."""
     index = np.where(real, np.arange(len(queries)), -1)
     before = np.pad(np.maximum.accumulate(index, 1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     pairs = real & (before >= 0)
     before = queries[np.where(pairs, before, np.arange(len(queries)))]
-    starts, ahead = pairs & ~show(queries, before), pairs & show(before, queries)
-    if ahead.any() and not (ahead | starts | ~pairs).all():
-        row, where = np.argwhere(ahead)[0]
-        raise _refused(EVERYWHERE, f"one in which query {before[row, where]} sees key {queries[where]} and others see "
-                       "none after theirs")
-    return starts
+    return pairs & ~show(queries, before), pairs & show(before, queries)
 
 
 def _shown(mask_function, batch, queries, keys):
@@ -142,13 +161,41 @@ def places_of(values):
 
 def four_axes(mask, spec, n_q, n_k, configured=None):
     """Read a mask `(b, 1, n_q, n_k)`, a NumPy array; return the position of each key among its row's real keys,
-    `(b, n_k)`, and the WindowSpec of the layer.
+    `(b, n_k)`, and what it shows beside padding.
 
     A position is -1 for padding and -2 for places of a cache that are not filled yet. The WindowSpec is `spec`, and
     causal if `spec` is not but no query sees the key after its own. It is `configured`, the window of the model's
-    config, if the layer has no window and the mask shows that one. A mask may hold causality, the layer's window and
-    padding; any other raises a ValueError.
+    config, if the layer has no window and the mask shows that one. A mask may hold causality, the layer's window,
+    padding, and blocks whose tokens see each other; any other raises a ValueError.
     """
+    try:
+        return _window_alone(mask, spec, n_q, n_k, configured)
+    except ValueError:
+        found = _with_blocks(mask, spec) if spec.causal and mask.shape[1:] == (1, n_q, n_q) and n_q == n_k else None
+        if found is None:
+            raise
+        return found
+
+
+def _with_blocks(mask, spec):
+    """Return what `four_axes` does if a mask is of blocks in a causal row, else None."""
+    seen = _Seen(mask[:, 0])
+    batch, n, _ = seen.values.shape
+    rows, places = np.arange(batch)[:, None], np.arange(n)
+    real = seen[:, places, places]
+    ahead = np.pad(seen[:, places[:-1], places[1:]], ((0, 0), (1, 0)))
+    shown, wrong = Pairs(lambda q, k: seen[rows, q, k], 0, real, None, ahead).read()
+    if wrong is not None or shown.order is None or shown.spec.backward > spec.backward and shown.bias is None:
+        return None
+    for start in range(0, n, ROWS):
+        part = places[start:start + ROWS]
+        if ((seen[:, part] != (shown.visible(part, n) & real[:, None])) & real[:, part, None]).any():
+            return None
+    return np.where(real, places - real.argmax(1)[:, None], HIDDEN), shown
+
+
+def _window_alone(mask, spec, n_q, n_k, configured):
+    """Return what `four_axes` does, of a mask without blocks."""
     if mask.shape[1] != 1 or mask.shape[2] != n_q or mask.shape[3] < n_k:
         raise _refused(LAYERS, f"one of shape {mask.shape} for {n_q} queries and {n_k} keys")
     seen = _Seen(mask[:, 0, :, :n_k])
@@ -171,7 +218,7 @@ def four_axes(mask, spec, n_q, n_k, configured=None):
     shown = _matched(seen, real, spec, configured, offset)
     places = np.where(real, np.arange(n_k) - real.argmax(1)[:, None], -1)
     places[:, used:] = -2
-    return places, shown
+    return places, Shown(shown)
 
 
 class _Seen:

@@ -9,20 +9,22 @@ from . import huggingface, masks
 
 def attention(module, query, *args, **kwargs):
     out, weights = huggingface.attention(module, query, *args, **kwargs)
-    return _on_device_of(query, out), weights
+    return _on(query._device, out), weights
 
 
-def positions(batch_size, cache_position, *args, mask_function=None, **kwargs):
+def positions(batch_size, cache_position=None, *args, mask_function=None, **kwargs):
+    device = kwargs.get("device") if cache_position is None else cache_position._device
+
     def shown(*indices):
-        return mask_function(*(_on_device_of(cache_position, index) for index in indices))
+        return mask_function(*(_on(device, index) for index in indices))
     places = masks.positions(batch_size, cache_position, *args, **kwargs,
                              mask_function=None if mask_function is None else shown)
-    return _on_device_of(cache_position, places)
+    return _on(device, places)
 
 
-def _on_device_of(other, tensor):
+def _on(device, tensor):
     if tensor is not None:
-        tensor._device = other._device
+        tensor._device = device
     return tensor
 
 
