@@ -23,7 +23,7 @@ def version():
 
 
 TRAIN = ["tqdm", "matplotlib"]
-TEST = ["pytest>=7", "pytest-xdist>=3", *TRAIN]
+TEST = ["pytest>=7", "pytest-xdist>=3", "onnx", "onnxruntime", *TRAIN]
 
 # It is built for every machine of one architecture. When the kernel runs, it checks for wider vectors. If it cannot be
 # built, the package works without it.
