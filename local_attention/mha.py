@@ -146,12 +146,13 @@ class _Heads(nn.Cell):
     def _attend(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Compute attention of the projection, `(b, n, heads * d)`, and the next cache. In a step of decoding, both may
         be without the axis of n."""
+        more = {} if order is None else {"order": order}  # a Cell that stands in for the attention may not know it
         without_axis = len(qkv.shape) == 2
         if without_axis:
             qkv = qkv.reshape(qkv.shape[0], 1, -1)
         b, n, _ = qkv.shape
         if unknown((b, n)):
-            return self._attend_any_length(qkv, mask, attn_bias, segment_ids, order), cache
+            return self._attend_any_length(qkv, mask, attn_bias, segment_ids, more), cache
         if cache is None and not return_cache and not self.qk_rmsnorm:
             split = fused_heads(self.attn_fn, self.heads, self.kv_heads)
             if split is not None:
@@ -164,12 +165,12 @@ class _Heads(nn.Cell):
         if entry is not None:
             out = attend_in_place(self.attn_fn, entry(qkv, *cache), cache, attn_bias, self.sinks)
         else:
-            out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids, order)
+            out, cache = self._attend_heads(qkv, mask, attn_bias, cache, return_cache, segment_ids, more)
         if n > 1:
             out = reorder((b, self.heads, n), (0, 2, 1))(out.reshape(-1, self.dim_head))
         return out.reshape((b, -1) if without_axis else (b, n, -1)), cache
 
-    def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, order):
+    def _attend_heads(self, qkv, mask, attn_bias, cache, return_cache, segment_ids, more):
         """Compute the same; the output has heads before positions."""
         b, n, _ = qkv.shape
         sizes = self.heads, self.kv_heads, self.kv_heads
@@ -183,7 +184,7 @@ class _Heads(nn.Cell):
         if cache is None or len(cache) == 1:
             shape = (b, self.kv_heads, n, self.dim_head)
             out = self.attn_fn(q.reshape(b, self.heads, n, self.dim_head), k.reshape(shape), v.reshape(shape),
-                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks, order=order)
+                               mask=mask, attn_bias=attn_bias, segment_ids=segment_ids, sinks=self.sinks, **more)
             if return_cache:
                 shape = (b * self.kv_heads, n, self.dim_head)
                 cache = first_cache(self.attn_fn, k.reshape(shape), v.reshape(shape), b,
@@ -201,7 +202,7 @@ class _Heads(nn.Cell):
                 out = attend_in_place(self.attn_fn, q, cache, attn_bias, self.sinks)
         return out, cache
 
-    def _attend_any_length(self, qkv, mask, attn_bias, segment_ids, order):
+    def _attend_any_length(self, qkv, mask, attn_bias, segment_ids, more):
         """Compute attention of the projection in a graph that is compiled for any length."""
         b, n, _ = qkv.shape
         sizes = (self.heads, self.kv_heads, self.kv_heads)
@@ -209,7 +210,7 @@ class _Heads(nn.Cell):
         if self.qk_rmsnorm:
             q, k = l2norm(q, self.q_scale), l2norm(k, self.k_scale)
         out = self.attn_fn(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, attn_bias=attn_bias,
-                           segment_ids=segment_ids, sinks=self.sinks, order=order)
+                           segment_ids=segment_ids, sinks=self.sinks, **more)
         return out.swapaxes(1, 2).reshape(b, n, self.heads * self.dim_head)
 
     def _gated(self, out, gates):
