@@ -71,14 +71,14 @@ def assert_close(got, wanted, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pynative_sweep(backend, seed):
     case = Case(seed)
     assert_close(case.got(backend, "pynative"), case.wanted(), 2e-5)  # float32 sums of up to 150 terms of size 1
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("seed", range(100, 104))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graph_sweep(backend, seed):
     case = Case(seed)

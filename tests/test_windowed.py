@@ -88,14 +88,14 @@ def assert_close(got, wanted, tolerance=3e-5):  # float32 sums of up to 150 term
         np.testing.assert_allclose(a, b.reshape(a.shape), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pynative_sweep(backend, seed):
     case = Case(seed)
     assert_close(case.got(backend), case.wanted())
 
 
-@pytest.mark.parametrize("seed", range(100, 106))
+@pytest.mark.parametrize("seed", range(100, 103))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_graph_sweep(backend, seed):
     case = Case(seed)
