@@ -60,8 +60,8 @@ def _check_known(owner, dropout_rate, backend, *shapes):
 
 
 @constexpr
-def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse):
-    if spec.sees_everything:  # where a query stands means nothing, and there may be more of them than keys
+def _numbers(spec, scale, head_dim, softcap, dropout_rate, offset, lse, placed):
+    if spec.sees_everything and not placed:  # where a query stands means nothing; there may be more of them than keys
         offset = 0
     return (spec, Scoring(head_dim ** -0.5 if scale is None else float(scale),
                           None if softcap is None else float(softcap), False, float(dropout_rate)),
@@ -226,7 +226,8 @@ def windowed_attention(q, k, v, spec=None, *, mask=None, segment_ids=None, cu_se
         _refuse_names("windowed_attention", tuple(unknown.keys()))
     _checked_windowed(spec, got(q), got(k), got(v), got(mask), got(segment_ids), got(cu_seqlens), got(order),
                       got(attn_bias), got(sinks), scale, softcap, dropout_rate, got(seed), return_lse, backend)
-    spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse)
+    spec, scoring, frame = _numbers(spec, scale, q.shape[-1], softcap, dropout_rate, None, return_lse,
+                                    segment_ids is not None or order is not None)
     documents = None if segment_ids is None else document_bounds(segment_ids)
     if cu_seqlens is not None:
         if not compiling():
@@ -395,7 +396,8 @@ def sliding_window_attention(q, k, v, mask=None, rel_pos_emb=None, window_size_l
         mask = _repeated(mask, *mask_shape)
     if rel_pos_emb is not None:  # embeddings of offsets that no key of this sequence has do nothing
         rel_pos_emb = rel_pos_emb[window_size_left - left:window_size_left + right]
-    spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse)
+    spec, scoring, frame = _numbers(_span(left, right), scale, q.shape[-1], softcap, dropout_rate, 0, return_lse,
+                                    True)
     documents = None if segment_ids is None else document_bounds(segment_ids)
     tensors = beside(mask=mask, documents=documents, sinks=sinks_by_head(sinks, q), rel_pos_emb=rel_pos_emb,
                      rel_pos_query=rel_pos_query, seed=_seed(seed))

@@ -220,3 +220,10 @@ def test_a_block_takes_an_order_and_causality_is_one():
     order = Tensor(np.arange(12)[None].repeat(B, 0), ms.int32)
     for mode in (lambda cell: cell, lambda cell: ms.jit(cell)):
         np.testing.assert_allclose(mode(both)(x, order=order).asnumpy(), causal(x).asnumpy(), atol=2e-6)
+
+
+def test_the_last_queries_of_documents_and_of_an_order_without_limits():
+    spec, zeros = WindowSpec.from_flash(-1), Tensor(np.zeros((1, 1, 3, 1), np.float32))
+    v = Tensor(np.array([1., 2., 4.], np.float32).reshape(1, 1, 3, 1))
+    for options, right in ((dict(segment_ids=Tensor([[0, 0, 1]])), 4), (dict(order=Tensor([[0, 2, 0]])), 2.5)):
+        assert windowed_attention(zeros[:, :, :1], zeros, v, spec, **options).asnumpy().item() == right

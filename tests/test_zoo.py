@@ -85,6 +85,14 @@ def test_mindnlp_wants_a_device(zoos):
     padding = Tensor(np.arange(N) > np.array([[-1], [3]]))
     got = masks.entries["local_attention"](batch_size=B, cache_position=places, kv_length=N, attention_mask=padding)
     assert got._device == "cpu" and got.shape == (B, N)
+    asked = []  # transformers 5 has no `cache_position`
+
+    def causal_of_5(*indices):
+        asked.extend(index._device for index in indices)
+        return indices[3] <= indices[2]
+    got = masks.entries["local_attention"](batch_size=B, q_length=3, q_offset=N - 3, kv_length=N, device="npu",
+                                           mask_function=causal_of_5)
+    assert got._device == "npu" and set(asked) == {"npu"} and got.shape == (B, N)
 
 
 def tensors(n_q=N, n_k=N):
@@ -296,14 +304,14 @@ def test_what_a_model_adds_to_its_mask():
     for function, spec in ((lambda b, h, q, k: k <= q, FULL), (lambda b, h, q, k: True, both_ways),
                            (lambda b, h, q, k: (k <= q)[None], FULL)):  # the last as mindnlp has it
         same(layer, tensors(), ask(function), wanted(tensors(), spec))  # whatever window the config has
-    with pytest.raises(ValueError, match="shows WindowSpec.*in which, in row 0, query 12 does not see key 15; the config"
-                       "'s sliding_window is None"):
+    with pytest.raises(ValueError, match="shows WindowSpec.*in which, in row 0, query 12 does not see key 15; the "
+                       "config's sliding_window is None"):
         ask(lambda b, h, q, k: either(k <= q, both_of(image[q] * image[k] > 0, k < q + 2)))
 
 
 @pytest.mark.parametrize("size", [3, 9])
 @pytest.mark.parametrize("rule", ["(window and causal) or block", "window and (causal or block)"])
-@pytest.mark.parametrize("n_q", [N, 20])
+@pytest.mark.parametrize("n_q", [N, 20, 8])
 def test_images(size, rule, n_q):
     """Tokens of an image see each other, also where the window is shorter; the second row has another image."""
     ids = np.stack([(np.arange(N) - shift) // size for shift in (12, 14)])
@@ -334,6 +342,9 @@ def test_a_window_that_is_none():
     function = Tensor(WindowSpec.from_chunks(W).visible(np.arange(N), np.arange(N)))
     mask = translation.positions(B, kv_length=N, q_length=N, mask_function=lambda b, h, q, k: function[q, k])
     same(module(), tensors(), mask, wanted(tensors(), WindowSpec.from_chunks(W)))
+    mask = translation.positions(B, kv_length=N, q_length=9, q_offset=N - 9,
+                                 mask_function=lambda b, h, q, k: function[q, k])
+    same(module(), tensors(9), mask, by_mask(tensors(9), np.tile(function.asnumpy()[-9:], (B, 1, 1))))
     with pytest.raises(ValueError, match="sliding_window is 7"):
         translation.positions(B, kv_length=N, q_length=N, allow_is_causal_skip=False,
                               config=types.SimpleNamespace(sliding_window=7),

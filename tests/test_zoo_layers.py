@@ -61,7 +61,8 @@ def test_a_layer_equals_eager_attention(version, case):
         elif "mask" in call:
             mask, seen = Tensor(call["mask"]), call["mask"][:, 0, :, :seen.shape[2]] > -1e4
         module = types.SimpleNamespace(**call["fields"], config=types.SimpleNamespace(**call["config"]))
-        tensors = {name: Tensor(call[name]) for name in ("s_aux", "position_bias", "sinks", "position_ids") if name in call}
+        tensors = {name: Tensor(call[name]) for name in ("s_aux", "position_bias", "sinks", "position_ids")
+                   if name in call}
         got, _ = translation.attention(module, *(Tensor(call[name]) for name in "qkv"), mask, **tensors,
                                        **call["numbers"])
         rows = np.broadcast_to(seen.any(-1), got.shape[:2]).copy()

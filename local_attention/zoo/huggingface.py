@@ -203,7 +203,7 @@ def _hidden(module, spec, batch, n_q, n_k, attention_mask, position_ids, cu_seq_
         shown, places, documents = _read(module, attention_mask, spec, n_q, n_k)
         spec = shown.spec
         n_k = int((places != UNUSED).any(0).sum())
-        places = places[:, :n_k]
+        places, documents = places[:, :n_k], None if documents is None else documents[:, :n_k]
     real = None if places is None or (places >= 0).all() else places >= 0
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         documents = _of_lengths(module, batch, n_q, n_k, cu_seq_lens_q, cu_seq_lens_k)

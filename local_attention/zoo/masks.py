@@ -13,7 +13,7 @@ from .words import OWNER, compiling
 
 HIDDEN, UNUSED = -1, -2
 BOTH_WAYS = WindowSpec.from_flash(-1)
-EVERYWHERE = "one window, and blocks whose tokens see each other,"
+EVERYWHERE = "one window, and blocks whose tokens see each other"
 LAYERS = "causal, the layer's window and padding"
 # What reaches `positions` and says nothing that the mask function and the layers do not say, and why
 HARMLESS = {
@@ -91,27 +91,21 @@ def _as_shown(show, queries, keys, real, used, read, config):
         if seen[:, used:].any():
             return seen, len(keys), None, Shown(BOTH_WAYS)
         return seen, used, None, of_one_query(seen[:, :used], real[:, :used])
-    own = np.array_equal(queries, keys)
-    if read and own:
-        real = real & show(keys, keys)
-    elif read:
-        seen = show(queries[:1], keys)
-        if keys[-1] < queries[-1] or (seen & real)[:, keys > queries[0]].any():
-            differ = np.argwhere((seen != show(queries[-1:], keys)) & real)
-            if len(differ):
-                raise _refused(EVERYWHERE, f"one in which one of the queries {queries[0]} and {queries[-1]} sees key "
-                               f"{keys[differ[0, 1]]} and the other does not")
-            return real & seen, len(keys), None, Shown(BOTH_WAYS)
-        known = keys <= queries[-1]  # a key that its own query does not see is padding
-        real = real & np.where(known, show(np.minimum(keys, queries[-1]), np.minimum(keys, queries[-1])), True)
+    if read:
+        if not np.array_equal(queries, keys):
+            of_encoder = _of_an_encoder(show, queries, keys, real, used)
+            if of_encoder is not None:
+                return of_encoder, len(keys), None, Shown(BOTH_WAYS)
+        real = real.copy()
+        real[:, :used] &= show(keys[:used], keys[:used])  # a key that its own query does not see is padding
     documents, ahead = None, np.zeros((len(real), used), bool)
     if read:
-        starts, seen_before = _starts(show, queries, real[:, queries - keys[0]])
-        ahead[:, queries - keys[0]] = seen_before
-        documents = np.cumsum(starts, 1) if own and starts.any() else None
-    pairs = Pairs(lambda q, k: show(keys[q], keys[k]), used - len(queries), real[:, :used], documents, ahead)
+        starts, ahead = _starts(show, keys[:used], real[:, :used])
+        documents = np.pad(np.cumsum(starts, 1), ((0, 0), (0, len(keys) - used)), "edge") if starts.any() else None
+    pairs = Pairs(lambda q, k: show(keys[q], keys[k]), used - len(queries), real[:, :used],
+                  None if documents is None else documents[:, :used], ahead)
     shown, wrong = pairs.read()
-    if wrong is not None and own and not read:  # chunks are documents, too
+    if wrong is not None and not read:  # chunks are documents, too
         return _as_shown(show, queries, keys, real, used, True, config)
     if wrong is not None:
         row, query, key, sees = wrong
@@ -119,6 +113,22 @@ def _as_shown(show, queries, keys, real, used, read, config):
                        f"{'sees' if sees else 'does not see'} key {keys[0] + key}; the config's sliding_window is "
                        f"{getattr(config, 'sliding_window', None)}")
     return real, used, documents, shown
+
+
+def _of_an_encoder(show, queries, keys, real, used):
+    """Return which keys are real if all queries see the same ones, some of them after the first query or none where the
+    queries are. Return None if the keys are the queries' own and those before them."""
+    first, last = show(queries[:1], keys) & real, show(queries[-1:], keys) & real
+    outside = keys[-1] < queries[-1]
+    if not outside and not first[:, keys > queries[0]].any():
+        return None
+    differ = np.argwhere(first != last)
+    if not len(differ):
+        return first
+    if outside or (first | last)[:, used:].any():
+        raise _refused(EVERYWHERE, f"one in which one of the queries {queries[0]} and {queries[-1]} sees key "
+                       f"{keys[differ[0, 1]]} and the other does not")
+    return None
 
 
 def _starts(show, queries, real):

@@ -47,7 +47,6 @@ class Pairs:
         numbers = np.where(real, numbers, -1)
         self.starts, self.ends = _runs(numbers)
         pairs = real & (places > self.starts)
-        pairs[:, :first + 1] = False
         self.both = bool(ahead[pairs].any() and ahead[pairs].all())
         linked = ahead & pairs & (not self.both)
         self.block_starts, self.block_ends = _runs(np.cumsum(~linked, 1))
@@ -55,18 +54,21 @@ class Pairs:
 
     def reach(self):
         """Return how many keys a query sees before and after its own, `NO_LIMIT` where no query shows a limit."""
-        own, rows = self.own, np.arange(len(self.real))
-        may = self.real[:, own] & (self.block_starts[:, own] == own)
+        own, rows = self.own, np.arange(len(self.real))[:, None]
+        real, alone = self.real[:, own], self.block_starts[:, own] == own
         before, after = own - self.starts[:, own], self.ends[:, own] - own
-        last, first = (own[np.where(may, one, -1).argmax(1)] for one in (before, after))
+        # what has most keys before it; the same apart from the later tokens of blocks; what has most after it
+        asked = np.stack([own[np.where(may, one, -1).argmax(1)] for may, one in (
+            (real, before), (real & alone, before), (real & alone, after))], 1)
         keys = np.arange(self.real.shape[1])
-        seen = self.show(np.stack([last, first], 1).repeat(len(keys), 1), np.tile(keys, 2)[None])
-        behind, ahead = np.split(seen & np.tile(self.real, 2), 2, 1)
-        start, end = self.starts[rows, last][:, None], self.ends[rows, first][:, None]
-        behind &= (keys >= start) & (keys <= last[:, None])
-        ahead &= (keys <= end) & (keys >= first[:, None])
-        lowest, highest = behind.argmax(1), len(keys) - 1 - ahead[:, ::-1].argmax(1)
-        return (_least(last - lowest, lowest > start[:, 0]), _least(highest - first, highest < end[:, 0]))
+        seen = self.show(asked.repeat(len(keys), 1), np.tile(keys, 3)[None]).reshape(len(rows), 3, -1)
+        start, end, block = (one[rows, asked] for one in (self.starts, self.ends, self.block_starts))
+        seen = seen & self.real[:, None] & (keys >= start[..., None]) & (keys <= end[..., None])
+        lowest = (seen & (keys <= asked[..., None])).argmax(2)
+        highest = len(keys) - 1 - (seen & (keys >= asked[..., None]))[..., ::-1].argmax(2)
+        limited = (lowest > start) & ((lowest != block) | (block == asked))  # not by the start of a block
+        return (_least((asked - lowest)[:, :2], limited[:, :2]),
+                _least((highest - asked)[:, 2], highest[:, 2] < end[:, 2]))
 
     def read(self):
         """Return what the mask shows, and None or a pair, `(row, query, key, seen)`, where it does not."""

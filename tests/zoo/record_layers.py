@@ -1,5 +1,5 @@
-"""Record what tiny models of Hugging Face transformers hand to their masks and layers, and what eager attention makes of
-it. Run it in an environment with PyTorch 2.13 and transformers 4.57.1, and in one with 5.24.0:
+"""Record what tiny models of Hugging Face transformers hand to their masks and layers, and what eager attention makes
+of it. Run it in an environment with PyTorch 2.13 and transformers 4.57.1, and in one with 5.24.0:
 
     python record_layers.py FOLDER
 
@@ -74,10 +74,10 @@ def attention(module, query, key, value, attention_mask, **options):
 
 
 def tiny(name, **settings):
-    settings = dict(dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=4, sliding_window=W, max_position_embeddings=64, pad_token_id=0,
-                         bos_token_id=1, eos_token_id=2), **settings)
-    return getattr(transformers, name)(**settings)
+    common = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=1, head_dim=4, sliding_window=W, max_position_embeddings=64, pad_token_id=0,
+                  bos_token_id=1, eos_token_id=2)
+    return getattr(transformers, name)(**dict(common, **settings))
 
 
 def model(name, config, cls):
@@ -126,10 +126,12 @@ def gemma3_images():
     config = transformers.Gemma3Config(text_config=text.to_dict())
     config._attn_implementation = config.text_config._attn_implementation = PARTS["name"]
     embedded = one.get_input_embeddings()(IDS)
-    long, short = [[0] * 3 + [1] * 7 + [0] * 4, [0] * 4 + [1] * 6 + [0] * 4], [[1] * 3 + [0] * 4 + [1] * 4 + [0] * 3] * 2
+    long = [[0] * 3 + [1] * 7 + [0] * 4, [0] * 4 + [1] * 6 + [0] * 4]
+    short = [[1] * 3 + [0] * 4 + [1] * 4 + [0] * 3] * 2
     for kinds in (long, short):
         kinds = torch.tensor(kinds)
-        options = dict(config=config, attention_mask=LEFT, past_key_values=None, position_ids=None, token_type_ids=kinds)
+        options = dict(config=config, attention_mask=LEFT, past_key_values=None, position_ids=None,
+                       token_type_ids=kinds)
         makes = modeling_gemma3.Gemma3ForConditionalGeneration.create_masks_for_generate
         known = inspect.signature(makes).parameters
         options.update({name: given for name, given in dict(
@@ -152,8 +154,8 @@ def paligemma():
     else:
         owner = type("Owner", (), dict(config=one.config, text_config_dtype=torch.float32, dtype=torch.float32))()
         one.config.text_config = one.config
-        mask = modeling_paligemma.PaliGemmaModel._update_causal_mask(owner, LEFT, kinds, None, torch.arange(N), embedded,
-                                                                     True)
+        mask = modeling_paligemma.PaliGemmaModel._update_causal_mask(
+            owner, LEFT, kinds, None, torch.arange(N), embedded, True)
     one(inputs_embeds=embedded, attention_mask=mask, use_cache=False, position_ids=torch.arange(N)[None])
 
 
@@ -199,8 +201,8 @@ def clip():
 def deepseek():
     config = transformers.DeepseekV3Config(
         vocab_size=32, hidden_size=8, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1,
-        q_lora_rank=4, kv_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=3, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
+        topk_group=1, q_lora_rank=4, kv_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=3, first_k_dense_replace=1,
         pad_token_id=0, bos_token_id=1, eos_token_id=2)
     one = model("DeepSeek-V3", config, "DeepseekV3ForCausalLM")
     one(IDS, attention_mask=LEFT, use_cache=False)
