@@ -389,6 +389,20 @@ def test_a_forward_pass_reads_a_tensor_once(kind, n_q, reads):
     np.testing.assert_allclose(steps[0][seen], right[seen], atol=2e-6)
 
 
+@pytest.mark.parametrize("options", [dict(cache_position=[N - 1]), dict(q_length=1, q_offset=N - 1)])
+def test_a_step_that_asks_a_mask_function(options, reads):
+    """What is read of positions and padding, and what the mask function says, are two round trips for all layers."""
+    real = np.arange(N) >= np.array([[0], [4]])
+    options = {name: Tensor(given) if isinstance(given, list) else given for name, given in options.items()}
+    for padding_mask, right in ((Tensor(real), dict(key_mask=real)), (None, {})):
+        reads.clear()
+        mask = translation.positions(B, kv_length=N, attention_mask=padding_mask, **options,
+                                     mask_function=lambda b, h, q, k: ops.logical_and(k <= q, k > q - W))
+        outs = [translation.attention(layer, *tensors(1, N), mask)[0] for layer in decoder_layers(*range(24))]
+        assert len(reads) <= 2
+        np.testing.assert_allclose(outs[-1].asnumpy(), wanted(tensors(1, N), SLIDING, **right), atol=2e-6)
+
+
 def test_another_pass_reads_again():
     """A tensor may be written to between two forward passes, and between those of two models."""
     for layers in (decoder_layers(0, 1), decoder_layers(None, None)):

@@ -4,7 +4,7 @@ from functools import partial
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from .. import checks
 from ..spec import NO_LIMIT, WindowSpec
@@ -47,13 +47,15 @@ def positions(batch_size, cache_position=None, kv_length=None, kv_offset=0, mask
     if allow_is_causal_skip and attention_mask is None and kv_length == n_q and compiling():
         return None  # a graph cannot ask
     keys = kv_offset + np.arange(kv_length)
-    real, first = _padding(attention_mask, batch_size, keys)
     read = mask_function is not None and not allow_is_causal_skip
     used, documents, shown = kv_length, None, None
     if cache_position is None:
-        queries = int(q_offset) + np.arange(n_q)
+        queries, mask = int(q_offset) + np.arange(n_q), _read_together(attention_mask)[0]
+    elif read or kv_length != n_q:
+        queries, mask = _read_together(cache_position, attention_mask)
     else:
-        queries = cache_position.asnumpy() if read or kv_length != n_q else keys
+        queries, mask = keys, _read_together(attention_mask)[0]
+    real, first = _padding(mask, batch_size, keys)
     if read or kv_length > n_q:
         used = min(kv_length, int(queries[-1]) + 1 - kv_offset)
     if mask_function is not None:
@@ -69,12 +71,24 @@ def positions(batch_size, cache_position=None, kv_length=None, kv_offset=0, mask
     return mask
 
 
+def _read_together(*tensors):
+    """Return the values of tensors of whole numbers or bool, or None for None, in one round trip to the device."""
+    given = [one for one in tensors if one is not None]
+    if len(given) > 1:
+        values = ops.cat([ops.cast(one, ms.int64).reshape(-1) for one in given]).asnumpy()
+        ends = np.cumsum([one.size for one in given])
+        given = [part.reshape(one.shape) for part, one in zip(np.split(values, ends[:-1]), given)]
+    else:
+        given = [one.asnumpy() for one in given]
+    return [None if one is None else given.pop(0) for one in tensors]
+
+
 def _padding(mask, batch, keys):
     """Read a padding mask of all tokens. Return which keys are real, `(b, len(keys))`, and the first token of each row
     that is, `(b, 1)`."""
     if mask is None:
         return np.ones((batch, len(keys)), bool), np.zeros((batch, 1), int)
-    real = mask.asnumpy().astype(bool)
+    real = mask.astype(bool)
     first = real.argmax(1)[:, None]
     return np.pad(real, ((0, 0), (0, max(0, keys[-1] + 1 - real.shape[1]))))[:, keys], first
 

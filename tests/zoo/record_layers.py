@@ -202,8 +202,8 @@ def deepseek():
     config = transformers.DeepseekV3Config(
         vocab_size=32, hidden_size=8, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, n_group=1,
-        topk_group=1, q_lora_rank=4, kv_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=3, first_k_dense_replace=1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        topk_group=1, q_lora_rank=4, kv_lora_rank=4, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=3,
+        first_k_dense_replace=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     one = model("DeepSeek-V3", config, "DeepseekV3ForCausalLM")
     one(IDS, attention_mask=LEFT, use_cache=False)
     one.generate(IDS, attention_mask=LEFT, max_new_tokens=2, do_sample=False)
