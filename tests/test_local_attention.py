@@ -306,7 +306,7 @@ def test_grouped_heads_are_repeated_ones(settings):
      "'attn_bias' and 'prefix' cannot go together"),
     (dict(), dict(segment_ids=np.zeros((B, 13), np.int32)), r"'segment_ids' must be of shape \(batch, 14\)"),
     (dict(), dict(segment_ids=np.zeros((4, 14), np.int32)), r"'segment_ids' must be .* a divisor of 6"),
-    (dict(), dict(sinks=np.zeros(4, np.float32)), r"'sinks' must be of shape \(3,\), one for each head, or .*, but got"),
+    (dict(), dict(sinks=np.zeros(4, np.float32)), r"'sinks' must be of shape \(3,\), one for each head, or .*, but"),
 ])
 def test_what_does_not_go_together_or_fit_is_named(settings, given, message):
     x = Tensor(draw(B, H, 14, D))
