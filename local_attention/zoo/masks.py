@@ -1,4 +1,5 @@
 """Reads masks: what a mask function shows, and what masks of two axes and, as older models make them, of four say."""
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -74,10 +75,10 @@ def positions(batch_size, cache_position=None, kv_length=None, kv_offset=0, mask
 def _read_together(*tensors):
     """Return the values of tensors of whole numbers or bool, or None for None, in one round trip to the device."""
     given = [one for one in tensors if one is not None]
-    if len(given) > 1:
-        values = ops.cat([ops.cast(one, ms.int64).reshape(-1) for one in given]).asnumpy()
-        ends = np.cumsum([one.size for one in given])
-        given = [part.reshape(one.shape) for part, one in zip(np.split(values, ends[:-1]), given)]
+    if len(given) > 1:  # by primitives: mindnlp replaces methods of tensors by those of tensors with a device
+        flat = [ops.Reshape()(ops.Cast()(one, ms.int64), (-1,)) for one in given]
+        parts = np.split(ops.Concat()(flat).asnumpy(), np.cumsum([math.prod(one.shape) for one in given])[:-1])
+        given = [part.reshape(one.shape) for part, one in zip(parts, given)]
     else:
         given = [one.asnumpy() for one in given]
     return [None if one is None else given.pop(0) for one in tensors]
