@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from training.interrupt import Interrupt, name_if_dead
 
@@ -136,6 +137,19 @@ def generate(settings, folder):
     print(printable(prime.tobytes() + written))
 
 
+def export(settings, folder):
+    """Write the model of a run as an ONNX file of one step of decoding, and its vocabulary beside it."""
+    settings.ranks, path = 1, Path(settings.export)
+    trainer = trainer_of(settings)
+    trainer.load(folder / "checkpoint.ckpt")
+    step, zero = trainer.model.exportable_step(), ms.Tensor([0], ms.int32)
+    ms.export(step, zero, zero, *step.rings(), file_name=str(path.with_suffix("")), file_format="ONNX")
+    vocabulary = {"vocabulary": "bytes", "num_tokens": trainer.model.num_tokens, "positions": trainer.model.max_seq_len,
+                  "rings": [list(ring.shape) for ring in step.rings()]}
+    write_text(path.with_suffix(".json"), json.dumps(vocabulary) + "\n")
+    print(f"The model is in {path}, its vocabulary in {path.with_suffix('.json')}.")
+
+
 def set_device(name):
     try:
         ms.set_device(name)
@@ -156,6 +170,9 @@ def main(arguments=None):
     set_device(settings.device)
     if settings.generate is not None:
         generate(settings, folder)
+        return
+    if settings.export is not None:
+        export(settings, folder)
         return
     ranks = Ranks(settings.ranks)
     with taken(folder, settings) if ranks.rank == 0 else nullcontext(folder) as folder:

@@ -95,7 +95,7 @@ def test_what_a_run_leaves_behind(run, tmp_path, monkeypatch, capsys):
         run("new")
     with pytest.raises(SystemExit, match="--seq-len is 24 in the run that --resume continues, and cannot become 48"):
         run("new", "--resume", "--seq-len", "48")
-    assert not {"generate", "tokens", "compare"} & set(settings)
+    assert not {"generate", "tokens", "export", "compare"} & set(settings)
     generates_and_compares(tmp_path, monkeypatch, capsys)
 
 
@@ -118,6 +118,12 @@ def generates_and_compares(tmp_path, monkeypatch, capsys):
             train.main([*new, *more])
     with pytest.raises(SystemExit, match="there is nothing to generate with, none/checkpoint.ckpt does not exist"):
         train.main(["--out", "none", "--generate", "a"])
+    train.main([*new, "--export", "model.onnx"])
+    assert "model.onnx" in capsys.readouterr().out
+    vocabulary = json.loads((tmp_path / "model.json").read_text())
+    assert vocabulary["vocabulary"] == "bytes" and vocabulary["num_tokens"] == 256
+    session = pytest.importorskip("onnxruntime").InferenceSession("model.onnx")
+    assert [one.shape for one in session.get_inputs()] == [[1], [1], *vocabulary["rings"]]
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "new").iterdir()}
 
     page = (Path(train.__file__).parent / "docs" / "usage.md").read_text(encoding="utf-8")
@@ -428,8 +434,9 @@ def test_broken_gz(tmp_path):
     (["--learning-rate", "nan"], "invalid positive float value: 'nan'"),
     (["--device", "TPU"], "invalid choice: 'TPU'"),
     (["--windows", "8", "0"], "invalid window value: '0'"),
+    (["--export", "a.pb"], "--export wants a file whose name ends in .onnx"),
     (["--tokens", "5"], "--tokens says how many bytes --generate adds, and needs it"),
-    (["--resume", "--generate", "a"], "--generate, --compare and --resume exclude each other"),
+    (["--resume", "--generate", "a"], "--generate, --export, --compare and --resume exclude each other"),
 ])
 def test_wrong_options(arguments, message, capsys):
     with pytest.raises(SystemExit):

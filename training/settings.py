@@ -10,7 +10,7 @@ from .folder import refuse_a_second_run
 
 FREE_ON_RESUME = ("data", "out", "resume", "steps", "validate_every", "sample_every", "save_every", "sample_len",
                   "temperature", "device", "mode", "text_checksum")
-INSTEAD = ("generate", "tokens", "compare")  # what is done with runs that are there, in place of training
+INSTEAD = ("generate", "tokens", "export", "compare")  # what is done with runs that are there, in place of training
 FREE_TO_GENERATE = (*INSTEAD, "out", "resume", "temperature", "seed", "device", "ranks")
 
 
@@ -76,6 +76,8 @@ def make_parser():
                          "beginning) by the model of the run in --out (default: the newest in runs/); takes "
                          "--temperature, --seed and --device, too")
     instead.add_argument("--tokens", type=count, help="bytes that --generate adds (default: --sample-len of the run)")
+    instead.add_argument("--export", metavar="FILE", help="write the model of the run in --out as an .onnx file, which "
+                         "computes one byte after the other, and a .json file with its vocabulary beside it")
     instead.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs into one picture, "
                          "--out (default: compare.png)")
     parser.set_defaults(ranks=int(os.environ["MS_WORKER_NUM"]) if "MS_ROLE" in os.environ else 1, text_checksum=None)
@@ -84,18 +86,21 @@ def make_parser():
 
 def read_settings(arguments):
     """Return the settings of a run and its folder. A resumed run keeps its settings, except those in FREE_ON_RESUME,
-    and so does a run that generates, except those in FREE_TO_GENERATE."""
+    and so does a run that generates or is exported, except those in FREE_TO_GENERATE."""
     parser = make_parser()
     settings = parser.parse_args(arguments)
-    generating = settings.generate is not None
+    generating, exporting = settings.generate is not None, settings.export is not None
     if settings.tokens is not None and not generating:
         parser.error("--tokens says how many bytes --generate adds, and needs it.")
-    if sum((generating, settings.compare is not None, settings.resume)) > 1:
-        parser.error("--generate, --compare and --resume exclude each other.")
+    if exporting and not settings.export.endswith(".onnx"):
+        parser.error("--export wants a file whose name ends in .onnx.")
+    if sum((generating, exporting, settings.compare is not None, settings.resume)) > 1:
+        parser.error("--generate, --export, --compare and --resume exclude each other.")
     if settings.compare is not None:
         return settings, Path(settings.out or "compare.png")
-    folder = run_folder(settings.out, settings.resume or generating)
-    if not settings.resume and not generating:
+    uses_a_run = settings.resume or generating or exporting
+    folder = run_folder(settings.out, uses_a_run)
+    if not uses_a_run:
         refuse_a_second_run(folder)
         return settings, folder
     return _settings_of_a_run(parser, arguments, settings, folder), folder
@@ -103,8 +108,8 @@ def read_settings(arguments):
 
 def _settings_of_a_run(parser, arguments, settings, folder):
     generating, checkpoint = settings.generate is not None, folder / "checkpoint.ckpt"
-    does, free = ("uses", FREE_TO_GENERATE) if generating else ("continues", FREE_ON_RESUME)
-    option = "--generate" if generating else "--resume"
+    does, free = ("continues", FREE_ON_RESUME) if settings.resume else ("uses", FREE_TO_GENERATE)
+    option = "--resume" if settings.resume else "--generate" if generating else "--export"
     if not checkpoint.exists():
         sys.exit(f"train.py: there is nothing to {option[2:]}{' with' * generating}, {checkpoint} does not exist.")
     saved = {**vars(parser.parse_args([])), "ranks": 1, **json.loads((folder / "settings.json").read_text())}
@@ -112,7 +117,7 @@ def _settings_of_a_run(parser, arguments, settings, folder):
     if strange:
         sys.exit(f"train.py: another version of train.py wrote {folder / 'settings.json'}, with the settings "
                  f"{', '.join(strange)}, which this version does not have.")
-    if settings.ranks != saved["ranks"] and not generating:
+    if settings.ranks != saved["ranks"] and settings.resume:
         sys.exit(f"train.py: {saved['ranks']} processes trained the run that --resume continues, and {settings.ranks} "
                  "cannot continue it: they would see other batches.")
     kept = {name: value for name, value in saved.items() if name not in ("out", "resume", *INSTEAD)}
