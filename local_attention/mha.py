@@ -113,6 +113,12 @@ def not_cached(owner, has_order, attn_bias):
 
 
 @constexpr
+def _is_step(x, cache):
+    """Whether x, as described, is a token of each row, and the cache, by its `form`, is in place."""
+    return checks.axes(x) == 2 and isinstance(cache, tuple) and cache[0] == "tuple" and len(cache[1]) == 4
+
+
+@constexpr
 def checked_segments(owner, segment_ids, b, n):
     """Check the documents of a call of a block or a model."""
     checks.segment_ids(owner, segment_ids, b, n)
@@ -130,7 +136,7 @@ class _Heads(nn.Cell):
     def _checked(self, x, mask, attn_bias, cache, return_cache, segment_ids, order):
         """Check a call; return x, its batch and length. They are used, because a graph drops unused checks. A step of
         decoding may leave out the axis of tokens."""
-        if len(x.shape) == 2 and cache is not None and len(cache) == 4:
+        if _is_step(checks.described(x), form(cache)):
             return x, x.shape[0], 1
         b, n = checked_block(self.cls_name, self.dim, checks.described(x), checks.described(mask), return_cache)
         if cache is not None:
