@@ -60,11 +60,11 @@ class Case:
 
 
 CASES = (  # first what a device may do otherwise than it is described
+    Case("a window that moves", WindowSpec(1, 7, 0, True)),
     Case("new queries of a cache", WindowSpec(1, 7, 0, True), n_q=3, kv_heads=1, sinks=True),
     Case("new queries, a band", WindowSpec(1, 5, 0, True), n_q=9),
     Case("packed documents", WindowSpec(1, 7, 0, True), kv_heads=2, ends=True),
     Case("values of other widths", WindowSpec(1, 7, 2, False), width=24),
-    Case("a window that moves", WindowSpec(1, 7, 0, True)),
     Case("windows, one back", WindowSpec(8, 8, 0, True), kv_heads=2),
     Case("both sides, a key mask", WindowSpec(1, 5, 3, False), mask=True, lse=True),
     Case("documents", WindowSpec(8, 8, 8, False), documents=True),

@@ -48,9 +48,13 @@ def test_its_definition_is_that_of_the_oracle(case):
     q, k, v, *_ = (x.reshape(-1, *x.shape[2:]) if x.ndim == 4 else x for x in case.floats.values())
     options = dict(scale=case.more.get("scale", selfcheck.D ** -0.5), softcap=case.more.get("softcap"),
                    bias=case.floats.get("attn_bias"), sinks=case.floats.get("sinks"), key_mask=case.given.get("mask"),
-                   dout=case.dout.reshape(q.shape), dlse=case.dlse.reshape(q.shape[:2]))
-    if case.documents:
-        wanted = oracle.in_documents(q, k, v, case.spec, segment_ids=case.given["segment_ids"], **options)
+                   order=case.given.get("order"), dout=case.dout.reshape(*q.shape[:2], -1),
+                   dlse=case.dlse.reshape(q.shape[:2]))
+    if case.of_queries:
+        options.update(bias=case.floats["attn_bias"], sinks=case.floats["sinks"])
+    if case.documents or case.ends:
+        ids = np.stack([case.ids(row) for row in range(selfcheck.BATCH)])
+        wanted = oracle.in_documents(q, k, v, case.spec, segment_ids=ids, **options)
     else:
         wanted = oracle.everything(q, k, v, case.spec, offset=selfcheck.N - case.n_q, **options)
     names = ["out", *["lse"] * case.lse, "q", "k", "v", *["bias"] * case.bias, *["sinks"] * case.sinks]
